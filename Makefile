@@ -1,0 +1,32 @@
+# The README's two commands. Each makes the environment it needs and repeats nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# exact pins of the Python at hand; a newer Python falls back to the newest list
+PIN = $(shell $(PYTHON) -c "import sys; print('constraints/py311.txt' if sys.version_info < (3, 12) else 'constraints/py312.txt')")
+
+.PHONY: sample test clean
+
+sample: $(VENV)/.core
+	$(BIN)/python sample.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
+
+$(VENV)/.core: setup.cfg pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sanawm_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable .
+	touch $@
+
+# torch first, by its exact version: that is the one with a CPU build where there is no GPU
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

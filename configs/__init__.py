@@ -1,0 +1,1 @@
+"""One `get_config()` a run; every number that a run can change lives here."""

@@ -1,0 +1,28 @@
+"""Sampling defaults of the released model, 704x1280.
+
+    python sample.py --config=configs/sample_sana_wm.py --weights DIR --image IMAGE --prompt TEXT \
+        --action "w-80,dw-40,w-40"
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.weights = "Efficient-Large-Model/SANA-WM_bidirectional-diffusers"
+    config.image = ""
+    config.prompt = ""
+    config.negative_prompt = ""
+    config.action = ""
+    config.action_mapping = "sana"
+    config.num_frames = 161
+    config.height = 704
+    config.width = 1280
+    config.fps = 16
+    config.step = 60
+    config.cfg_scale = 5.0
+    config.flow_shift = 0.0  # 0: the scheduler's own
+    config.text_length = 300
+    config.seed = 42
+    config.dtype = "bfloat16"
+    return config

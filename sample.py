@@ -1,0 +1,106 @@
+"""Makes a video from one image, a prompt and a camera path.
+
+    python sample.py --weights DIR --image room.png --prompt "a room" --action "w-40,dw-20"
+
+Prints the output's path as its last line. Bad input gives one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/sample_sana_wm.py", "sampling defaults", lock_config=True
+)
+# a flag that is not given takes the configuration's value
+_TEXTS = {
+    "weights": "stage 1: small_world, a folder in diffusers layout, or a hub name",
+    "image": "first frame",
+    "prompt": "text, or the path of a UTF-8 file",
+    "negative_prompt": "text to steer away from, or a file",
+    "camera": "camera-to-world poses (F, 4, 4) in a .npy file, OpenCV axes",
+    "action": 'keys and frames, e.g. "w-40,dw-20"; exactly one of --camera and --action',
+    "action_mapping": "meaning of the keys: sana or diffusers",
+    "intrinsics": "a .npy file or fx,fy,cx,cy in pixels of the image",
+    "dtype": "bfloat16 or float32",
+    "latents": "initial noise (1, C, T, h, w) in a .npy file",
+    "stage1_latents": "decode these latents: no image, camera or network is needed",
+    "save_latents": "write the final latents (1, C, T, h, w) to this .npy file",
+    "save_frames": "write the decoded frames (F, H, W, 3) in [0, 1] to this .npy file",
+}
+_INTEGERS = {
+    "num_frames": "upper bound, snapped to 8k+1",
+    "height": "pixels",
+    "width": "pixels",
+    "step": "Euler steps",
+    "seed": "of the initial noise",
+    "text_length": "text tokens",
+}
+_FLOATS = {"fps": "frames a second", "cfg_scale": "guidance", "flow_shift": "of the schedule"}
+for _name, _help in _TEXTS.items():
+    flags.DEFINE_string(_name, None, _help)
+for _name, _help in _INTEGERS.items():
+    flags.DEFINE_integer(_name, None, _help)
+for _name, _help in _FLOATS.items():
+    flags.DEFINE_float(_name, None, _help)
+flags.DEFINE_string("refiner_weights", None, "stage 2; not available yet")
+flags.DEFINE_bool("no_refiner", False, "decode stage 1 without refining it")
+flags.DEFINE_bool("latents_only", False, "stop at the latents: nothing is decoded")
+flags.DEFINE_string("output_dir", "outputs", "folder of the video")
+flags.DEFINE_string("name", "sample", "the video is NAME_generated.mp4")
+flags.DEFINE_bool("no_action_overlay", False, "do not draw keys and path on the video")
+
+
+def _option(name: str):
+    """The flag if given, else the configuration's value; empty counts as none."""
+    value = flags.FLAGS[name].value
+    if value is None:
+        value = _CONFIG.value.get(name, None)
+    return None if value == "" else value
+
+
+def run() -> Path:
+    from sanawm_jax.errors import InputError
+    from sanawm_jax.pipeline import command
+
+    if _option("refiner_weights"):
+        raise InputError("the refiner is not available yet; leave --refiner_weights out")
+    names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name"]
+    options = {name: _option(name) for name in names}
+    if options["camera"] is not None and flags.FLAGS.action is None:
+        options["action"] = None  # a path on the command line replaces the configuration's
+    return command.sample(**options, overlay=not flags.FLAGS.no_action_overlay)
+
+
+def main(argv: list[str]) -> None:
+    from sanawm_jax.errors import InputError
+
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}; flags start with --")
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    try:
+        print(run())
+    except InputError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, FileNotFoundError, AttributeError, KeyError) as error:
+        _fail(str(error).splitlines()[0])
+        raise
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,143 @@
+"""Camera paths: reading and checking pose files, relative poses, frame counts."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from sanawm_jax.camera.actions import get_mapping
+from sanawm_jax.camera.npy import load_array, to_finite_float32
+from sanawm_jax.errors import InputError
+
+RIGID_TOLERANCE = 1e-3
+_NAME = "camera poses"
+
+
+def load_c2w(value: str | os.PathLike | np.ndarray) -> np.ndarray:
+    """Reads camera-to-world poses and checks that each is a rigid motion.
+
+    Args:
+      value: a `.npy` file or an array, (F, 4, 4) of any real dtype, F >= 1 pixel frames.
+
+    Returns:
+      (F, 4, 4) float32, in the world frame they were given in.
+
+    Raises:
+      InputError: the file cannot be read, the shape is another one, a value is not finite, or a
+        pose is not rigid within `RIGID_TOLERANCE`. The line names the first bad frame.
+    """
+    array = load_array(value, _NAME)
+    if array.ndim != 3 or array.shape[1:] != (4, 4) or len(array) == 0:
+        raise InputError(
+            f"{_NAME}: expected shape (F, 4, 4) with one matrix a frame, got {array.shape}"
+        )
+    c2w = to_finite_float32(array, _NAME)
+    _check_rigid(c2w.astype(np.float64))
+    return c2w
+
+
+def _check_rigid(c2w: np.ndarray) -> None:
+    rotation = c2w[:, :3, :3]
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = np.einsum("Fji,Fjk->Fik", rotation, rotation)
+        skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
+        bottom = np.abs(c2w[:, 3] - [0.0, 0.0, 0.0, 1.0]).max(axis=1)
+        mirrored = np.linalg.det(rotation) <= 0
+    bad_row, bad_rotation = bottom > RIGID_TOLERANCE, skew > RIGID_TOLERANCE
+    bad = bad_row | bad_rotation | mirrored
+    if not bad.any():
+        return
+    frame = int(np.argmax(bad))
+    if bad_row[frame]:
+        reason = "its last row is not 0 0 0 1 (are the matrices transposed?)"
+    elif bad_rotation[frame]:
+        reason = f"R^T R differs from the identity by {skew[frame]:.3g}; remove scale and shear"
+    else:
+        reason = "its rotation is a mirror image (determinant below 0)"
+    raise InputError(f"{_NAME}: frame {frame} is not a rigid camera-to-world matrix: {reason}")
+
+
+def relative_to_first(c2w: np.ndarray) -> np.ndarray:
+    """Expresses poses in the frame of the first camera.
+
+    The inverse is the rigid one, `[R^T, -R^T t]`, computed in float64 and rounded once, so a world
+    origin far away costs no accuracy beyond that of the input.
+
+    Args:
+      c2w: (F, 4, 4) rigid camera-to-world poses.
+
+    Returns:
+      (F, 4, 4) float32; the first is exactly the identity.
+    """
+    poses = np.asarray(c2w, dtype=np.float64)
+    unrotate = poses[0, :3, :3].T
+    relative = np.tile(np.eye(4), (len(poses), 1, 1))
+    relative[1:, :3, :3] = unrotate @ poses[1:, :3, :3]
+    relative[1:, :3, 3] = (poses[1:, :3, 3] - poses[0, :3, 3]) @ unrotate.T
+    return relative.astype(np.float32)
+
+
+def snap_num_frames(n: int, stride: int = 8, upper_bound: int | None = None) -> int:
+    """Rounds a frame count to the nearest `stride * k + 1`, which the video autoencoder needs.
+
+    Ties go up. A rounded-up count above `upper_bound` (the length of the camera path) goes down
+    instead; a count that already fits is returned as it is, so clip it to the path first.
+
+    Args:
+      n: the number of pixel frames asked for; below 1 counts as 1.
+      stride: pixel frames a latent frame.
+      upper_bound: the largest count allowed, or None.
+
+    Returns:
+      The snapped count, at least 1. Same as `snap_num_frames` of diffusers' SANA-WM pipeline.
+    """
+    below, rest = divmod(max(n, 1) - 1, stride)
+    snapped = (below + (2 * rest >= stride)) * stride + 1
+    if rest and upper_bound is not None and snapped > upper_bound:
+        snapped = below * stride + 1
+    return snapped
+
+
+def keys_from_poses(c2w: np.ndarray, mapping: str = "sana") -> list[frozenset[str]]:
+    """Guesses which keys would have moved the camera along a path, for display.
+
+    A key counts as held where its share of the motion is a quarter or more of the fastest motion
+    of that kind in the whole path, and above a floor (0.05 degrees a frame; for steps, a millionth
+    of the path's length), so noise and the tail of a coasting camera stay dark.
+
+    Args:
+      c2w: (F, 4, 4) camera-to-world poses.
+      mapping: which keys mean what, see `actions`.
+
+    Returns:
+      F - 1 sets of keys; entry n moves frame n to frame n + 1, as in `actions.parse_actions`.
+    """
+    rule = get_mapping(mapping)
+    poses = relative_to_first(c2w).astype(np.float64)
+    if len(poses) < 2:
+        return []
+    ahead, aside = poses[:, :3, 2], poses[:, :3, 0]
+    yaw = np.unwrap(np.arctan2(ahead[:, 0], ahead[:, 2]))
+    pitch = np.arcsin(np.clip(-ahead[:, 1], -1, 1))
+    step = np.diff(poses[:, :3, 3], axis=0)
+    moves = np.stack([_along(step, ahead[1:]), _along(step, aside[1:])], axis=1)
+    turns = np.degrees(np.stack([np.diff(yaw), np.diff(pitch)], axis=1))
+
+    length = np.linalg.norm(step, axis=1)
+    move_floor = max(0.25 * length.max(), 1e-6 * length.sum(), 1e-9)
+    turn_floor = max(0.25 * np.abs(turns).max(), 0.05)
+    signs = [np.sign(moves) * (np.abs(moves) >= move_floor)]
+    signs += [np.sign(turns) * (np.abs(turns) >= turn_floor)]
+    pairs = (rule.forward, rule.strafe, rule.yaw, rule.pitch)
+    return [
+        frozenset(pair[0] if s > 0 else pair[1] for pair, s in zip(pairs, row, strict=True) if s)
+        for row in np.concatenate(signs, axis=1)
+    ]
+
+
+def _along(step: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Returns the part of each level step along an axis' level direction."""
+    flat = axis[:, [0, 2]]
+    length = np.maximum(np.linalg.norm(flat, axis=1), 1e-9)
+    return np.einsum("FX,FX->F", step[:, [0, 2]], flat) / length

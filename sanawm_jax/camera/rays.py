@@ -1,0 +1,84 @@
+"""The two camera inputs of stage 1: a pose token and a stack of Plücker maps a latent frame.
+
+Axis letters: `F` latent frames, `S` pixel frames in the window of one latent frame, `H W` latent
+rows and columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from einops import rearrange
+
+from sanawm_jax.camera.poses import relative_to_first
+
+
+def camera_conditions(
+    c2w: np.ndarray,
+    intrinsics: np.ndarray,
+    height: int,
+    width: int,
+    vae_temporal: int = 8,
+    vae_spatial: int = 32,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Builds the camera inputs of the stage-1 network from pixel-frame poses.
+
+    Poses are made relative to the first frame, without rescaling the translations; intrinsics
+    are scaled to the latent grid. The latent frame i > 0 covers the pixel frames 8i-7..8i, and the
+    first covers 0..7 (frames still to come, although it encodes frame 0 alone). A window that runs
+    past the end repeats the last frame.
+
+    Args:
+      c2w: (N, 4, 4) camera-to-world poses of N pixel frames.
+      intrinsics: (N, 4) [fx, fy, cx, cy] in pixels of the height x width frames.
+      height, width: frame size in pixels.
+      vae_temporal, vae_spatial: pixels a latent in time and in space.
+
+    Returns:
+      camera: (F, 20) float32, the 16 numbers of the relative pose row by row, then fx, fy, cx, cy
+        on the latent grid, at the pixel frames 0, 8, 16...; F = (N - 1) // vae_temporal + 1.
+      plucker: (F, H, W, 6 * vae_temporal) float32, the maps of the window's frames one after the
+        other, each as in `plucker_rays`.
+      Same as `prepare_camera` of diffusers' SANA-WM pipeline, with channels last.
+
+    Raises:
+      ValueError: poses and intrinsics differ in length.
+    """
+    num_frames = len(c2w)
+    if intrinsics.shape != (num_frames, 4):
+        raise ValueError(f"{num_frames} poses need intrinsics (N, 4), got {intrinsics.shape}")
+    rows, columns = height // vae_spatial, width // vae_spatial
+    poses = relative_to_first(c2w)
+    to_latent = np.array([columns / width, rows / height] * 2, dtype=np.float32)
+    on_grid = intrinsics.astype(np.float32) * to_latent
+
+    last = np.arange(0, num_frames, vae_temporal)
+    camera = np.concatenate([rearrange(poses[last], "F r c -> F (r c)"), on_grid[last]], axis=1)
+
+    start = np.maximum(last - (vae_temporal - 1), 0)
+    window = np.minimum(start[:, None] + np.arange(vae_temporal), num_frames - 1)  # F S
+    rays = plucker_rays(poses, on_grid, rows, columns)
+    return camera, rearrange(rays[window], "F S H W C -> F H W (S C)")
+
+
+def plucker_rays(c2w: np.ndarray, intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns the Plücker coordinates of every pixel's ray.
+
+    A ray is (d, m): its unit direction d in the world and its moment m = o x d, o the camera's
+    centre. Pixels sit at whole numbers: the first is at (0, 0), not at (0.5, 0.5).
+
+    Args:
+      c2w: (N, 4, 4) camera-to-world poses.
+      intrinsics: (N, 4) [fx, fy, cx, cy] in pixels of the height x width grid.
+      height, width: rows and columns.
+
+    Returns:
+      (N, height, width, 6) float32.
+    """
+    poses = np.asarray(c2w, dtype=np.float64)
+    fx, fy, cx, cy = np.asarray(intrinsics, dtype=np.float64).T[:, :, None, None]
+    y, x = np.mgrid[:height, :width]
+    in_camera = np.stack(np.broadcast_arrays((x - cx) / fx, (y - cy) / fy, 1.0), axis=-1)
+    direction = np.einsum("Nij,NHWj->NHWi", poses[:, :3, :3], in_camera)
+    direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+    moment = np.cross(poses[:, None, None, :3, 3], direction)
+    return np.concatenate([direction, moment], axis=-1).astype(np.float32)

@@ -1,0 +1,32 @@
+"""Softmax attention for every tower.
+
+Axis letters: B batch, T queries, S keys, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+import jax
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) v, logits and softmax in float32.
+
+    Args:
+      q: (B, T, N, D).
+      k: (B, S, N, D).
+      v: (B, S, N, D).
+      key_mask: (B, S) bool, false hides a key from every query.
+      scale: of the logits; D^-1/2 by default.
+
+    Returns:
+      (B, T, N, D) in q's dtype.
+    """
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)

@@ -1,0 +1,128 @@
+"""Layers that every tower shares: thin modules over pure functions.
+
+Weights are cast to the dtype of the activations where they are used, so float32 masters and
+bfloat16 compute need no second copy of the model. Axis letters: B batch, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+_kernel_init: Initializer = nnx.initializers.lecun_normal()
+zeros_init: Initializer = nnx.initializers.zeros
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` on the last axis; kernel (in, out)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Initializer = _kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
+        )
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """Convolution over `len(kernel_size)` spatial axes of a channels-last input, SAME by default.
+
+    Kernel (*kernel_size, in / groups, out), as `lax.conv_general_dilated` takes it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Sequence[int],
+        *,
+        groups: int = 1,
+        use_bias: bool = True,
+        kernel_init: Initializer = _kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*kernel_size, in_features // groups, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        strides: Sequence[int] | None = None,
+        padding: str | Sequence[tuple[int, int]] | None = None,
+        groups: int = 1,
+    ) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        rank = kernel.ndim - 2
+        if padding is None:
+            # torch's symmetric padding; "SAME" differs on even kernels
+            padding = [(k // 2, k // 2) for k in kernel.shape[:rank]]
+        letters = "DHW"[3 - rank :]
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            strides or (1,) * rank,
+            padding,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+            feature_group_count=groups,
+        )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale; statistics in float32."""
+
+    def __init__(self, features: int, *, eps: float, rngs: nnx.Rngs | None = None):
+        del rngs
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Layer norm without affine parameters; statistics in float32, result in the input's dtype."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, -1, keepdims=True)
+    centred = x32 - mean
+    variance = jnp.mean(centred * centred, -1, keepdims=True)
+    return (centred * lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def activation(name: str | None) -> Callable[[jax.Array], jax.Array]:
+    """Activation by the reference's name; None is the identity.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    table: dict[str | None, Callable[[jax.Array], jax.Array]] = {
+        None: lambda x: x,
+        "silu": jax.nn.silu,
+        "swish": jax.nn.silu,
+        "mish": jax.nn.mish,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "relu": jax.nn.relu,
+    }
+    if name not in table:
+        raise ValueError(f"unknown activation {name!r}; use one of {sorted(map(str, table))}")
+    return table[name]

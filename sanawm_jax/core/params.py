@@ -1,0 +1,112 @@
+"""Models as a static graph definition plus a plain nested dict of arrays.
+
+`nnx` describes a module tree once; everything that trains, shards, saves, converts or samples
+sees only the dict, under plain `jax` transforms. Keys are strings, so a leaf has one dotted path
+such as `segments.0.runs.1.attn.qkv.kernel`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]  # nested; leaves are arrays or jax.ShapeDtypeStruct
+
+
+def _string_keys(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {str(k): _string_keys(v) for k, v in tree.items()}
+    return tree
+
+
+def _graph_keys(tree: Any) -> Any:
+    # nnx.List numbers its children with ints
+    if isinstance(tree, dict):
+        return {int(k) if k.isdigit() else k: _graph_keys(v) for k, v in tree.items()}
+    return tree
+
+
+@functools.lru_cache(maxsize=64)
+def build(module: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, Params]:
+    """Returns `(graphdef, abstract parameters)` of `module(config)` without allocating anything.
+
+    Args:
+      module: a class built as `module(config, rngs=nnx.Rngs(...))`.
+      config: its frozen, hashable configuration.
+    """
+    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))  # pyright: ignore
+    graphdef, state = nnx.split(abstract)
+    return graphdef, _string_keys(nnx.to_pure_dict(state))
+
+
+def init(module: type[nnx.Module], config: Any, key: jax.Array) -> Params:
+    """Random float32 parameters of `module(config)`, made by one compiled function."""
+
+    @jax.jit
+    def make(key: jax.Array) -> Params:
+        _, state = nnx.split(module(config, rngs=nnx.Rngs(key)))  # pyright: ignore
+        return _string_keys(nnx.to_pure_dict(state))
+
+    return make(key)
+
+
+def apply(
+    graphdef: nnx.GraphDef, params: Params, *args: Any, method: str = "__call__", **kwargs: Any
+) -> Any:
+    """Calls `method` of the module that `graphdef` and `params` describe."""
+    module = nnx.merge(graphdef, _graph_keys(params))
+    return getattr(module, method)(*args, **kwargs)
+
+
+def stack(make: Callable[[jax.Array], nnx.Module], key: jax.Array, shape: tuple[int, ...]) -> Any:
+    """Builds `prod(shape)` copies of a module as one, its parameters stacked on leading axes.
+
+    Args:
+      make: key -> module.
+      key: split over the copies.
+      shape: leading axes of every parameter, outermost first.
+    """
+    for _ in shape:
+        make = jax.vmap(make)
+    return make(jax.random.split(key, shape))
+
+
+def leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields `(dotted path, leaf)` in the tree's order."""
+    for key, value in tree.items():
+        path = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            yield from leaves(value, path)
+        else:
+            yield path, value
+
+
+def from_leaves(flat: dict[str, Any]) -> Params:
+    """Inverse of `dict(leaves(tree))`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Casts the floating leaves to `dtype`."""
+
+    def one(a: jax.Array) -> jax.Array:
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(one, params)
+
+
+def count(params: Params) -> int:
+    """Number of parameters; works on abstract trees too."""
+    return sum(int(a.size) for a in jax.tree.leaves(params))

@@ -1,0 +1,71 @@
+"""Rotary position embedding over (frame, row, column), interleaved pairs.
+
+Axis letters: F latent frames, H W token rows and columns, D head size, N heads.
+Reference: diffusers `SanaWMRotaryPosEmbed` (Wan's split of a head), `_apply_rotary_emb`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def pair_split(head_dim: int) -> tuple[int, int, int]:
+    """How many rotated pairs of a head go to frames, rows and columns."""
+    space = head_dim // 6
+    return head_dim // 2 - 2 * space, space, space
+
+
+def rope_angles(
+    head_dim: int,
+    grid: tuple[int, int, int],
+    *,
+    pairs: tuple[int, int, int] | None = None,
+    theta: float = 10000.0,
+    first_frame: int | jax.Array = 0,
+) -> jax.Array:
+    """Rotation angle of every pair at every position, float32.
+
+    Args:
+      head_dim: head size D that fixes the frequencies.
+      grid: (F, H, W).
+      pairs: keep only the first pairs of each axis, `pair_split` of a smaller head; the
+        camera branch rotates half a head with the first frequencies of the whole one.
+      first_frame: absolute index of the first frame.
+
+    Returns:
+      (F, H, W, sum(pairs)).
+    """
+    split = pair_split(head_dim)
+    kept = pairs or split
+    frames, rows, columns = grid
+    positions = (
+        first_frame + jnp.arange(frames, dtype=jnp.float32),
+        jnp.arange(rows, dtype=jnp.float32),
+        jnp.arange(columns, dtype=jnp.float32),
+    )
+    shapes = ((frames, 1, 1), (1, rows, 1), (1, 1, columns))
+    angles = []
+    for position, shape, count, keep in zip(positions, shapes, split, kept, strict=True):
+        frequency = (theta ** -(np.arange(keep) / count)).astype(np.float32)
+        angle = position.reshape(*shape, 1) * frequency
+        angles.append(jnp.broadcast_to(angle, (frames, rows, columns, keep)))
+    return jnp.concatenate(angles, -1)
+
+
+def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax.Array:
+    """Rotates neighbouring channels (2i, 2i+1) of x by angles[..., i], in float32.
+
+    Args:
+      x: (..., D) with D = 2 * angles.shape[-1].
+      angles: broadcastable to x without its last axis halved.
+      inverse: rotate back.
+    """
+    x32 = x.astype(jnp.float32)
+    even, odd = x32[..., 0::2], x32[..., 1::2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if inverse:
+        sin = -sin
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)

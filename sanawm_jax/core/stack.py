@@ -1,0 +1,84 @@
+"""Stacks of layers whose kind repeats with a period, run by nested `lax.scan`.
+
+`plan` cuts a list of kinds into segments; a segment repeats a group of runs, and a run is a
+number of layers of one kind. The released DiT is one segment: 5 x (3 GDN, then 1 softmax).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` copies of the group `runs`, each run `(kind, number of layers)`."""
+
+    repeats: int
+    runs: tuple[tuple[Any, int], ...]
+
+    @property
+    def group_size(self) -> int:
+        return sum(length for _, length in self.runs)
+
+
+def plan(kinds: Sequence[Hashable], period: int) -> tuple[Segment, ...]:
+    """Cuts `kinds` into groups of `period` layers and joins equal neighbours into segments."""
+    groups = []
+    for start in range(0, len(kinds), period):
+        group = itertools.groupby(kinds[start : start + period])
+        groups.append(tuple((kind, len(list(run))) for kind, run in group))
+    return tuple(Segment(len(list(same)), runs) for runs, same in itertools.groupby(groups))
+
+
+def layer_index(
+    segments: Sequence[Segment], segment: int, run: int, repeat: int, position: int
+) -> int:
+    """Number, from 0, of the layer at `position` of a run in a segment's `repeat`."""
+    before = sum(s.repeats * s.group_size for s in segments[:segment])
+    runs_before = sum(length for _, length in segments[segment].runs[:run])
+    return before + repeat * segments[segment].group_size + runs_before + position
+
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def scan_runs(
+    runs: Sequence[Any],
+    x: jax.Array,
+    step: Callable[[Any, jax.Array], jax.Array],
+    *,
+    remat: str = "none",
+) -> jax.Array:
+    """Runs one segment: parameters of every run are stacked (repeats, length, ...).
+
+    Args:
+      runs: stacked modules, one a run.
+      step: (layer, x) -> x.
+      remat: what the backward pass keeps of a layer: none (everything), full (its input only)
+        or dots (matrix products too).
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r}; use one of {', '.join(REMAT)}")
+    body = step
+    if remat != "none":
+        body = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
+
+    def layer(x: jax.Array, module: Any) -> tuple[jax.Array, None]:
+        return body(module, x), None
+
+    def group(x: jax.Array, modules: Sequence[Any]) -> tuple[jax.Array, None]:
+        for module in modules:
+            x, _ = lax.scan(layer, x, module)
+        return x, None
+
+    return lax.scan(group, x, tuple(runs))[0]

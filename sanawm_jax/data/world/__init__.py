@@ -1,0 +1,1 @@
+"""A procedural world with exact geometry: scenes, camera paths, captions and rendered clips."""

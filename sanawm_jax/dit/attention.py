@@ -1,0 +1,271 @@
+"""Self-attention of a DiT block: a main branch, a camera branch, one output gate and projection.
+
+The two kinds, frame-wise gated DeltaNet and softmax, share one parameter layout; the softmax kind
+carries the unused gates of the other so that published files load whole.
+Axis letters: B batch, F latent frames, P tokens a frame, T = F P, C width, N heads, D head size.
+Reference: diffusers `BidirectionalGDNUCPESinglePathLiteLA`, `_SoftmaxUCPESinglePathLiteLA`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from kernels_pallas import gdn
+from sanawm_jax.core.attention import attention
+from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
+from sanawm_jax.core.rope import apply_rope
+from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.ucpe import RayTransforms, apply_ucpe, bounded_rms
+
+GDN_EPS = 1e-8  # of the denominator
+
+
+class Context(NamedTuple):
+    """Everything that all blocks of one forward pass share."""
+
+    modulation: jax.Array  # B F 6 C
+    text: jax.Array  # B L C
+    text_mask: jax.Array  # B L bool
+    angles: jax.Array | None  # F P D/2
+    rays: RayTransforms | None
+    pluecker: jax.Array | None  # B F P C
+    frame_mask: jax.Array | None  # B F, 1 for a real frame and 0 for padding
+    grid: tuple[int, int]  # token rows, columns
+
+
+class ShortConv(nnx.Module):
+    """Depthwise convolution over frames, the same kernel towards the past and the future.
+
+    Kernel (K, C); its last tap is the centre. Reference: `SanaWMTemporalShortConvolution`.
+    """
+
+    def __init__(self, width: int, kernel_size: int):
+        centre = jnp.zeros((kernel_size, width)).at[-1].set(1.0)
+        self.taps = nnx.Param(centre)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (B, F, P, C) -> the same."""
+        taps = self.taps[...].astype(x.dtype)
+        frames, reach = x.shape[1], taps.shape[0] - 1
+        y = x * taps[-1]
+        for distance in range(1, min(reach, frames - 1) + 1):
+            pad = [(0, 0)] * x.ndim
+            pad[1] = (distance, distance)
+            padded = jnp.pad(x, pad)
+            y = y + (padded[:, :frames] + padded[:, 2 * distance :]) * taps[-1 - distance]
+        return y
+
+
+class SelfAttention(nnx.Module):
+    """x (B, F, P, C) -> the same; see the module's head."""
+
+    def __init__(self, config: DiTConfig, *, softmax: bool, rngs: nnx.Rngs):
+        width, heads = config.hidden_size, config.num_heads
+        self.softmax = softmax
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        self.out = Linear(width, width, rngs=rngs)
+        self.beta = Linear(width, heads, kernel_init=zeros_init, rngs=rngs)
+        self.decay = Linear(width, heads, kernel_init=zeros_init, rngs=rngs)
+        self.decay_rate_log, self.decay_step = _decay_init(heads, rngs)
+        self.gate = Linear(width, width, rngs=rngs)
+        self.q_camera = Linear(width, width, rngs=rngs)
+        self.k_camera = Linear(width, width, rngs=rngs)
+        self.v_camera = Linear(width, width, rngs=rngs)
+        # zero, so that training starts from the model without a camera
+        self.out_camera = Linear(width, width, kernel_init=zeros_init, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(width, eps=1e-5)
+            self.k_norm = RMSNorm(width, eps=1e-5)
+            self.q_norm_camera = RMSNorm(width, eps=1e-5)
+            self.k_norm_camera = RMSNorm(width, eps=1e-5)
+        if config.conv_kernel_size > 0 and not softmax:
+            for name in ("k",) if config.k_conv_only else ("q", "k", "v"):
+                setattr(self, f"{name}_conv", ShortConv(width, config.conv_kernel_size))
+                setattr(self, f"{name}_conv_camera", ShortConv(width, config.conv_kernel_size))
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        mask = _mask(ctx, x.dtype)  # B F 1 1 or None
+        gates = None if self.softmax else self._gates(x, ctx)
+        seen = x if mask is None else x * mask
+        q, k, v = jnp.split(self.qkv(seen), 3, -1)
+        q, k, v = self._prepare(q, k, v, mask, suffix="")
+        if gates is None:
+            y = _softmax_main(q, k, v, ctx)
+        else:
+            y = _gdn_main(q, k, v, gates, ctx)
+        if ctx.rays is not None:
+            q, k, v = self.q_camera(seen), self.k_camera(seen), self.v_camera(seen)
+            q, k, v = self._prepare(q, k, v, mask, suffix="_camera")
+            if gates is None:
+                z = _softmax_camera(q, k, v, ctx, ctx.rays)
+            else:
+                z = _gdn_camera(q, k, v, gates, ctx, ctx.rays)
+            y = y + self.out_camera(z)
+        # the gate multiplies in float32 (reference: `output_gate(x).to(torch.float32)`)
+        gate = jax.nn.silu(self.gate(x).astype(jnp.float32))
+        return self.out((y.astype(jnp.float32) * gate).astype(x.dtype))
+
+    def _prepare(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, suffix: str
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mask, short convolution, norm over all heads, ReLU kernel: -> B F P N D each."""
+        named = {"q": q, "k": k, "v": v}
+        for name, value in named.items():
+            if mask is not None:
+                value = value * mask
+            conv = getattr(self, f"{name}_conv{suffix}", None)
+            if conv is not None:
+                value = conv(value)
+            norm = getattr(self, f"{name}_norm{suffix}", None)
+            if norm is not None:
+                value = norm(value)
+            if name != "v" and not self.softmax:
+                value = jax.nn.relu(value)
+            named[name] = rearrange(value, "B F P (N D) -> B F P N D", N=self.heads)
+        return named["q"], named["k"], named["v"]
+
+    def _gates(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+        """beta (B, F, P, N) of a token and decay (B, F, N) of a frame, float32."""
+        beta = jax.nn.sigmoid(self.beta(x)).astype(jnp.float32)
+        pooled = jnp.mean(x.astype(jnp.float32), axis=2).astype(x.dtype)
+        step = jax.nn.softplus(self.decay(pooled).astype(jnp.float32) + self.decay_step[...])
+        decay = jnp.exp(-jnp.exp(self.decay_rate_log[...].astype(jnp.float32)) * step)
+        if ctx.frame_mask is not None:
+            real = ctx.frame_mask.astype(jnp.float32)[..., None]  # B F 1
+            beta = beta * real[..., None]
+            decay = decay * real + (1.0 - real)  # padding keeps the state as it is
+        return beta, decay
+
+
+def _decay_init(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
+    """Mamba-2's initial rates: A uniform in (0, 16), step log-uniform in (0.001, 0.1)."""
+    rate = jax.random.uniform(rngs.params(), (heads,), minval=1e-3, maxval=16.0)
+    low, high = math.log(1e-3), math.log(1e-1)
+    step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high))
+    return nnx.Param(jnp.log(rate)), nnx.Param(step + jnp.log(-jnp.expm1(-step)))
+
+
+def _mask(ctx: Context, dtype: jnp.dtype) -> jax.Array | None:
+    return None if ctx.frame_mask is None else ctx.frame_mask.astype(dtype)[..., None, None]
+
+
+def _scaled_keys(k: jax.Array) -> jax.Array:
+    # D^-1/2 P^-1/2 bounds the spectrum of W: P keys enter a frame's map at once
+    return k * (k.shape[-1] ** -0.5 * k.shape[2] ** -0.5)
+
+
+def _f32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(a.astype(jnp.float32) for a in arrays)
+
+
+def _gdn_main(
+    q: jax.Array, k: jax.Array, v: jax.Array, gates: tuple[jax.Array, jax.Array], ctx: Context
+) -> jax.Array:
+    """Numerator on rotated q and k, denominator on plain ones: (B, F, P, N, D) -> (B, F, P, C)."""
+    beta, decay = gates
+    dtype = v.dtype
+    k = _scaled_keys(k)
+    q_rot, k_rot = q, k
+    if ctx.angles is not None:
+        q_rot = apply_rope(q, ctx.angles[:, :, None])
+        k_rot = apply_rope(k, ctx.angles[:, :, None])
+    q, k, v, q_rot, k_rot = _f32(q, k, v, q_rot, k_rot)
+    states, _ = gdn.bidirectional_states(gdn.frame_transitions(k_rot, v, beta, decay))
+    normaliser, _ = gdn.bidirectional_states(gdn.normaliser_transitions(k, beta, decay))
+    y = gdn.read_out(states, q_rot) / (gdn.read_out(normaliser, q) + GDN_EPS)
+    y = rearrange(y.astype(dtype), "B F P N D -> B F P (N D)")
+    mask = _mask(ctx, dtype)
+    return y if mask is None else y * mask
+
+
+def _to_ray_space(
+    q: jax.Array, k: jax.Array, v: jax.Array, rays: RayTransforms
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    transposed = jnp.swapaxes(rays.ray_from_world, -1, -2)
+    moved = (
+        (q, apply_ucpe(q, transposed, rays.angles)),
+        (k, apply_ucpe(k, rays.world_from_ray, rays.angles)),
+        (v, apply_ucpe(v, rays.world_from_ray, rays.angles)),
+    )
+    # translations inflate the channels; bring each head back to its former size
+    q, k, v = (bounded_rms(before, after) for before, after in moved)
+    return q, k, v
+
+
+def _from_ray_space(y: jax.Array, ctx: Context, rays: RayTransforms) -> jax.Array:
+    mask = _mask(ctx, y.dtype)
+    if mask is not None:
+        y = y * mask[..., None]
+    y = apply_ucpe(y, rays.ray_from_world, rays.angles, inverse=True)
+    return rearrange(y, "B F P N D -> B F P (N D)")
+
+
+def _gdn_camera(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: tuple[jax.Array, jax.Array],
+    ctx: Context,
+    rays: RayTransforms,
+) -> jax.Array:
+    """Numerator only, in ray space: (B, F, P, N, D) -> (B, F, P, C)."""
+    beta, decay = gates
+    dtype = v.dtype
+    k = _scaled_keys(k)
+
+    def size(a: jax.Array) -> jax.Array:
+        return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)
+
+    before = size(k)
+    q, k, v = _to_ray_space(q, k, v, rays)
+    inflation = jnp.square(size(k) / before).mean(axis=2)  # B F N
+    beta = beta / jnp.maximum(inflation, 1.0)[:, :, None]
+    if ctx.frame_mask is not None:
+        real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
+        q, k, v = q * real, k * real, v * real
+    q, k, v = _f32(q, k, v)
+    states, _ = gdn.bidirectional_states(gdn.frame_transitions(k, v, beta, decay))
+    return _from_ray_space(gdn.read_out(states, q).astype(dtype), ctx, rays)
+
+
+def _softmax_main(q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context) -> jax.Array:
+    if ctx.angles is not None:
+        q = apply_rope(q, ctx.angles[:, :, None])
+        k = apply_rope(k, ctx.angles[:, :, None])
+    if ctx.frame_mask is not None:
+        # padded keys are zeroed, not hidden, in the reference's main branch
+        real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
+        q, k, v = q * real, k * real, v * real
+    y = attention(*(rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v)))
+    return rearrange(y, "B (F P) N D -> B F P (N D)", F=q.shape[1])
+
+
+def _camera_scale(head_dim: int) -> float:
+    # The reference pads this branch's heads to a size that flash attention takes and then scales
+    # by the padded size, 128^-1/2 for heads of 112; the released weights were trained with it.
+    if head_dim not in (32, 64, 128, 256) and head_dim < 256:
+        head_dim = 128 if head_dim <= 128 else 256
+    return head_dim**-0.5
+
+
+def _softmax_camera(
+    q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context, rays: RayTransforms
+) -> jax.Array:
+    frames, tokens = q.shape[1:3]
+    q, k, v = _to_ray_space(q, k, v, rays)
+    key_mask = None
+    if ctx.frame_mask is not None:
+        real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
+        q, v = q * real, v * real
+        key_mask = jnp.repeat(ctx.frame_mask > 0, tokens, axis=1)  # B T
+    q, k, v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v))
+    y = attention(q, k, v, key_mask=key_mask, scale=_camera_scale(q.shape[-1]))
+    y = rearrange(y, "B (F P) N D -> B F P N D", F=frames)
+    return _from_ray_space(y, ctx, rays)

@@ -1,0 +1,260 @@
+"""Stage 1: the camera-controlled DiT of SANA-WM.
+
+    latents -> patch embedding -> blocks [self-attention + camera, Pluecker, text, feed-forward]
+            -> final layer -> velocity
+
+Axis letters: B batch, F latent frames, H W latent rows and columns, P tokens a frame, L text
+tokens, C width.
+Reference: diffusers `SanaWMTransformer3DModel`, `SanaVideoMSCamCtrlBlock`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from sanawm_jax.core.attention import attention
+from sanawm_jax.core.layers import Conv, Linear, RMSNorm, layer_norm, zeros_init
+from sanawm_jax.core.params import stack
+from sanawm_jax.core.rope import pair_split, rope_angles
+from sanawm_jax.core.stack import scan_runs
+from sanawm_jax.dit.attention import Context, SelfAttention
+from sanawm_jax.dit.config import DiTConfig, LayerKind
+from sanawm_jax.dit.feed_forward import GatedConvFeedForward, Mlp
+from sanawm_jax.dit.ucpe import RayTransforms, inverse_rigid, ray_matrices, up_latitude_map
+
+
+def timestep_features(timesteps: jax.Array, width: int = 256) -> jax.Array:
+    """Sinusoidal features, cosines first: timesteps (...) in 0..1000 -> (..., width) float32."""
+    half = width // 2
+    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = timesteps.astype(jnp.float32)[..., None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def _table_init(key: jax.Array, rows: int, width: int) -> jax.Array:
+    return jax.random.normal(key, (rows, width)) / width**0.5
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches of one frame to tokens: (B, F, H, W, c) -> (B, F, P, C)."""
+
+    def __init__(self, config: DiTConfig, channels: int, *, zero: bool = False, rngs: nnx.Rngs):
+        self.patch = config.patch_size
+        init = {"kernel_init": zeros_init} if zero else {}
+        self.conv = Conv(channels, config.hidden_size, self.patch, rngs=rngs, **init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # torch pads an odd kernel by half of it, an even one not at all
+        pad = [(k // 2, k // 2) if self.patch[-1] % 2 else (0, 0) for k in self.patch]
+        y = self.conv(x, strides=self.patch, padding=pad)
+        return rearrange(y, "B F H W C -> B F (H W) C")
+
+
+class CrossAttention(nnx.Module):
+    """Video queries, text keys and values. Reference: `MultiHeadCrossAttention`."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q = Linear(width, width, rngs=rngs)
+        self.kv = Linear(width, 2 * width, rngs=rngs)
+        self.out = Linear(width, width, rngs=rngs)
+        if config.cross_norm:
+            self.q_norm = RMSNorm(width, eps=1e-6)
+            self.k_norm = RMSNorm(width, eps=1e-6)
+
+    def __call__(self, x: jax.Array, text: jax.Array, text_mask: jax.Array) -> jax.Array:
+        """x (B, F, P, C), text (B, L, C), text_mask (B, L) bool -> x's shape."""
+        q = self.q(rearrange(x, "B F P C -> B (F P) C"))
+        k, v = jnp.split(self.kv(text), 2, -1)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rearrange(a, "B T (N D) -> B T N D", N=self.heads) for a in (q, k, v))
+        y = self.out(rearrange(attention(q, k, v, key_mask=text_mask), "B T N D -> B T (N D)"))
+        return rearrange(y, "B (F P) C -> B F P C", F=x.shape[1])
+
+
+class Block(nnx.Module):
+    """One transformer block with per-frame adaptive layer norm (adaLN-zero)."""
+
+    def __init__(self, config: DiTConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.attn = SelfAttention(config, softmax=kind.softmax, rngs=rngs)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        if config.ffn_type == "mlp":
+            self.ffn = Mlp(width, config.ffn_width, width, rngs=rngs)
+        else:
+            self.ffn = GatedConvFeedForward(config, rngs=rngs)
+        self.modulation_table = nnx.Param(_table_init(rngs.params(), 6, width))
+        if kind.pluecker:
+            self.pluecker = Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """x (B, F, P, C) -> the same."""
+
+        def masked(a: jax.Array) -> jax.Array:
+            if ctx.frame_mask is None:
+                return a
+            return a * ctx.frame_mask.astype(a.dtype)[..., None, None]
+
+        modulation = ctx.modulation + self.modulation_table[...].astype(x.dtype)  # B F 6 C
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            modulation[:, :, i, None] for i in range(6)
+        )  # B F 1 C each
+        x = masked(x)
+        y = self.attn(masked(layer_norm(x) * (1 + scale1) + shift1), ctx)
+        x = x + masked(gate1 * y)
+        if ctx.pluecker is not None and hasattr(self, "pluecker"):
+            x = x + self.pluecker(ctx.pluecker)
+        x = masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
+        y = self.ffn(masked(layer_norm(x) * (1 + scale2) + shift2), ctx.grid)
+        return x + masked(gate2 * y)
+
+
+class Run(nnx.Module):
+    """Layers of one kind, their parameters stacked (repeats, length, ...)."""
+
+    def __init__(
+        self, config: DiTConfig, kind: LayerKind, shape: tuple[int, int], *, rngs: nnx.Rngs
+    ):
+        def make(key: jax.Array) -> Block:
+            return Block(config, kind, rngs=nnx.Rngs(key))
+
+        self.layers = stack(make, rngs.params(), shape)
+
+
+class Segment(nnx.Module):
+    """Runs that repeat together."""
+
+    def __init__(self, runs: list[Run]):
+        self.runs = nnx.List(runs)
+
+
+class DiT(nnx.Module):
+    """The whole stage-1 network; `__call__` predicts the velocity noise - clean."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.config = config
+        self.patch_embed = PatchEmbed(config, config.in_channels, rngs=rngs)
+        self.time_in = Linear(256, width, rngs=rngs)
+        self.time_out = Linear(width, width, rngs=rngs)
+        self.modulation = Linear(width, 6 * width, kernel_init=zeros_init, rngs=rngs)
+        self.text_embed = Mlp(config.caption_channels, width, width, rngs=rngs)
+        if config.y_norm:
+            self.text_norm = RMSNorm(width, eps=1e-5)
+        if config.use_chunk_plucker_post_attn:
+            self.pluecker_embed = PatchEmbed(
+                config, config.chunk_plucker_channels, zero=True, rngs=rngs
+            )
+        self.raymap_embed = PatchEmbed(config, 3, rngs=rngs)
+        self.segments = nnx.List(
+            [
+                Segment(
+                    [
+                        Run(config, kind, (segment.repeats, length), rngs=rngs)
+                        for kind, length in segment.runs
+                    ]
+                )
+                for segment in config.segments()
+            ]
+        )
+        self.final_table = nnx.Param(_table_init(rngs.params(), 2, width))
+        outputs = math.prod(config.patch_size) * config.in_channels
+        self.final = Linear(width, outputs, kernel_init=zeros_init, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        camera: jax.Array | None = None,
+        pluecker: jax.Array | None = None,
+        frame_mask: jax.Array | None = None,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """Predicts the velocity of every latent.
+
+        Args:
+          latents: (B, F, H, W, c); its dtype is the compute dtype.
+          timesteps: (B, F) in 0..1000; the network sees whole numbers, fractions are cut off.
+          text: (B, L, caption_channels).
+          text_mask: (B, L), non-zero for a token.
+          camera: (B, F, 20) poses relative to the first frame and intrinsics in latent pixels;
+            None switches the camera branch off.
+          pluecker: (B, F, H, W, 48) Pluecker rays of the pixel frames of each latent frame.
+          frame_mask: (B, F), 0 for padded frames.
+          remat: see `core.stack.scan_runs`.
+
+        Returns:
+          (B, F, H, W, c) in the compute dtype.
+        """
+        config, dtype = self.config, latents.dtype
+        _, patch_h, patch_w = config.patch_size
+        grid = (latents.shape[2] // patch_h, latents.shape[3] // patch_w)
+        frames = latents.shape[1]
+        x = self.patch_embed(latents)
+        if camera is not None and not config.use_chunk_plucker_post_attn:
+            maps = up_latitude_map(camera, (grid[0] * patch_h, grid[1] * patch_w))
+            x = x + self.raymap_embed(maps.astype(dtype))
+
+        features = timestep_features(jnp.trunc(timesteps.astype(jnp.float32))).astype(dtype)
+        time = self.time_out(jax.nn.silu(self.time_in(features)))  # B F C
+        modulation = rearrange(self.modulation(jax.nn.silu(time)), "B F (m C) -> B F m C", m=6)
+        text = self.text_embed(text.astype(dtype))
+        if hasattr(self, "text_norm"):
+            text = self.text_norm(text)
+
+        ctx = Context(
+            modulation=modulation,
+            text=text,
+            text_mask=text_mask > 0,
+            angles=self._angles((frames, *grid), halved=False),
+            rays=None if camera is None else self._rays(camera, frames, grid),
+            pluecker=(
+                self.pluecker_embed(pluecker.astype(dtype))
+                if pluecker is not None and config.use_chunk_plucker_post_attn
+                else None
+            ),
+            frame_mask=frame_mask,
+            grid=grid,
+        )
+        for segment in self.segments:
+            x = scan_runs(
+                [run.layers for run in segment.runs],
+                x,
+                lambda block, x: block(x, ctx),
+                remat=remat,
+            )
+
+        table = self.final_table[...].astype(dtype) + time[:, :, None]  # B F 2 C
+        y = self.final(layer_norm(x) * (1 + table[:, :, 1, None]) + table[:, :, 0, None])
+        return rearrange(
+            y,
+            "B F (H W) (p q c) -> B F (H p) (W q) c",
+            H=grid[0],
+            p=patch_h,
+            q=patch_w,
+        )
+
+    def _angles(self, grid: tuple[int, int, int], *, halved: bool) -> jax.Array | None:
+        """(F, P, pairs) of a whole head, or of the half that the camera branch rotates."""
+        if not self.config.use_pe:
+            return None
+        head = self.config.linear_head_dim
+        angles = rope_angles(head, grid, pairs=pair_split(head // 2) if halved else None)
+        return rearrange(angles, "F H W D -> F (H W) D")
+
+    def _rays(self, camera: jax.Array, frames: int, grid: tuple[int, int]) -> RayTransforms:
+        _, patch_h, patch_w = self.config.patch_size
+        matrices = ray_matrices(camera, grid, (patch_h, patch_w))
+        matrices = rearrange(matrices, "B F H W i j -> B F (H W) i j")
+        angles = self._angles((frames, *grid), halved=True)
+        return RayTransforms(matrices, inverse_rigid(matrices), angles)

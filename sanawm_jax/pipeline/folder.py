@@ -1,0 +1,149 @@
+"""A published stage-1 folder in diffusers layout: where its parts are, and how they load.
+
+model_index.json  tokenizer/  text_encoder/  transformer/  vae/  scheduler/
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from sanawm_jax.core.params import Params, build
+from sanawm_jax.diffusion.euler import Schedule
+from sanawm_jax.dit import keys as dit_keys
+from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.model import DiT
+from sanawm_jax.errors import InputError
+from sanawm_jax.text.gemma import Tower, text_tower
+from sanawm_jax.text.keys import load_text_encoder
+from sanawm_jax.text.tokenizer import Tokenizer
+from sanawm_jax.vae import keys as vae_keys
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.model import VideoVAE
+from sanawm_jax.weights import keymap
+from sanawm_jax.weights.files import SafetensorsFolder, read_config
+
+SMALL_WORLD = "small_world"
+_SHIPPED = Path(__file__).parent.parent / "assets"
+
+
+def find_weights(name: str | Path) -> Path:
+    """Resolves a local folder, `small_world`, or a hub name `owner/model` to a local folder.
+
+    Raises:
+      InputError: none of them, or the hub cannot be reached and its cache lacks the model.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if str(name) == SMALL_WORLD:
+        shipped = _SHIPPED / SMALL_WORLD
+        if shipped.is_dir():
+            return shipped
+        raise InputError("the small world's weights are not in this checkout; pass --weights DIR")
+    if path.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise InputError(f"weights {name} is neither a folder nor a hub name such as owner/model")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise InputError(
+            f"weights {name} is no local folder; to download it, pip install 'sanawm-jax[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot download {name} and it is not in the local cache ({reason})"
+        ) from None
+
+
+class Stage1Folder:
+    """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
+
+    Raises:
+      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        index = read_config(self.path, "model_index.json")
+        self.parts = [k for k, v in index.items() if isinstance(v, list)]
+        absent = [p for p in self.parts if not (self.path / p).is_dir()]
+        if absent:
+            raise InputError(f"{self.path} lacks {', '.join(absent)}, which model_index.json names")
+
+    def part(self, name: str) -> Path:
+        folder = self.path / name
+        if not folder.is_dir():
+            raise InputError(f"{self.path} has no {name}/; is it a stage-1 folder?")
+        return folder
+
+    def dit_config(self) -> DiTConfig:
+        return DiTConfig.from_json(read_config(self.part("transformer")))
+
+    def vae_config(self) -> VAEConfig:
+        return VAEConfig.from_json(read_config(self.part("vae")))
+
+    def schedule(self) -> Schedule:
+        raw = read_config(self.part("scheduler"), "scheduler_config.json")
+        return Schedule.from_json(raw)
+
+    def check(self, *, needs_vae: bool) -> None:
+        """Compares names and shapes of all tensors, from the file headers alone.
+
+        Raises:
+          InputError: what is missing, unexpected or mis-shaped.
+        """
+        folder, config = self.part("transformer"), self.dit_config()
+        keymap.check(
+            dit_keys.key_table(config),
+            build(DiT, config)[1],
+            SafetensorsFolder(folder),
+            what=str(folder),
+            ignore=dit_keys.is_ignored,
+        )
+        if needs_vae:
+            folder, vae_config = self.part("vae"), self.vae_config()
+            keymap.check(
+                vae_keys.key_table(vae_config),
+                build(VideoVAE, vae_config)[1],
+                SafetensorsFolder(folder),
+                what=str(folder),
+            )
+
+    def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the DiT."""
+        folder, config = self.part("transformer"), self.dit_config()
+        graphdef, abstract = build(DiT, config)
+        params = keymap.load(
+            dit_keys.key_table(config),
+            abstract,
+            SafetensorsFolder(folder),
+            what=str(folder),
+            dtype=dtype,
+            ignore=dit_keys.is_ignored,
+        )
+        return config, graphdef, params
+
+    def load_vae(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the VAE."""
+        folder, config = self.part("vae"), self.vae_config()
+        graphdef, abstract = build(VideoVAE, config)
+        params = keymap.load(
+            vae_keys.key_table(config),
+            abstract,
+            SafetensorsFolder(folder),
+            what=str(folder),
+            dtype=dtype,
+        )
+        return config, graphdef, params
+
+    def load_text(self, dtype: Any) -> tuple[Tower, Tokenizer]:
+        """The compiled text tower and its tokenizer."""
+        config, params = load_text_encoder(self.part("text_encoder"), dtype=dtype)
+        return text_tower(config, params, dtype=dtype), Tokenizer(self.part("tokenizer"))

@@ -1,0 +1,222 @@
+"""One image, a prompt and a camera path become a video: the Python API behind `sample.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from sanawm_jax.camera.npy import load_array
+from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.core.params import Params, apply
+from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.folder import Stage1Folder, find_weights
+from sanawm_jax.pipeline.request import Request, make_request
+from sanawm_jax.pipeline.stage1 import Conditions, denoise
+from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def resolve_dtype(name: str) -> Any:
+    """A dtype by name; float32 also lifts matrix products out of TF32 and bfloat16.
+
+    Raises:
+      InputError: unknown name.
+    """
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    if name == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return DTYPES[name]
+
+
+@dataclasses.dataclass
+class Video:
+    """What a call returns.
+
+    Axis letters: N pixel frames, F latent frames.
+    """
+
+    latents: np.ndarray  # (1, C, F, h, w) float32
+    frames: np.ndarray | None  # (N, H, W, 3) float32 in [0, 1]; None if not decoded
+    request: Request
+
+
+def read_latents(
+    value: str | os.PathLike | np.ndarray, shape: tuple[int, ...] | None
+) -> np.ndarray:
+    """Latents (1, C, F, h, w) from an array or a .npy file, as float32.
+
+    Raises:
+      InputError: unreadable, not finite, or not of `shape` (None takes any with one clip).
+    """
+    array = load_array(value, "latents")
+    if shape is None and (array.ndim != 5 or array.shape[0] != 1):
+        raise InputError(f"latents have shape {array.shape}, expected (1, C, T, h, w)")
+    if shape is not None and array.shape != shape:
+        raise InputError(f"latents have shape {array.shape}, this video needs {shape}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError("latents hold NaN or infinity")
+    return array
+
+
+class SanaWM:
+    """The stage-1 model of a folder, ready to be called.
+
+    Networks are read from disk when first needed and stay on the device.
+    """
+
+    def __init__(self, folder: Stage1Folder, *, dtype: str = "bfloat16"):
+        self.folder = folder
+        self.dtype = resolve_dtype(dtype)
+        self.vae_config = folder.vae_config()
+        self._parts: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, dtype: str = "bfloat16") -> SanaWM:
+        """Opens a folder in diffusers layout, `small_world`, or a hub name.
+
+        Raises:
+          InputError: it cannot be found or is not a stage-1 folder.
+        """
+        return cls(Stage1Folder(find_weights(name)), dtype=dtype)
+
+    def _part(self, name: str, load: Callable[[Any], Any]) -> Any:
+        if name not in self._parts:
+            self._parts[name] = load(self.dtype)
+        return self._parts[name]
+
+    def request(self, image: Any, **options: Any) -> Request:
+        """`make_request` with this model's VAE strides."""
+        return make_request(
+            image,
+            temporal=self.vae_config.temporal_ratio,
+            spatial=self.vae_config.spatial_ratio,
+            **options,
+        )
+
+    def latent_shape(self, request: Request) -> tuple[int, int, int, int, int]:
+        """(1, C, F, h, w) of a request's latents."""
+        config = self.vae_config
+        frames = (request.num_frames - 1) // config.temporal_ratio + 1
+        rows, columns = (
+            size // config.spatial_ratio for size in (request.height, request.width)
+        )
+        return 1, config.latent_channels, frames, rows, columns
+
+    def __call__(
+        self,
+        image: Any,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        steps: int = 60,
+        cfg_scale: float = 5.0,
+        flow_shift: float | None = None,
+        seed: int = 42,
+        latents: str | os.PathLike | np.ndarray | None = None,
+        text_length: int = MAX_LENGTH,
+        decode: bool = True,
+        progress: bool = True,
+        **options: Any,
+    ) -> Video:
+        """Makes a video.
+
+        Args:
+          image, options: see `request.make_request`.
+          prompt: what is in the scene.
+          negative_prompt: what to steer away from, read without the chi prompt.
+          steps: Euler steps.
+          cfg_scale: guidance; 1 or less switches it off and halves the work.
+          flow_shift: shift of the schedule; the folder's by default.
+          seed: of the initial noise.
+          latents: initial noise (1, C, F, h, w) in place of the seed's.
+          text_length: text tokens L.
+          decode: also decode the latents to frames.
+          progress: show a progress bar.
+
+        Raises:
+          InputError: one line on what is wrong, before anything is compiled.
+        """
+        request = self.request(image, **options)
+        shape = self.latent_shape(request)
+        noise = None if latents is None else read_latents(latents, shape)
+        schedule = self.folder.schedule()
+        if flow_shift is not None:
+            if not flow_shift > 0:
+                raise InputError(f"flow_shift={flow_shift} must be positive")
+            schedule = dataclasses.replace(schedule, shift=flow_shift)
+        sigmas = schedule.sigmas(steps)
+        self.folder.check(needs_vae=True)
+
+        if noise is None:
+            noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+        has_guidance = cfg_scale > 1
+        conditions = self._conditions(request, prompt, negative_prompt, has_guidance, text_length)
+        _, graphdef, params = self._part("transformer", self.folder.load_dit)
+        sampled = denoise(
+            graphdef,
+            params,
+            rearrange(jnp.asarray(noise), "B C F H W -> B F H W C"),
+            self._first_latent(request),
+            conditions,
+            sigmas,
+            guidance=cfg_scale,
+            dtype=self.dtype,
+            progress=progress,
+        )
+        frames = self.decode(sampled) if decode else None
+        out = np.asarray(rearrange(sampled, "B F H W C -> B C F H W"), np.float32)
+        return Video(out, frames, request)
+
+    def _conditions(
+        self, request: Request, prompt: str, negative: str, has_guidance: bool, length: int
+    ) -> Conditions:
+        tower, tokenizer = self._part("text", self.folder.load_text)
+        cond, cond_mask, neg, neg_mask = encode_prompt(
+            tower, tokenizer, prompt, negative, max_length=length
+        )
+        if has_guidance:
+            cond = jnp.concatenate([neg, cond])
+            cond_mask = jnp.concatenate([neg_mask, cond_mask])
+        camera, pluecker = camera_conditions(
+            request.c2w,
+            request.intrinsics,
+            request.height,
+            request.width,
+            self.vae_config.temporal_ratio,
+            self.vae_config.spatial_ratio,
+        )
+        return Conditions(cond, cond_mask, jnp.asarray(camera[None]), jnp.asarray(pluecker[None]))
+
+    def _first_latent(self, request: Request) -> jax.Array:
+        """(1, 1, h, w, C) normalised latent of the image."""
+        _, graphdef, params = self._part("vae", self.folder.load_vae)
+
+        @jax.jit
+        def encode(params: Params, pixels: jax.Array) -> jax.Array:
+            mean, _ = apply(graphdef, params, pixels, method="encode")
+            return apply(graphdef, params, mean, method="normalise").astype(jnp.float32)
+
+        return encode(params, jnp.asarray(request.pixels, self.dtype)[None, None])
+
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        """Latents (1, F, h, w, C) to frames (N, H, W, 3) float32 in [0, 1]."""
+        _, graphdef, params = self._part("vae", self.folder.load_vae)
+
+        @jax.jit
+        def run(params: Params, latents: jax.Array) -> jax.Array:
+            plain = apply(graphdef, params, latents, method="denormalise")
+            video = apply(graphdef, params, plain, method="decode")
+            return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+
+        return np.asarray(run(params, latents.astype(self.dtype)))

@@ -1,0 +1,120 @@
+"""Stage 1: noise, first frame, text and camera to latents.
+
+Axis letters: F latent frames, H W latent rows and columns, C channels, L text tokens.
+Reference: diffusers `SanaWMPipeline.__call__`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sanawm_jax.core.params import Params, apply
+from sanawm_jax.diffusion.euler import euler_step, frame_timesteps, guide
+
+
+class Conditions(NamedTuple):
+    """What steers the video; batch B is 2 with guidance [negative, prompt], else 1."""
+
+    text: jax.Array  # B L C
+    text_mask: jax.Array  # B L
+    camera: jax.Array  # 1 F 20
+    pluecker: jax.Array  # 1 F H W 48
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
+def denoise_step(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    latents: jax.Array,
+    conditions: Conditions,
+    sigma: jax.Array,
+    next_sigma: jax.Array,
+    guidance: jax.Array,
+    dtype: Any,
+) -> jax.Array:
+    """One guided Euler step; the first frame is the condition and never changes.
+
+    Args:
+      latents: (1, F, H, W, C) float32, donated.
+      sigma, next_sigma, guidance: scalars, traced, so every step runs the same program.
+      dtype: compute dtype of the network.
+    """
+    batch = conditions.text.shape[0]
+    conditioned = jnp.arange(latents.shape[1]) == 0
+
+    def repeat(a: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(a, (batch, *a.shape[1:]))
+
+    velocity = apply(
+        graphdef,
+        params,
+        repeat(latents).astype(dtype),
+        frame_timesteps(sigma, conditioned, batch),
+        conditions.text,
+        conditions.text_mask,
+        repeat(conditions.camera),
+        repeat(conditions.pluecker),
+    )
+    if batch == 2:
+        velocity = guide(velocity, guidance)
+    return euler_step(latents, velocity, sigma, next_sigma, conditioned)
+
+
+def next_sigmas(sigmas: np.ndarray) -> np.ndarray:
+    """For every level but the last the largest one below it, as per-token stepping finds it."""
+    return np.array(
+        [max((s for s in sigmas if s < now - 1e-6), default=0.0) for now in sigmas[:-1]],
+        np.float32,
+    )
+
+
+def denoise(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    noise: jax.Array,
+    first_latent: jax.Array,
+    conditions: Conditions,
+    sigmas: np.ndarray,
+    *,
+    guidance: float,
+    dtype: Any,
+    progress: bool = True,
+) -> jax.Array:
+    """Runs the sampler.
+
+    Args:
+      graphdef, params: the DiT.
+      noise: (1, F, H, W, C) standard normal.
+      first_latent: (1, 1, H, W, C) of the given image, kept as frame 0.
+      conditions: see `Conditions`.
+      sigmas: noise levels down to 0, `Schedule.sigmas`.
+      guidance: classifier-free guidance scale; read only when the conditions have batch 2.
+      dtype: compute dtype of the network; the latents stay float32 between steps.
+      progress: show a progress bar.
+
+    Returns:
+      (1, F, H, W, C) float32.
+    """
+    from tqdm import tqdm
+
+    latents = jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
+    pairs = list(zip(sigmas[:-1], next_sigmas(sigmas), strict=True))
+    for sigma, next_sigma in tqdm(pairs, desc="sampling", unit="step", disable=not progress):
+        latents = denoise_step(
+            graphdef,
+            params,
+            latents,
+            conditions,
+            jnp.float32(sigma),
+            jnp.float32(next_sigma),
+            jnp.float32(guidance),
+            dtype,
+        )
+        latents.block_until_ready()  # the bar shows finished steps, not queued ones
+    return latents

@@ -1,0 +1,249 @@
+"""The Gemma-2 text tower: token ids to hidden states.
+
+Axis letters: B batch, L text tokens, S keys (= L), C width, K key-value heads, G queries a
+key-value head, D head size.
+Reference: Gemma 2 (arXiv 2408.00118), transformers `Gemma2Model`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from sanawm_jax.core.layers import Linear
+from sanawm_jax.core.params import Params, apply, build, stack
+from sanawm_jax.errors import InputError
+from sanawm_jax.text.config import SLIDING, GemmaConfig
+
+Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L)) -> (B, L, C)
+
+
+def rope_tables(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (L, D) of rotary embedding for positions 0..L-1, float32."""
+    frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    angle = jnp.concatenate([angle, angle], -1)  # the two halves of a head are the pair
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + D/2) of x (B, L, ..., D) by `rope_tables`."""
+    shape = (1, cos.shape[0], *(1,) * (x.ndim - 3), cos.shape[1])
+    cos, sin = cos.reshape(shape).astype(x.dtype), sin.reshape(shape).astype(x.dtype)
+    first, second = jnp.split(x, 2, -1)
+    return x * cos + jnp.concatenate([-second, first], -1) * sin
+
+
+def attention_masks(mask: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """Which keys a query sees in a full and in a sliding layer: causal, and never padding.
+
+    Args:
+      mask: (B, L), nonzero for tokens.
+      window: keys that a query of a sliding layer sees, itself included; None is all.
+
+    Returns:
+      Two (B, L, S) bool arrays.
+    """
+    position = jnp.arange(mask.shape[1])
+    back = position[:, None] - position[None, :]
+    full = (back >= 0)[None] & (mask != 0)[:, None, :]
+    return full, full if window is None else full & (back < window)[None]
+
+
+def grouped_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention with shared key-value heads and tanh-capped logits.
+
+    Args:
+      q: (B, L, K, G, D).
+      k: (B, S, K, D).
+      v: (B, S, K, D).
+      mask: (B, L, S) bool.
+      scale: of the logits.
+      softcap: bound of the logits before masking; None leaves them.
+
+    Returns:
+      (B, L, K, G, D) in q's dtype.
+    """
+    # fp32 island: logits, cap and softmax
+    logits = jnp.einsum("BLKGD,BSKD->BKGLS", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    # finite, so that a padded query that sees nothing averages all keys, as in the reference
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, -1).astype(q.dtype)
+    return jnp.einsum("BKGLS,BSKD->BLKGD", weights, v)
+
+
+class GemmaNorm(nnx.Module):
+    """Root-mean-square norm scaled by 1 + scale, all of it in float32."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.zeros((features,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries, rotary positions and capped logits."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, head = config.hidden_size, config.head_dim
+        linear = functools.partial(Linear, use_bias=False, rngs=rngs)
+        self.q = linear(width, config.num_attention_heads * head)
+        self.k = linear(width, config.num_key_value_heads * head)
+        self.v = linear(width, config.num_key_value_heads * head)
+        self.out = linear(config.num_attention_heads * head, width)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        config = self.config
+        heads = config.num_key_value_heads
+        q = rearrange(self.q(x), "B L (K G D) -> B L K G D", K=heads, D=config.head_dim)
+        k = rearrange(self.k(x), "B S (K D) -> B S K D", K=heads)
+        v = rearrange(self.v(x), "B S (K D) -> B S K D", K=heads)
+        mixed = grouped_attention(
+            rotate(q, *rope),
+            rotate(k, *rope),
+            v,
+            mask,
+            scale=config.query_pre_attn_scalar**-0.5,
+            softcap=config.attn_logit_softcapping,
+        )
+        return self.out(rearrange(mixed, "B L K G D -> B L (K G D)"))
+
+
+class Mlp(nnx.Module):
+    """Gated MLP with tanh GELU."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate = Linear(width, inner, use_bias=False, rngs=rngs)
+        self.up = Linear(width, inner, use_bias=False, rngs=rngs)
+        self.down = Linear(inner, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each between two norms and inside a residual."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        norm = functools.partial(GemmaNorm, config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+        self.pre_attn_norm, self.post_attn_norm = norm(), norm()
+        self.pre_mlp_norm, self.post_mlp_norm = norm(), norm()
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), mask, rope))
+        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+
+
+class GemmaTower(nnx.Module):
+    """Embedding, layers stacked on a leading axis and run by one scan, final norm."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        table_init = nnx.initializers.normal(config.hidden_size**-0.5)
+        self.embed_table = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
+        self.layers = stack(
+            lambda key: Layer(config, rngs=nnx.Rngs(key)),
+            rngs.params(),
+            (config.num_hidden_layers,),
+        )
+        self.norm = GemmaNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def embed(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        """Embeddings (B, L, C) of ids times sqrt(C), in `dtype` or the table's."""
+        x = self.embed_table[...][ids]
+        x = x if dtype is None else x.astype(dtype)
+        # the factor is rounded to the model's dtype, as the weights were trained
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+
+    def __call__(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        *,
+        dtype: Any = None,
+        all_states: bool = False,
+    ) -> jax.Array:
+        """Hidden states of right-padded token ids.
+
+        Args:
+          ids: (B, L) integers.
+          mask: (B, L), nonzero for tokens.
+          dtype: compute dtype; the embedding table's by default.
+          all_states: return every state, not only the last.
+
+        Returns:
+          (B, L, C) after the final norm, the reference's `hidden_states[-1]`; with `all_states`
+          (layers + 1, B, L, C): the embeddings, each layer but the last, and that.
+        """
+        config = self.config
+        full, sliding = attention_masks(mask, config.sliding_window)
+        rope = rope_tables(ids.shape[1], config.head_dim, config.rope_theta)
+
+        def step(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, jax.Array | None]:
+            layer, is_sliding = scanned
+            y = layer(x, jnp.where(is_sliding, sliding, full), rope)
+            return y, x if all_states else None
+
+        is_sliding = jnp.array([kind == SLIDING for kind in config.layer_types])
+        x, entering = lax.scan(step, self.embed(ids, dtype), (self.layers, is_sliding))
+        x = self.norm(x)
+        return x if entering is None else jnp.concatenate([entering, x[None]])
+
+
+def text_tower(config: GemmaConfig, params: Params, *, dtype: Any = None) -> Tower:
+    """The compiled function (ids (B, L), mask (B, L)) -> last hidden state (B, L, C).
+
+    Args:
+      params: of `GemmaTower`, as `keys.load_text_encoder` returns them.
+      dtype: compute dtype; the parameters' by default.
+
+    The function raises InputError for ids that the embedding does not have, which means that
+    tokenizer and text encoder are not of one model.
+    """
+    graphdef, _ = build(GemmaTower, config)
+
+    @jax.jit
+    def run(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return apply(graphdef, params, ids, mask, dtype=dtype)
+
+    def tower(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
+        # on an accelerator a lookup past the table is silent
+        if (largest := int(np.max(ids))) >= config.vocab_size:
+            raise InputError(
+                f"token id {largest} is past the text encoder's {config.vocab_size} embeddings; "
+                "tokenizer/ and text_encoder/ must come from one model"
+            )
+        return run(params, jnp.asarray(ids), jnp.asarray(mask))
+
+    return tower

@@ -1,0 +1,81 @@
+"""Published names of the text tower's tensors, and its loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sanawm_jax.core.params import Params, build
+from sanawm_jax.text.config import GemmaConfig
+from sanawm_jax.text.gemma import GemmaTower
+from sanawm_jax.weights import keymap
+from sanawm_jax.weights.files import SafetensorsFolder, read_config
+
+_PREFIXES = ("", "model.")  # of Gemma2Model and Gemma2ForCausalLM
+_EMBEDDING = "embed_tokens.weight"
+_LAYER = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.out": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "pre_attn_norm": "input_layernorm",
+    "post_attn_norm": "post_attention_layernorm",
+    "pre_mlp_norm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def find_prefix(keys: Iterable[str]) -> str:
+    """What stands before every name in these tensors; empty if none of them is a text tower's."""
+    keys = set(keys)
+    return next((p for p in _PREFIXES if p + _EMBEDDING in keys), "")
+
+
+def key_table(config: GemmaConfig, prefix: str = "") -> list[keymap.Entry]:
+    """Every leaf of `build(GemmaTower, config)` with the published tensors that fill it."""
+
+    def name(path: str, index: tuple[int, ...]) -> str:
+        if path == "embed_table":
+            return prefix + _EMBEDDING
+        if not index:
+            return prefix + keymap.default_name(path)
+        module, _, leaf = path.removeprefix("layers.").rpartition(".")
+        return prefix + keymap.default_name(f"layers.{index[0]}.{_LAYER[module]}.{leaf}")
+
+    abstract = build(GemmaTower, config)[1]
+    return keymap.table(abstract, name, stacked=lambda path: int(path.startswith("layers.")))
+
+
+def is_ignored(key: str) -> bool:
+    """The head that predicts tokens: tied to the embedding, and no hidden state needs it."""
+    return key == "lm_head.weight"
+
+
+def load_text_encoder(
+    folder: str | Path, *, dtype: Any = None, sharding: Any = None
+) -> tuple[GemmaConfig, Params]:
+    """Reads a `text_encoder/` folder: config.json and safetensors, single or sharded.
+
+    Args:
+      dtype: of the parameters; None keeps the file's.
+      sharding: a sharding or a tree of them for `jax.device_put`.
+
+    Raises:
+      InputError: a file is absent or broken, or the tensors do not fit the configuration.
+    """
+    config = GemmaConfig.from_json(read_config(folder))
+    source = SafetensorsFolder(folder)
+    params = keymap.load(
+        key_table(config, find_prefix(source.keys())),
+        build(GemmaTower, config)[1],
+        source,
+        what=str(folder),
+        dtype=dtype,
+        sharding=sharding,
+        ignore=is_ignored,
+    )
+    return config, params

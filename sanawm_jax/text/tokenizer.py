@@ -1,0 +1,100 @@
+"""Token ids from a published `tokenizer.json`.
+
+Reference: transformers `GemmaTokenizer`, whose ids, truncation and right padding these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sanawm_jax.errors import InputError
+from sanawm_jax.weights.files import read_config
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text; the configuration holds it bare or inside an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+class Tokenizer:
+    """The tokenizer of one folder, e.g. `tokenizer/`.
+
+    `tokenizer.json` says how text is split and that BOS comes first; `tokenizer_config.json`, if
+    there, names the padding token (else `<pad>`) and the side that truncation cuts (else right).
+
+    Raises:
+      InputError: no folder, no or a corrupt tokenizer.json, or an unknown padding token.
+    """
+
+    def __init__(self, folder: str | Path):
+        import tokenizers
+
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(
+                f"{file} does not exist; a tokenizer folder holds tokenizer.json "
+                "(a sentencepiece tokenizer.model alone is not read)"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises the bare class
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{file} is not a tokenizer file ({reason}); fetch it again"
+            ) from error
+        has_config = (folder / "tokenizer_config.json").is_file()
+        config = read_config(folder, "tokenizer_config.json") if has_config else {}
+        self._pad_token = _content(config.get("pad_token")) or "<pad>"
+        pad_id = self._tokenizer.token_to_id(self._pad_token)
+        if pad_id is None:
+            raise InputError(f"{file} lacks the padding token {self._pad_token!r}")
+        self.pad_id: int = pad_id
+        baked = self._tokenizer.truncation or {}
+        self._truncation_side = baked.get("direction") or config.get("truncation_side") or "right"
+        # what the file bakes in must not cut or pad `encode`
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text with its special tokens, neither truncated nor padded."""
+        return self._tokenizer.encode(text).ids
+
+    def __call__(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of texts, truncated and right-padded to one length.
+
+        Args:
+          texts: B strings.
+          max_length: L, special tokens included.
+
+        Returns:
+          ids and mask, both (B, L) int32; mask is 1 on tokens and 0 on padding.
+
+        Raises:
+          InputError: max_length leaves no room beside the special tokens.
+        """
+        special = self._tokenizer.num_special_tokens_to_add(False)
+        if max_length <= special:
+            raise InputError(f"text length {max_length} is too short; use {special + 1} or more")
+        tokenizer = self._tokenizer
+        tokenizer.enable_truncation(max_length, direction=self._truncation_side)
+        tokenizer.enable_padding(
+            length=max_length, pad_id=self.pad_id, pad_token=self._pad_token, direction="right"
+        )
+        try:
+            encodings = tokenizer.encode_batch(list(texts))
+        finally:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        ids = np.array([e.ids for e in encodings], np.int32).reshape(-1, max_length)
+        mask = np.array([e.attention_mask for e in encodings], np.int32).reshape(-1, max_length)
+        return ids, mask

@@ -1,0 +1,118 @@
+"""The flow-matching objective of stage 1, as pure functions of arrays.
+
+Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
+tokens, C text width. Source: NVlabs/Sana, stage-1 training with one timestep a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NUM_STEPS = 1000
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlowExample:
+    """One noised batch.
+
+    Attributes:
+      noisy: (B, F, H, W, c) float32, (1 - sigma) * clean + sigma * noise.
+      timesteps: (B, F) float32 whole numbers, what the network is told.
+      target: (B, F, H, W, c) float32, noise - clean.
+      mask: (B, F) float32, 0 on frames that are given.
+    """
+
+    noisy: jax.Array
+    timesteps: jax.Array
+    target: jax.Array
+    mask: jax.Array
+
+
+@functools.cache
+def noise_levels(flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """sigma and network timestep of the integer steps 0..999, both (1000,) float32.
+
+    sigma = shift * s / (1 + (shift - 1) * s) with s = step / 1000. The timestep is
+    floor(1000 * sigma), as in the reference, although sigma itself is exact.
+    """
+    # in float64: float32 would floor some whole numbers one down
+    s = np.arange(NUM_STEPS, dtype=np.float64) / NUM_STEPS
+    sigma = flow_shift * s / (1 + (flow_shift - 1) * s)
+    timestep = np.floor(np.round(NUM_STEPS * sigma, 9))
+    return sigma.astype(np.float32), timestep.astype(np.float32)
+
+
+def sample_steps(key: jax.Array, batch: int) -> jax.Array:
+    """Logit-normal integer steps in 0..999, (B,) int32."""
+    u = jax.nn.sigmoid(jax.random.normal(key, (batch,)))
+    return jnp.minimum(jnp.floor(NUM_STEPS * u), NUM_STEPS - 1).astype(jnp.int32)
+
+
+def noised_example(
+    key: jax.Array, latents: jax.Array, *, flow_shift: float, image_prob: float
+) -> FlowExample:
+    """Noises a batch of clean latents.
+
+    Args:
+      latents: (B, F, H, W, c) normalised.
+      flow_shift: larger puts more of the training on high noise.
+      image_prob: chance of a sample to keep its first frame clean, at timestep 0 and out of the
+        loss: the condition of image-to-video. Otherwise the sample is text-to-video.
+    """
+    batch, frames = latents.shape[:2]
+    latents = latents.astype(jnp.float32)
+    step_key, noise_key, image_key = jax.random.split(key, 3)
+    sigma_table, timestep_table = (jnp.asarray(a) for a in noise_levels(float(flow_shift)))
+    step = jnp.broadcast_to(sample_steps(step_key, batch)[:, None], (batch, frames))
+    has_image = jax.random.bernoulli(image_key, image_prob, (batch, 1))
+    given = has_image & (jnp.arange(frames) == 0)  # B F
+    step = jnp.where(given, 0, step)
+    sigma = sigma_table[step][..., None, None, None]
+    noise = jax.random.normal(noise_key, latents.shape)
+    return FlowExample(
+        noisy=(1 - sigma) * latents + sigma * noise,
+        timesteps=timestep_table[step],
+        target=noise - latents,
+        mask=1.0 - given.astype(jnp.float32),
+    )
+
+
+def drop_captions(
+    key: jax.Array,
+    text: jax.Array,
+    text_mask: jax.Array,
+    null_text: jax.Array,
+    null_mask: jax.Array,
+    prob: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Replaces captions by the empty prompt, so that guidance has an unconditional model.
+
+    Args:
+      text, text_mask: (B, L, C) and (B, L).
+      null_text, null_mask: (L, C) and (L,).
+      prob: chance of each sample.
+
+    Returns:
+      text and mask of the same shapes.
+    """
+    drop = jax.random.bernoulli(key, prob, (text.shape[0],))
+    text = jnp.where(drop[:, None, None], null_text.astype(text.dtype), text)
+    return text, jnp.where(drop[:, None], null_mask.astype(text_mask.dtype), text_mask)
+
+
+def velocity_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared error over the frames whose mask is 1; () float32.
+
+    Args:
+      prediction, target: (B, F, H, W, c).
+      mask: (B, F).
+    """
+    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    per_frame = jnp.mean(error, axis=(2, 3, 4))
+    return jnp.sum(per_frame * mask) / jnp.maximum(jnp.sum(mask), 1.0)

@@ -1,0 +1,68 @@
+"""AdamW with global-norm clipping, and a learning rate that may follow the clock."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sanawm_jax.core.params import Params, from_leaves, leaves
+from sanawm_jax.errors import InputError
+
+SCHEDULES = ("constant", "cosine")
+
+
+def decay_mask(params: Params) -> Params:
+    """True on kernels; biases, norms, tables, gates and statistics are not decayed."""
+    return from_leaves({path: path.endswith("kernel") for path, _ in leaves(params)})
+
+
+def make_optimizer(
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW at learning rate 1; the train step scales its updates by `learning_rate`."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(1.0, *betas, eps=eps, weight_decay=weight_decay, mask=decay_mask),
+    )
+
+
+def learning_rate(
+    step: jax.Array,
+    wall_fraction: jax.Array,
+    *,
+    peak: float,
+    warmup_steps: int,
+    num_steps: int,
+    schedule: str = "cosine",
+    final_fraction: float = 0.0,
+) -> jax.Array:
+    """Linear warm-up, then constant or cosine over the run.
+
+    Args:
+      step: () updates done.
+      wall_fraction: () share of the time limit that is used up, 0 without a limit. The run is as
+        far as the larger of this and step / num_steps.
+      peak: rate after warm-up.
+      final_fraction: where the cosine ends, as a share of the peak.
+
+    Raises:
+      InputError: unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule={schedule!r}; use one of {', '.join(SCHEDULES)}")
+    warm = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+    if schedule == "constant":
+        return peak * warm
+    progress = jnp.clip(jnp.maximum(step / num_steps, wall_fraction), 0.0, 1.0)
+    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return peak * warm * (final_fraction + (1.0 - final_fraction) * cosine)
+
+
+def ema_decay(step: jax.Array, decay: float) -> jax.Array:
+    """Decay of the moving average, low at first so that the initial weights fade quickly."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))

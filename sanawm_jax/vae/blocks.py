@@ -1,0 +1,342 @@
+"""Building blocks of the video autoencoder.
+
+Axis letters: B batch, F frames, H rows, W columns, C channels; `p q r` strides over F, H, W.
+Activations are channels-last `B F H W C`. Source: the LTX2Video blocks of diffusers'
+`autoencoder_kl_ltx2.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from flax import nnx
+from jax import lax
+
+from sanawm_jax.core.layers import Conv, Linear
+from sanawm_jax.errors import InputError
+from sanawm_jax.vae.config import DownStage, Strides, UpStage
+
+Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one after each convolution
+
+_PAD_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
+    """Divides every location by the RMS of its channels; statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def space_to_depth(x: jax.Array, strides: Strides) -> jax.Array:
+    """(B, F*p, H*q, W*r, C) -> (B, F, H, W, C*p*q*r), the offsets fastest."""
+    p, q, r = strides
+    return rearrange(x, "B (F p) (H q) (W r) C -> B F H W (C p q r)", p=p, q=q, r=r)
+
+
+def depth_to_space(x: jax.Array, strides: Strides) -> jax.Array:
+    """Inverse of `space_to_depth`."""
+    p, q, r = strides
+    return rearrange(x, "B F H W (C p q r) -> B (F p) (H q) (W r) C", p=p, q=q, r=r)
+
+
+class CausalConv(nnx.Module):
+    """3x3x3 convolution; time is padded with edge frames, space by `padding_mode`.
+
+    Whether time is padded on the left only is chosen at the call.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        padding_mode: str,
+        strides: Strides = (1, 1, 1),
+        rngs: nnx.Rngs,
+    ):
+        self.conv = Conv(in_features, out_features, (3, 3, 3), rngs=rngs)
+        self.padding_mode = padding_mode
+        self.strides = strides
+
+    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+        before, after = (2, 0) if causal else (1, 1)
+        first = jnp.broadcast_to(x[:, :1], (x.shape[0], before, *x.shape[2:]))
+        parts = [first, x] if causal else [first, x, x[:, -after:]]
+        x = jnp.concatenate(parts, axis=1)
+        space = (1, 1)
+        if self.padding_mode != "zeros":
+            widths = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
+            x = jnp.pad(x, widths, mode=_PAD_MODE[self.padding_mode])
+            space = (0, 0)
+        return self.conv(x, strides=self.strides, padding=((0, 0), space, space))
+
+
+class ChannelLayerNorm(nnx.Module):
+    """Layer norm over channels with scale and bias; statistics in float32."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.bias = nnx.Param(jnp.zeros((features,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, -1, keepdims=True)
+        y = centred * lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class TimeEmbedder(nnx.Module):
+    """Sinusoidal embedding of a timestep and a two-layer MLP: (B,) -> (B, features)."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(256, features, rngs=rngs)
+        self.linear_2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, timestep: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        # float32 phases: bfloat16 cannot tell neighbouring timesteps of 0..1000 apart
+        frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(128, dtype=jnp.float32) / 128)
+        phase = timestep.astype(jnp.float32).reshape(-1, 1) * frequencies
+        waves = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1).astype(dtype)
+        return self.linear_2(jax.nn.silu(self.linear_1(waves)))
+
+
+def modulation_table(rows: int, features: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Learned shifts and scales that a timestep embedding is added to, (rows, features)."""
+    return nnx.Param(jax.random.normal(rngs.params(), (rows, features)) / features**0.5)
+
+
+class ResnetBlock(nnx.Module):
+    """Pre-norm residual block, optionally modulated by a timestep and perturbed by noise."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        eps: float,
+        padding_mode: str,
+        inject_noise: bool = False,
+        timestep_conditioning: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        make = lambda a, b: CausalConv(a, b, padding_mode=padding_mode, rngs=rngs)  # noqa: E731
+        self.conv1 = make(in_features, out_features)
+        self.conv2 = make(out_features, out_features)
+        widens = in_features != out_features
+        self.norm3 = ChannelLayerNorm(in_features, eps=eps) if widens else None
+        self.conv_shortcut = (
+            Conv(in_features, out_features, (1, 1, 1), rngs=rngs) if widens else None
+        )
+        scale = lambda: nnx.Param(jnp.zeros((1, 1, in_features))) if inject_noise else None  # noqa: E731
+        self.per_channel_scale1 = scale()
+        self.per_channel_scale2 = scale()
+        self.scale_shift_table = (
+            modulation_table(4, in_features, rngs) if timestep_conditioning else None
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        temb: jax.Array | None = None,
+        noise: Noise | None = None,
+        *,
+        causal: bool,
+    ) -> jax.Array:
+        """x (B, F, H, W, C), temb (B, 4 * C), noise two (H, W) -> (B, F, H, W, C')."""
+        modulation = None
+        if self.scale_shift_table is not None:
+            table = self.scale_shift_table[...].astype(x.dtype)
+            # shift and scale of the first norm, then of the second
+            modulation = rearrange(temb, "B (k C) -> k B 1 1 1 C", k=4)
+            modulation = modulation + table[:, None, None, None, None]
+
+        y = pixel_norm(x)
+        if modulation is not None:
+            y = y * (1 + modulation[1]) + modulation[0]
+        y = self.conv1(jax.nn.silu(y), causal=causal)
+        if self.per_channel_scale1 is not None:
+            y = y + self._noise(noise, 0, y) * self.per_channel_scale1[...].astype(y.dtype)
+        y = pixel_norm(y)
+        if modulation is not None:
+            y = y * (1 + modulation[3]) + modulation[2]
+        y = self.conv2(jax.nn.silu(y), causal=causal)
+        if self.per_channel_scale2 is not None:
+            y = y + self._noise(noise, 1, y) * self.per_channel_scale2[...].astype(y.dtype)
+
+        if self.norm3 is not None:
+            x = self.norm3(x)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return x + y
+
+    @staticmethod
+    def _noise(noise: Noise | None, index: int, like: jax.Array) -> jax.Array:
+        if noise is None:
+            raise InputError("this VAE injects noise in its decoder; pass noise=draw_noise(...)")
+        return noise[index].astype(like.dtype)[:, :, None]  # H W 1: shared by frames and batch
+
+
+class Downsampler(nnx.Module):
+    """Space-to-depth after a convolution, plus the grouped mean of the folded input."""
+
+    def __init__(self, stage: DownStage, *, padding_mode: str, rngs: nnx.Rngs):
+        assert stage.strides is not None
+        self.strides = stage.strides
+        fold = math.prod(stage.strides)
+        self.group_size = stage.in_channels * fold // stage.out_channels
+        self.conv = CausalConv(
+            stage.in_channels, stage.out_channels // fold, padding_mode=padding_mode, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+        if self.strides[0] > 1:
+            # the first frame stands for the frames before the clip, so that 8k+1 divides
+            x = jnp.concatenate([x[:, : self.strides[0] - 1], x], axis=1)
+        folded = space_to_depth(x, self.strides)
+        skip = reduce(folded, "B F H W (C g) -> B F H W C", "mean", g=self.group_size)
+        return space_to_depth(self.conv(x, causal=causal), self.strides) + skip
+
+
+class Upsampler(nnx.Module):
+    """Depth-to-space after a convolution, plus (optionally) the unfolded input, repeated."""
+
+    def __init__(self, stage: UpStage, *, padding_mode: str, rngs: nnx.Rngs):
+        assert stage.strides is not None
+        self.strides = stage.strides
+        fold = math.prod(stage.strides)
+        features = stage.out_channels * stage.factor
+        self.repeats = fold // stage.factor if stage.residual else 0
+        self.conv = CausalConv(
+            features, features * fold // stage.factor, padding_mode=padding_mode, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+        y = self._unfold(self.conv(x, causal=causal))
+        if not self.repeats:
+            return y
+        return y + jnp.tile(self._unfold(x), (1, 1, 1, 1, self.repeats))
+
+    def _unfold(self, x: jax.Array) -> jax.Array:
+        # frames that would lie before the clip are dropped
+        return depth_to_space(x, self.strides)[:, self.strides[0] - 1 :]
+
+
+class DownBlock(nnx.Module):
+    """Resnets, then a downsampler."""
+
+    def __init__(self, stage: DownStage, *, eps: float, padding_mode: str, rngs: nnx.Rngs):
+        width = stage.in_channels
+        self.resnets = nnx.List(
+            ResnetBlock(width, width, eps=eps, padding_mode=padding_mode, rngs=rngs)
+            for _ in range(stage.num_layers)
+        )
+        self.downsample = self._downsampler(stage, padding_mode, rngs)
+
+    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+        for resnet in self.resnets:
+            x = resnet(x, causal=causal)
+        return x if self.downsample is None else self.downsample(x, causal=causal)
+
+    @staticmethod
+    def _downsampler(
+        stage: DownStage, padding_mode: str, rngs: nnx.Rngs
+    ) -> CausalConv | Downsampler | None:
+        if stage.strides is None:
+            return None
+        if not stage.strided_conv:
+            return Downsampler(stage, padding_mode=padding_mode, rngs=rngs)
+        width = stage.in_channels
+        return CausalConv(width, width, padding_mode=padding_mode, strides=stage.strides, rngs=rngs)
+
+
+class MidBlock(nnx.Module):
+    """Resnets at one width, with their own embedding of the timestep."""
+
+    def __init__(
+        self,
+        features: int,
+        num_layers: int,
+        *,
+        eps: float,
+        padding_mode: str,
+        inject_noise: bool = False,
+        timestep_conditioning: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        embedder = TimeEmbedder(4 * features, rngs=rngs) if timestep_conditioning else None
+        self.time_embedder = embedder
+        self.resnets = nnx.List(
+            ResnetBlock(
+                features,
+                features,
+                eps=eps,
+                padding_mode=padding_mode,
+                inject_noise=inject_noise,
+                timestep_conditioning=timestep_conditioning,
+                rngs=rngs,
+            )
+            for _ in range(num_layers)
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        timestep: jax.Array | None = None,
+        noise: tuple[Noise, ...] | None = None,
+        *,
+        causal: bool,
+    ) -> jax.Array:
+        temb = self.time_embedder(timestep, x.dtype) if self.time_embedder is not None else None
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb, noise[i] if noise else None, causal=causal)
+        return x
+
+
+class UpBlock(MidBlock):
+    """A change of width if needed, an upsampler, then resnets."""
+
+    def __init__(
+        self,
+        stage: UpStage,
+        *,
+        eps: float,
+        padding_mode: str,
+        timestep_conditioning: bool,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            stage.out_channels,
+            stage.num_layers,
+            eps=eps,
+            padding_mode=padding_mode,
+            inject_noise=stage.inject_noise,
+            timestep_conditioning=timestep_conditioning,
+            rngs=rngs,
+        )
+        widths = (stage.in_channels, stage.out_channels)
+        self.conv_in = (
+            ResnetBlock(*widths, eps=eps, padding_mode=padding_mode, rngs=rngs)
+            if widths[0] != widths[1]
+            else None
+        )
+        self.upsample = (
+            Upsampler(stage, padding_mode=padding_mode, rngs=rngs) if stage.strides else None
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        timestep: jax.Array | None = None,
+        noise: tuple[Noise, ...] | None = None,
+        *,
+        causal: bool,
+    ) -> jax.Array:
+        if self.conv_in is not None:
+            x = self.conv_in(x, causal=causal)
+        if self.upsample is not None:
+            x = self.upsample(x, causal=causal)
+        return super().__call__(x, timestep, noise, causal=causal)

@@ -1,0 +1,127 @@
+"""Latents -> video. Axis letters as in `blocks`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from sanawm_jax.errors import InputError
+from sanawm_jax.vae.blocks import (
+    CausalConv,
+    MidBlock,
+    Noise,
+    TimeEmbedder,
+    UpBlock,
+    modulation_table,
+    pixel_norm,
+)
+from sanawm_jax.vae.config import VAEConfig
+
+# one entry a block (middle first); None where the block takes no noise
+DecoderNoise = tuple[tuple[Noise, ...] | None, ...]
+
+
+def draw_noise(
+    key: jax.Array, cfg: VAEConfig, height: int, width: int, dtype: jnp.dtype = jnp.float32
+) -> DecoderNoise:
+    """Standard normal fields for a decoder that injects noise, in the order of their use.
+
+    Args:
+      height, width: of the latents.
+    """
+    blocks = []
+    strides = (1, 1)
+    stages = [(cfg.mid_inject_noise, cfg.decoder_layers_per_block[-1], None)]
+    stages += [(s.inject_noise, s.num_layers, s.strides) for s in cfg.up_stages]
+    for inject, num_layers, up in stages:
+        strides = (strides[0] * up[1], strides[1] * up[2]) if up else strides
+        if not inject:
+            blocks.append(None)
+            continue
+        key, use = jax.random.split(key)
+        size = (num_layers, 2, height * strides[0], width * strides[1])
+        fields = jax.random.normal(use, size, dtype)
+        blocks.append(tuple((pair[0], pair[1]) for pair in fields))
+    return tuple(blocks)
+
+
+class Decoder(nnx.Module):
+    """A middle block, depth-to-space residual blocks, unpatchify.
+
+    Source: `LTX2VideoDecoder3d`.
+    """
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        shared = {"padding_mode": cfg.decoder_spatial_padding_mode, "rngs": rngs}
+        block = {**shared, "eps": cfg.resnet_norm_eps}
+        block["timestep_conditioning"] = cfg.timestep_conditioning
+        width = cfg.decoder_block_out_channels[-1]
+        self.conv_in = CausalConv(cfg.latent_channels, width, **shared)
+        self.mid_block = MidBlock(
+            width,
+            cfg.decoder_layers_per_block[-1],
+            inject_noise=cfg.mid_inject_noise,
+            **block,
+        )
+        self.up_blocks = nnx.List(UpBlock(stage, **block) for stage in cfg.up_stages)
+        width = cfg.up_stages[-1].out_channels
+        self.conv_out = CausalConv(width, cfg.out_channels * cfg.patch_size**2, **shared)
+        timed = cfg.timestep_conditioning
+        self.timestep_scale_multiplier = nnx.Param(jnp.array(1000.0)) if timed else None
+        self.time_embedder = TimeEmbedder(2 * width, rngs=rngs) if timed else None
+        self.scale_shift_table = modulation_table(2, width, rngs) if timed else None
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        temb: jax.Array | None = None,
+        *,
+        noise: DecoderNoise | None = None,
+        causal: bool | None = None,
+        remat: bool = False,
+    ) -> jax.Array:
+        """Decodes latents.
+
+        Args:
+          latents: (B, f, h, w, C), denormalised.
+          temb: (B,) timesteps in [0, 1], if the configuration is conditioned on them.
+          noise: from `draw_noise`, if the configuration injects noise.
+          causal: True forces causal time padding; otherwise the configuration decides. As in the
+            reference, False cannot switch a causal decoder off.
+          remat: recompute each block in the backward pass instead of keeping its activations.
+
+        Returns:
+          (B, F, H, W, 3), about [-1, 1], not clipped.
+
+        Raises:
+          InputError: a conditioned decoder without timesteps, or noise that is missing.
+        """
+        cfg = self.cfg
+        causal = bool(causal or cfg.decoder_causal)
+        if self.timestep_scale_multiplier is not None:
+            if temb is None or temb.size != latents.shape[0]:
+                raise InputError("this VAE decodes with one timestep a sample; pass temb of (B,)")
+            temb = temb * self.timestep_scale_multiplier[...]
+        x = self.conv_in(latents, causal=causal)
+        for i, block in enumerate((self.mid_block, *self.up_blocks)):
+
+            def run(x, temb, noise, block=block):
+                return block(x, temb, noise, causal=causal)
+
+            run = jax.checkpoint(run) if remat else run
+            x = run(x, temb, noise[i] if noise is not None else None)
+        x = pixel_norm(x)
+        if self.time_embedder is not None:
+            shift_scale = rearrange(
+                self.time_embedder(temb, x.dtype), "B (k C) -> k B 1 1 1 C", k=2
+            )
+            table = self.scale_shift_table[...].astype(x.dtype)
+            shift, scale = shift_scale + table[:, None, None, None, None]
+            x = x * (1 + scale) + shift
+        x = self.conv_out(jax.nn.silu(x), causal=causal)
+        p, t = cfg.patch_size, cfg.patch_size_t
+        # columns before rows within a patch
+        return rearrange(x, "B F H W (C p r q) -> B (F p) (H q) (W r) C", p=t, q=p, r=p)

@@ -1,0 +1,61 @@
+"""The video autoencoder that stage 1, the refiner and the dataset share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from sanawm_jax.vae import latents as latents_lib
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.decoder import Decoder, DecoderNoise
+from sanawm_jax.vae.encoder import Encoder
+
+
+class VideoVAE(nnx.Module):
+    """Encoder, decoder and the statistics of the latents.
+
+    `latents_mean` and `latents_std` are constants that travel with the weights; no gradient
+    reaches them, and an optimiser with weight decay should leave them out.
+
+    Source: `AutoencoderKLLTX2Video`.
+    """
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+        self.latents_mean = nnx.Param(jnp.zeros((cfg.latent_channels,)))
+        self.latents_std = nnx.Param(jnp.ones((cfg.latent_channels,)))
+
+    def encode(
+        self, video: jax.Array, *, causal: bool | None = None, remat: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """(B, F, H, W, 3) in [-1, 1] -> mean, logvar (B, f, h, w, C); see `Encoder`."""
+        return self.encoder(video, causal=causal, remat=remat)
+
+    def decode(
+        self,
+        latents: jax.Array,
+        temb: jax.Array | None = None,
+        *,
+        noise: DecoderNoise | None = None,
+        causal: bool | None = None,
+        remat: bool = False,
+    ) -> jax.Array:
+        """(B, f, h, w, C) -> (B, F, H, W, 3); see `Decoder`."""
+        return self.decoder(latents, temb, noise=noise, causal=causal, remat=remat)
+
+    def normalise(self, latents: jax.Array) -> jax.Array:
+        """VAE latents -> the diffusion model's."""
+        return latents_lib.normalise(latents, *self._statistics())
+
+    def denormalise(self, latents: jax.Array) -> jax.Array:
+        """The diffusion model's latents -> the VAE's."""
+        return latents_lib.denormalise(latents, *self._statistics())
+
+    def _statistics(self) -> tuple[jax.Array, jax.Array, float]:
+        mean = lax.stop_gradient(self.latents_mean[...])
+        std = lax.stop_gradient(self.latents_std[...])
+        return mean, std, self.cfg.scaling_factor

@@ -1,0 +1,232 @@
+"""Encoding and decoding in overlapping tiles whose results are blended linearly.
+
+Axis letters as in `blocks`. The tile function is the caller's, usually one jitted function that
+compiles once a tile shape: a long clip has at most three lengths, and two sizes a side. Tiles run
+in row-major order within a window of time, windows in order. Source: `tiled_encode`,
+`tiled_decode`, `_temporal_tiled_encode` and `_temporal_tiled_decode` of diffusers'
+`AutoencoderKLLTX2Video`; as there, a tile is blended against its already blended neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from sanawm_jax.errors import InputError
+from sanawm_jax.vae.config import VAEConfig
+
+EncodeTile = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+DecodeTile = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Sizes of tiles and distances between them, in pixels and pixel frames.
+
+    Attributes:
+      use_tiling: tile rows and columns of what is larger than a tile.
+      use_framewise: tile time, when encoding too; the reference's `use_framewise_decoding` (its
+        `use_framewise_encoding` is never read).
+    """
+
+    use_tiling: bool = True
+    use_framewise: bool = False
+    tile_sample_min_height: int = 512
+    tile_sample_min_width: int = 512
+    tile_sample_min_num_frames: int = 16
+    tile_sample_stride_height: int = 448
+    tile_sample_stride_width: int = 448
+    tile_sample_stride_num_frames: int = 8
+
+
+# how the published models are run at 704x1280
+LONG_VIDEO = Tiling(
+    use_framewise=True, tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """One tiled axis; `limit`, `size`, `step` count inputs, `keep` and `overlap` outputs."""
+
+    tiled: bool  # whether this axis may be tiled at all
+    limit: int  # longest input that is not tiled
+    size: int
+    step: int
+    keep: int
+    overlap: int
+
+
+def tiled_encode(
+    encode_tile: EncodeTile, video: jax.Array, cfg: VAEConfig, tiling: Tiling
+) -> tuple[jax.Array, jax.Array]:
+    """Encodes a video tile by tile.
+
+    Args:
+      encode_tile: `VideoVAE.encode` with its parameters bound.
+      video: (B, F, H, W, 3).
+
+    Returns:
+      mean, logvar: each (B, f, h, w, C).
+
+    Raises:
+      InputError: a tile or a stride smaller than one latent.
+    """
+
+    def run(tile: jax.Array) -> jax.Array:
+        return jnp.concatenate(encode_tile(tile), axis=-1)
+
+    time, rows, columns = _axes(tiling, cfg, encode=True)
+    frames, height, width = video.shape[1:4]
+    s, t = cfg.spatial_ratio, cfg.temporal_ratio
+    windows = _windows(
+        lambda x: _grid(run, x, rows, columns, (height // s, width // s)),
+        video,
+        time,
+        (frames - 1) // t + 1,
+        # the first latent of a later window sees no past
+        trim=lambda y: y[:, 1:],
+    )
+    moments = jnp.concatenate(list(windows), axis=1)
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, logvar
+
+
+def decode_windows(
+    decode_tile: DecodeTile, latents: jax.Array, cfg: VAEConfig, tiling: Tiling
+) -> Iterator[jax.Array]:
+    """Decodes latents window by window, for videos that do not fit in memory.
+
+    Args:
+      decode_tile: `VideoVAE.decode` with its parameters (and timesteps or noise) bound.
+      latents: (B, f, h, w, C), denormalised.
+
+    Yields:
+      The finished pixel frames of each window in order, (B, F', H, W, 3).
+
+    Raises:
+      InputError: a tile or a stride smaller than one latent.
+    """
+    time, rows, columns = _axes(tiling, cfg, encode=False)
+    frames, height, width = latents.shape[1:4]
+    s, t = cfg.spatial_ratio, cfg.temporal_ratio
+    yield from _windows(
+        lambda z: _grid(decode_tile, z, rows, columns, (height * s, width * s)),
+        latents,
+        time,
+        (frames - 1) * t + 1,
+        # a later window's frames are aligned from its second latent on
+        trim=lambda y: y[:, :-1],
+        skip_single=cfg.patch_size_t == 1,
+    )
+
+
+def tiled_decode(
+    decode_tile: DecodeTile, latents: jax.Array, cfg: VAEConfig, tiling: Tiling
+) -> jax.Array:
+    """All windows of `decode_windows` as one array, (B, F, H, W, 3)."""
+    return jnp.concatenate(list(decode_windows(decode_tile, latents, cfg, tiling)), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "overlap"))
+def blend(before: jax.Array, after: jax.Array, *, axis: int, overlap: int) -> jax.Array:
+    """`after` with its start faded in from the end of `before` along `axis`.
+
+    Args:
+      overlap: entries to blend, at most; fewer if one of the two is shorter.
+    """
+    n = min(before.shape[axis], after.shape[axis], overlap)
+    if n <= 0:
+        return after
+    length = before.shape[axis]
+    tail = jax.lax.slice_in_dim(before, length - n, length, axis=axis).astype(jnp.float32)
+    head, rest = jnp.split(after, [n], axis=axis)
+    weight = (jnp.arange(n) / n).reshape(-1, *(1,) * (after.ndim - axis - 1))
+    mixed = tail * (1 - weight) + head.astype(jnp.float32) * weight
+    return jnp.concatenate([mixed.astype(after.dtype), rest], axis=axis)
+
+
+def _axes(tiling: Tiling, cfg: VAEConfig, *, encode: bool) -> tuple[_Axis, _Axis, _Axis]:
+    axes = []
+    for name, tiled, ratio in (
+        ("num_frames", tiling.use_framewise, cfg.temporal_ratio),
+        ("height", tiling.use_tiling, cfg.spatial_ratio),
+        ("width", tiling.use_tiling, cfg.spatial_ratio),
+    ):
+        size = getattr(tiling, f"tile_sample_min_{name}")
+        step = getattr(tiling, f"tile_sample_stride_{name}")
+        if tiled and (size < ratio or step < ratio):
+            raise InputError(
+                f"VAE tiles of {size} every {step} ({name}) are smaller than one latent; "
+                f"use at least {ratio}"
+            )
+        small, short = size // ratio, step // ratio
+        # a window of time holds one entry more than its size: the frame that it starts from
+        extra = 1 if name == "num_frames" else 0
+        if encode:
+            axes.append(_Axis(tiled, size, size + extra, step, short, small - short))
+        else:
+            axes.append(_Axis(tiled, small, small + extra, short, step, size - step))
+    return tuple(axes)
+
+
+def _windows(
+    run: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    time: _Axis,
+    total: int,
+    *,
+    trim: Callable[[jax.Array], jax.Array],
+    skip_single: bool = True,
+) -> Iterator[jax.Array]:
+    frames = x.shape[1]
+    if not time.tiled or frames <= time.limit:
+        yield run(x)
+        return
+    before = None
+    for start in range(0, frames, time.step):
+        if skip_single and start and start == frames - 1:
+            return  # its one result is what `trim` removes
+        y = run(x[:, start : start + time.size])
+        keep = time.keep + 1
+        if before is not None:
+            y = blend(before, trim(y), axis=1, overlap=time.overlap)
+            keep = time.keep
+        before = y[:, max(0, y.shape[1] - max(time.overlap, 0)) :]
+        y = y[:, : min(keep, total)]
+        total -= y.shape[1]
+        if y.shape[1]:
+            yield y
+
+
+def _grid(
+    run: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    rows: _Axis,
+    columns: _Axis,
+    size: tuple[int, int],
+) -> jax.Array:
+    height, width = x.shape[2:4]
+    if not rows.tiled or (height <= rows.limit and width <= columns.limit):
+        return run(x)
+    above: list[jax.Array] = []  # lower edges of the row above
+    strips = []
+    for top in range(0, height, rows.step):
+        edges, strip = [], []
+        left = None
+        for j, start in enumerate(range(0, width, columns.step)):
+            y = run(x[:, :, top : top + rows.size, start : start + columns.size])
+            if above:
+                y = blend(above[j], y, axis=2, overlap=rows.overlap)
+            if left is not None:
+                y = blend(left, y, axis=3, overlap=columns.overlap)
+            edges.append(y[:, :, max(0, y.shape[2] - max(rows.overlap, 0)) :])
+            left = y[:, :, :, max(0, y.shape[3] - max(columns.overlap, 0)) :]
+            strip.append(y[:, :, : rows.keep, : columns.keep])
+        above = edges
+        strips.append(jnp.concatenate(strip, axis=3))
+    return jnp.concatenate(strips, axis=2)[:, :, : size[0], : size[1]]

@@ -1,0 +1,27 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+
+# before jax starts: tests are about numbers, and two workers share two cores
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(abs(hash_of(request.node.name)))
+
+
+def hash_of(text: str) -> int:
+    """A hash that does not change from process to process."""
+    return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "little")
