@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -56,7 +57,7 @@ flags.DEFINE_string("name", "sample", "the video is NAME_generated.mp4")
 flags.DEFINE_bool("no_action_overlay", False, "do not draw keys and path on the video")
 
 
-def _option(name: str):
+def _option(name: str) -> Any:
     """The flag if given, else the configuration's value; empty counts as none."""
     value = flags.FLAGS[name].value
     if value is None:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
-_kernel_init: Initializer = nnx.initializers.lecun_normal()
+kernel_init: Initializer = nnx.initializers.lecun_normal()
 zeros_init: Initializer = nnx.initializers.zeros
 
 
@@ -27,7 +27,7 @@ class Linear(nnx.Module):
         out_features: int,
         *,
         use_bias: bool = True,
-        kernel_init: Initializer = _kernel_init,
+        kernel_init: Initializer = kernel_init,
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(
@@ -36,8 +36,12 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        if self.bias is None:
+            return x @ kernel
+        # one rounding, after the bias, as a fused GEMM epilogue does it
+        y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -54,7 +58,7 @@ class Conv(nnx.Module):
         *,
         groups: int = 1,
         use_bias: bool = True,
-        kernel_init: Initializer = _kernel_init,
+        kernel_init: Initializer = kernel_init,
         rngs: nnx.Rngs,
     ):
         shape = (*kernel_size, in_features // groups, out_features)
@@ -97,16 +101,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Layer norm without affine parameters; statistics in float32, result in the input's dtype."""
+def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """Layer norm, then `(1 + scale) x + shift` (adaLN), all in float32; x's dtype comes back."""
     x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, -1, keepdims=True)
-    centred = x32 - mean
+    centred = x32 - jnp.mean(x32, -1, keepdims=True)
     variance = jnp.mean(centred * centred, -1, keepdims=True)
-    return (centred * lax.rsqrt(variance + eps)).astype(x.dtype)
+    return (centred * lax.rsqrt(variance + 1e-6) * (1.0 + scale) + shift).astype(x.dtype)
 
 
 def activation(name: str | None) -> Callable[[jax.Array], jax.Array]:

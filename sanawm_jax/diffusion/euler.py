@@ -16,7 +16,7 @@ import numpy as np
 from sanawm_jax.errors import InputError
 
 
-def shift_sigma(sigma: Any, shift: float) -> Any:
+def shift_sigma(sigma: Any, shift: Any) -> Any:
     """Moves noise levels towards 1: s sigma / (1 + (s - 1) sigma)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -51,15 +51,16 @@ class ShortConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, F, P, C) -> the same."""
-        taps = self.taps[...].astype(x.dtype)
+        taps = self.taps[...].astype(x.dtype).astype(jnp.float32)
         frames, reach = x.shape[1], taps.shape[0] - 1
-        y = x * taps[-1]
+        y = x * taps[-1]  # sums in float32, as a convolution's are
         for distance in range(1, min(reach, frames - 1) + 1):
             pad = [(0, 0)] * x.ndim
             pad[1] = (distance, distance)
             padded = jnp.pad(x, pad)
-            y = y + (padded[:, :frames] + padded[:, 2 * distance :]) * taps[-1 - distance]
-        return y
+            past, future = padded[:, :frames], padded[:, 2 * distance :]
+            y = y + past * taps[-1 - distance] + future * taps[-1 - distance]
+        return y.astype(x.dtype)
 
 
 class SelfAttention(nnx.Module):

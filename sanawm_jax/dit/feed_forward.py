@@ -30,12 +30,13 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Arra
     kh, kw = kernel.shape[:2]
     pad = [(0, 0)] * (x.ndim - 3) + [(kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)]
     padded = jnp.pad(x, pad)
-    kernel = kernel.astype(x.dtype)
-    y = bias.astype(x.dtype)
+    # sums in float32 as a convolution's are; inside the fusion that costs no memory traffic
+    kernel = kernel.astype(x.dtype).astype(jnp.float32)
+    y = bias.astype(jnp.float32)
     for i in range(kh):
         for j in range(kw):
             y = y + padded[..., i : i + rows, j : j + columns, :] * kernel[i, j, 0]
-    return y
+    return y.astype(x.dtype)
 
 
 class GatedConvFeedForward(nnx.Module):
@@ -75,8 +76,11 @@ def _over_frames(x: jax.Array, kernel: jax.Array) -> jax.Array:
     taps, frames = kernel.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0), (0, 0)))
     kernel = kernel.astype(x.dtype)
-    parts = [padded[:, i : i + frames] @ kernel[i] for i in range(taps)]
-    return sum(parts[1:], parts[0])
+    parts = [
+        jnp.matmul(padded[:, i : i + frames], kernel[i], preferred_element_type=jnp.float32)
+        for i in range(taps)
+    ]
+    return sum(parts[1:], parts[0]).astype(x.dtype)
 
 
 class Mlp(nnx.Module):

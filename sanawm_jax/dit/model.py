@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.attention import attention
-from sanawm_jax.core.layers import Conv, Linear, RMSNorm, layer_norm, zeros_init
+from sanawm_jax.core.layers import Conv, Linear, RMSNorm, kernel_init, modulated_norm, zeros_init
 from sanawm_jax.core.params import stack
 from sanawm_jax.core.rope import pair_split, rope_angles
 from sanawm_jax.core.stack import scan_runs
@@ -45,8 +45,8 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: DiTConfig, channels: int, *, zero: bool = False, rngs: nnx.Rngs):
         self.patch = config.patch_size
-        init = {"kernel_init": zeros_init} if zero else {}
-        self.conv = Conv(channels, config.hidden_size, self.patch, rngs=rngs, **init)
+        init = zeros_init if zero else kernel_init
+        self.conv = Conv(channels, config.hidden_size, self.patch, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # torch pads an odd kernel by half of it, an even one not at all
@@ -102,18 +102,18 @@ class Block(nnx.Module):
                 return a
             return a * ctx.frame_mask.astype(a.dtype)[..., None, None]
 
-        modulation = ctx.modulation + self.modulation_table[...].astype(x.dtype)  # B F 6 C
+        modulation = ctx.modulation + self.modulation_table[...].astype(jnp.float32)  # B F 6 C
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             modulation[:, :, i, None] for i in range(6)
         )  # B F 1 C each
         x = masked(x)
-        y = self.attn(masked(layer_norm(x) * (1 + scale1) + shift1), ctx)
-        x = x + masked(gate1 * y)
+        y = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx)
+        x = x + masked((gate1 * y).astype(x.dtype))
         if ctx.pluecker is not None and hasattr(self, "pluecker"):
             x = x + self.pluecker(ctx.pluecker)
         x = masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
-        y = self.ffn(masked(layer_norm(x) * (1 + scale2) + shift2), ctx.grid)
-        return x + masked(gate2 * y)
+        y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid)
+        return x + masked((gate2 * y).astype(x.dtype))
 
 
 class Run(nnx.Module):
@@ -234,8 +234,8 @@ class DiT(nnx.Module):
                 remat=remat,
             )
 
-        table = self.final_table[...].astype(dtype) + time[:, :, None]  # B F 2 C
-        y = self.final(layer_norm(x) * (1 + table[:, :, 1, None]) + table[:, :, 0, None])
+        table = self.final_table[...].astype(jnp.float32) + time[:, :, None]  # B F 2 C
+        y = self.final(modulated_norm(x, table[:, :, 1, None], table[:, :, 0, None]))
         return rearrange(
             y,
             "B F (H W) (p q c) -> B F (H p) (W q) c",

@@ -108,9 +108,7 @@ class SanaWM:
         """(1, C, F, h, w) of a request's latents."""
         config = self.vae_config
         frames = (request.num_frames - 1) // config.temporal_ratio + 1
-        rows, columns = (
-            size // config.spatial_ratio for size in (request.height, request.width)
-        )
+        rows, columns = (size // config.spatial_ratio for size in (request.height, request.width))
         return 1, config.latent_channels, frames, rows, columns
 
     def __call__(

@@ -176,12 +176,13 @@ def test_forward(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     with torch.no_grad(), float32_attention():
         expected = run_reference(model, inputs)
     _, graphdef, params = loaded(model, tmp_path)
-    ours = jax.jit(lambda p, i: apply(graphdef, p, **i))(params, inputs)
+    forward = jax.jit(lambda p, i: apply(graphdef, p, **i))
+    ours = forward(params, inputs)
     assert relative(ours, expected) <= 1e-4
     # the camera has to matter, or the comparison above proves little
     turned = {**inputs, "camera": np.roll(inputs["camera"], 1, axis=1) * 1.3}
     if grid[0] > 1:
-        assert relative(jax.jit(lambda p, i: apply(graphdef, p, **i))(params, turned), ours) > 1e-3
+        assert relative(forward(params, turned), ours) > 1e-3
 
 
 def test_forward_without_camera(rng: np.random.Generator, tmp_path: Path) -> None:
