@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import nnx
 
 from sanawm_jax.camera.npy import load_array
 from sanawm_jax.camera.rays import camera_conditions
@@ -198,23 +200,27 @@ class SanaWM:
 
     def _first_latent(self, request: Request) -> jax.Array:
         """(1, 1, h, w, C) normalised latent of the image."""
+        return self.encode(jnp.asarray(request.pixels)[None, None])
+
+    def encode(self, video: jax.Array) -> jax.Array:
+        """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
         _, graphdef, params = self._part("vae", self.folder.load_vae)
-
-        @jax.jit
-        def encode(params: Params, pixels: jax.Array) -> jax.Array:
-            mean, _ = apply(graphdef, params, pixels, method="encode")
-            return apply(graphdef, params, mean, method="normalise").astype(jnp.float32)
-
-        return encode(params, jnp.asarray(request.pixels, self.dtype)[None, None])
+        return _encode(graphdef, params, video.astype(self.dtype))
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """Latents (1, F, h, w, C) to frames (N, H, W, 3) float32 in [0, 1]."""
         _, graphdef, params = self._part("vae", self.folder.load_vae)
+        return np.asarray(_decode(graphdef, params, latents.astype(self.dtype)))
 
-        @jax.jit
-        def run(params: Params, latents: jax.Array) -> jax.Array:
-            plain = apply(graphdef, params, latents, method="denormalise")
-            video = apply(graphdef, params, plain, method="decode")
-            return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
 
-        return np.asarray(run(params, latents.astype(self.dtype)))
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
+    mean, _ = apply(graphdef, params, video, method="encode")
+    return apply(graphdef, params, mean, method="normalise").astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
+    plain = apply(graphdef, params, latents, method="denormalise")
+    video = apply(graphdef, params, plain, method="decode")
+    return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
