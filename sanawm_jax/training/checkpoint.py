@@ -22,9 +22,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(
-            Path(folder).expanduser().absolute(), options=options
-        )
+        self._manager = ocp.CheckpointManager(Path(folder).expanduser().absolute(), options=options)
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sanawm_jax.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
@@ -132,7 +133,6 @@ def tiled_decode(
     return jnp.concatenate(list(decode_windows(decode_tile, latents, cfg, tiling)), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "overlap"))
 def blend(before: jax.Array, after: jax.Array, *, axis: int, overlap: int) -> jax.Array:
     """`after` with its start faded in from the end of `before` along `axis`.
 
@@ -142,12 +142,35 @@ def blend(before: jax.Array, after: jax.Array, *, axis: int, overlap: int) -> ja
     n = min(before.shape[axis], after.shape[axis], overlap)
     if n <= 0:
         return after
-    length = before.shape[axis]
-    tail = jax.lax.slice_in_dim(before, length - n, length, axis=axis).astype(jnp.float32)
+    tail = _end(before, axis, n).astype(jnp.float32)
     head, rest = jnp.split(after, [n], axis=axis)
     weight = (jnp.arange(n) / n).reshape(-1, *(1,) * (after.ndim - axis - 1))
     mixed = tail * (1 - weight) + head.astype(jnp.float32) * weight
     return jnp.concatenate([mixed.astype(after.dtype), rest], axis=axis)
+
+
+def _end(x: jax.Array, axis: int, n: int) -> jax.Array:
+    length = x.shape[axis]
+    return lax.slice_in_dim(x, max(0, length - max(n, 0)), length, axis=axis)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "overlaps", "keeps"))
+def _settle(
+    y: jax.Array,
+    before: tuple[jax.Array | None, ...],
+    *,
+    axes: tuple[int, ...],
+    overlaps: tuple[int, ...],
+    keeps: tuple[int, ...],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Blends a tile with the edges before it; returns what is final and its own edges."""
+    for edge, axis, overlap in zip(before, axes, overlaps, strict=True):
+        if edge is not None:
+            y = blend(edge, y, axis=axis, overlap=overlap)
+    edges = tuple(_end(y, axis, n) for axis, n in zip(axes, overlaps, strict=True))
+    for axis, keep in zip(axes, keeps, strict=True):
+        y = lax.slice_in_dim(y, 0, min(keep, y.shape[axis]), axis=axis)
+    return y, edges
 
 
 def _axes(tiling: Tiling, cfg: VAEConfig, *, encode: bool) -> tuple[_Axis, _Axis, _Axis]:
@@ -187,17 +210,14 @@ def _windows(
     if not time.tiled or frames <= time.limit:
         yield run(x)
         return
-    before = None
+    edge = None
     for start in range(0, frames, time.step):
         if skip_single and start and start == frames - 1:
             return  # its one result is what `trim` removes
         y = run(x[:, start : start + time.size])
-        keep = time.keep + 1
-        if before is not None:
-            y = blend(before, trim(y), axis=1, overlap=time.overlap)
-            keep = time.keep
-        before = y[:, max(0, y.shape[1] - max(time.overlap, 0)) :]
-        y = y[:, : min(keep, total)]
+        keep = min(time.keep + (start == 0), total)
+        y = trim(y) if start else y
+        y, (edge,) = _settle(y, (edge,), axes=(1,), overlaps=(time.overlap,), keeps=(keep,))
         total -= y.shape[1]
         if y.shape[1]:
             yield y
@@ -213,20 +233,21 @@ def _grid(
     height, width = x.shape[2:4]
     if not rows.tiled or (height <= rows.limit and width <= columns.limit):
         return run(x)
-    above: list[jax.Array] = []  # lower edges of the row above
+    settle = functools.partial(
+        _settle,
+        axes=(2, 3),
+        overlaps=(rows.overlap, columns.overlap),
+        keeps=(rows.keep, columns.keep),
+    )
+    lefts = range(0, width, columns.step)
+    above: list[jax.Array | None] = [None] * len(lefts)  # lower edges of the row above
     strips = []
     for top in range(0, height, rows.step):
-        edges, strip = [], []
-        left = None
-        for j, start in enumerate(range(0, width, columns.step)):
-            y = run(x[:, :, top : top + rows.size, start : start + columns.size])
-            if above:
-                y = blend(above[j], y, axis=2, overlap=rows.overlap)
-            if left is not None:
-                y = blend(left, y, axis=3, overlap=columns.overlap)
-            edges.append(y[:, :, max(0, y.shape[2] - max(rows.overlap, 0)) :])
-            left = y[:, :, :, max(0, y.shape[3] - max(columns.overlap, 0)) :]
-            strip.append(y[:, :, : rows.keep, : columns.keep])
-        above = edges
+        strip = []
+        before = None  # right edge of the tile to the left
+        for j, left in enumerate(lefts):
+            y = run(x[:, :, top : top + rows.size, left : left + columns.size])
+            y, (above[j], before) = settle(y, (above[j], before))
+            strip.append(y)
         strips.append(jnp.concatenate(strip, axis=3))
     return jnp.concatenate(strips, axis=2)[:, :, : size[0], : size[1]]

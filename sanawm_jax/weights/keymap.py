@@ -191,7 +191,7 @@ def load(
             value = entry.layout.to_ours(source.read(entry.source))
             target = dtype if dtype is not None and _is_float(value) else value.dtype
             if not entry.index:
-                host = np.ascontiguousarray(value.astype(target))
+                host = np.asarray(value.astype(target), order="C")
             else:
                 if host is None:  # the stack is allocated once, in its final dtype
                     host = np.empty(leaf.shape, target)
@@ -215,7 +215,6 @@ def export(
     flat = {path: np.asarray(leaf) for path, leaf in leaves(params)}
     out = dict(extra or {})
     for entry in entries:
-        out[entry.source] = np.ascontiguousarray(
-            entry.layout.to_theirs(flat[entry.path][entry.index])
-        )
+        value = entry.layout.to_theirs(flat[entry.path][entry.index])
+        out[entry.source] = np.asarray(value, order="C")  # ascontiguousarray has no scalars
     return out

@@ -1,0 +1,212 @@
+"""Clips as the stage-1 network sees them, encoded once and kept as `.npy` files.
+
+Axis letters: n clips, F latent frames, H W latent rows and columns, c latent channels, U distinct
+captions, L text tokens, C text width.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.core.params import Params, apply, build
+from sanawm_jax.errors import InputError
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.model import VideoVAE
+
+TextEncoder = Callable[[Sequence[str]], tuple[jax.Array, jax.Array]]
+_PER_CLIP = ("latents", "camera", "pluecker")
+SAVE_EVERY = 32  # batches between notes of progress
+_FIRST_FRAME_TOLERANCE = 5e-2  # of normalised latents, whose deviation is 1; leaves room for TF32
+
+
+@functools.cache
+def clip_encoder(config: VAEConfig) -> Callable[[Params, jax.Array], jax.Array]:
+    """Compiled (params, video (B, N, h, w, 3) uint8) -> normalised latents (B, F, H, W, c)."""
+    graphdef, _ = build(VideoVAE, config)
+
+    @jax.jit
+    def encode(params: Params, video: jax.Array) -> jax.Array:
+        mean, _ = apply(graphdef, params, to_signed(video), method="encode")
+        return apply(graphdef, params, mean, method="normalise").astype(jnp.float32)
+
+    return encode
+
+
+def to_signed(video: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def read_clips(clips: Sequence, indices: Sequence[int], pool: ThreadPoolExecutor) -> list[dict]:
+    """Reads clips in parallel."""
+    return list(pool.map(clips.__getitem__, indices))
+
+
+def build_cache(
+    folder: str | Path,
+    clips: Sequence,
+    vae_config: VAEConfig,
+    vae_params: Params,
+    encode_captions: TextEncoder,
+    *,
+    fingerprint: str,
+    batch_size: int = 16,
+) -> dict[str, np.ndarray]:
+    """Encodes all clips, or what an interrupted call left over, and opens the result.
+
+    Args:
+      folder: where the arrays go.
+      clips: random access to dicts with video, c2w, intrinsics and caption.
+      vae_config, vae_params: the trained autoencoder.
+      encode_captions: texts -> hidden states (B, L, C) and mask (B, L); the empty text is encoded
+        as the null caption.
+      fingerprint: names clips and weights; a cache made from others is made anew.
+      batch_size: clips an encoder call.
+
+    Returns:
+      memory maps: latents (n, F, H, W, c) float16, camera (n, F, 20) float32, pluecker
+      (n, F, H, W, 48) float16, caption (n,) int32 into text (U + 1, L, C) float16 and text_mask
+      (U + 1, L) bool. The last caption is the null caption.
+
+    Raises:
+      InputError: no clips, or a VAE whose first latent frame is not that of a lone first frame.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not len(clips):
+        raise InputError("there are no clips to encode")
+    progress = _read_progress(folder, fingerprint)
+    if progress["done"] < len(clips):
+        _encode_clips(folder, clips, vae_config, vae_params, progress, batch_size)
+    if not progress.get("text"):
+        _encode_texts(folder, progress["captions"], encode_captions)
+        _write_progress(folder, {**progress, "text": True})
+    names = (*_PER_CLIP, "caption", "text", "text_mask")
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+
+
+def fingerprint_of(files: Sequence[Path], *facts: Any) -> str:
+    """A hash of the files' bytes and of plain values."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_progress(folder: Path, fingerprint: str) -> dict[str, Any]:
+    fresh = {"fingerprint": fingerprint, "done": 0, "captions": []}
+    try:
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return fresh
+    return progress if progress.get("fingerprint") == fingerprint else fresh
+
+
+def _write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    # renamed into place, so that a killed run leaves the old file or the new one
+    temporary = folder / "progress.json.tmp"
+    temporary.write_text(json.dumps(progress), encoding="utf-8")
+    temporary.replace(folder / "progress.json")
+
+
+def _encode_clips(
+    folder: Path,
+    clips: Sequence,
+    config: VAEConfig,
+    params: Params,
+    progress: dict[str, Any],
+    batch_size: int,
+) -> None:
+    encode = clip_encoder(config)
+    arrays: dict[str, np.memmap] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(progress["done"], len(clips), batch_size):
+            stop = min(start + batch_size, len(clips))
+            # the last batch repeats its last clip: one shape, one compilation
+            indices = np.minimum(np.arange(start, start + batch_size), len(clips) - 1)
+            batch = read_clips(clips, indices, pool)
+            video = np.stack([clip["video"] for clip in batch])
+            encoded = encode(params, video)
+            if start == progress["done"]:
+                _check_first_frame(encode(params, video[:, :1]), encoded)
+            conditions = list(pool.map(lambda c: clip_conditions(c, config), batch))
+            values = {
+                "latents": np.asarray(encoded, np.float16),
+                "camera": np.stack([camera for camera, _ in conditions]),
+                "pluecker": np.stack([rays for _, rays in conditions]).astype(np.float16),
+            }
+            for name in _PER_CLIP:
+                if name not in arrays:
+                    arrays[name] = _open(folder / f"{name}.npy", values[name], len(clips), start)
+                arrays[name][start:stop] = values[name][: stop - start]
+            progress["captions"] += [clip["caption"] for clip in batch[: stop - start]]
+            if stop == len(clips) or (stop // batch_size) % SAVE_EVERY == 0:
+                for array in arrays.values():
+                    array.flush()
+                progress["done"] = stop
+                _write_progress(folder, progress)
+                logging.info("encoded %d of %d clips", stop, len(clips))
+
+
+def _open(path: Path, like: np.ndarray, length: int, start: int) -> np.memmap:
+    if start:
+        return np.load(path, mmap_mode="r+")
+    shape = (length, *like.shape[1:])
+    return np.lib.format.open_memmap(path, mode="w+", dtype=like.dtype, shape=shape)
+
+
+def clip_conditions(clip: dict, config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pose tokens (F, 20) and Pluecker maps (F, H, W, 48) of one clip."""
+    frames, height, width = clip["video"].shape[:3]
+    intrinsics = np.broadcast_to(np.asarray(clip["intrinsics"], np.float32), (frames, 4))
+    return camera_conditions(
+        np.asarray(clip["c2w"]),
+        intrinsics,
+        height,
+        width,
+        config.temporal_ratio,
+        config.spatial_ratio,
+    )
+
+
+def _check_first_frame(alone: jax.Array, within: jax.Array) -> None:
+    """At sampling the first latent frame is encoded from one image; training must see the same."""
+    difference = float(jnp.max(jnp.abs(alone[:, 0] - within[:, 0])))
+    logging.info("first latent frame, alone against within its clip: %.2g", difference)
+    if not difference < _FIRST_FRAME_TOLERANCE:
+        raise InputError(
+            f"the VAE encodes a first frame differently alone and within its clip (by "
+            f"{difference:.2g} standard deviations); use a causal encoder"
+        )
+
+
+def _encode_texts(folder: Path, captions: list[str], encode: TextEncoder, batch: int = 32) -> None:
+    unique = sorted(set(captions))
+    order = {caption: i for i, caption in enumerate(unique)}
+    hidden, masks = [], []
+    for start in range(0, len(unique), batch):
+        part = unique[start : start + batch]
+        text, mask = encode(part + [part[-1]] * (batch - len(part)))
+        hidden.append(np.asarray(text, np.float16)[: len(part)])
+        masks.append(np.asarray(mask)[: len(part)] > 0)
+    null, null_mask = encode([""])
+    text = np.concatenate([*hidden, np.asarray(null, np.float16)])
+    mask = np.concatenate([*masks, np.asarray(null_mask) > 0])
+    # positions that no caption reaches are masked everywhere: cross-attention need not see them
+    used = int(np.flatnonzero(mask.any(0))[-1]) + 1
+    length = min(-(-used // 8) * 8, mask.shape[1])
+    np.save(folder / "text.npy", text[:, :length])
+    np.save(folder / "text_mask.npy", mask[:, :length])
+    np.save(folder / "caption.npy", np.array([order[c] for c in captions], np.int32))

@@ -1,0 +1,55 @@
+"""Endless shuffled batches with a position that a checkpoint can hold.
+
+Sources are random access: clips of `open_clips`, or `range(n)` when the data themselves stay on
+the accelerator and a batch is indices into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sanawm_jax.errors import InputError
+
+
+class Loader:
+    """An iterator of batches over a Grain `MapDataset`.
+
+    Every epoch is a new global shuffle that depends on the seed alone; the last examples of an
+    epoch share a batch with the first of the next.
+
+    Args:
+      source: `len(source)` and `source[i]`; elements are arrays, scalars or dicts of them.
+      batch_size: elements a batch.
+      seed: of the shuffles.
+      num_threads: that read ahead; 0 reads when asked.
+
+    Raises:
+      InputError: the source is empty.
+    """
+
+    def __init__(self, source: Sequence, batch_size: int, *, seed: int, num_threads: int = 0):
+        import grain
+
+        if not len(source):
+            raise InputError("there are no clips to train on")
+        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
+        options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=2 * num_threads if num_threads else 0
+        )
+        self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def next(self, steps: int) -> Any:
+        """The next `steps` batches, stacked on a new leading axis."""
+        return jax.tree.map(lambda *a: np.stack(a), *(next(self._iterator) for _ in range(steps)))
+
+    def state(self) -> dict[str, Any]:
+        """Position as JSON values."""
+        return self._iterator.get_state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues at a position that `state` returned."""
+        self._iterator.set_state(state)

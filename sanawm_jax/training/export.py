@@ -1,0 +1,98 @@
+"""Trained weights as component folders in the diffusers layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sanawm_jax.core.params import Params, build
+from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.keys import extra_tensors
+from sanawm_jax.dit.keys import key_table as dit_table
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.keys import key_table as vae_table
+from sanawm_jax.vae.model import VideoVAE
+from sanawm_jax.weights import keymap
+from sanawm_jax.weights.files import SafetensorsFolder, read_config
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+# classes of the published model_index.json
+_INDEX = {
+    "_class_name": "SanaWMPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Gemma2Model"],
+    "tokenizer": ["transformers", "GemmaTokenizer"],
+    "transformer": ["diffusers", "SanaWMTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLLTX2Video"],
+}
+
+
+def export_vae(config: VAEConfig, params: Params, folder: str | Path, dtype: str) -> None:
+    """Writes config.json and weights of an autoencoder; its statistics stay float32."""
+    tensors = keymap.export(vae_table(config), params)
+    tensors = {
+        k: v if k in ("latents_mean", "latents_std") else _cast(v, dtype)
+        for k, v in tensors.items()
+    }
+    _write(folder, "AutoencoderKLLTX2Video", config, tensors)
+
+
+def export_transformer(config: DiTConfig, params: Params, folder: str | Path, dtype: str) -> None:
+    """Writes config.json and weights of a stage-1 network."""
+    tensors = keymap.export(dit_table(config), params, extra_tensors(config))
+    tensors = {k: _cast(v, dtype) for k, v in tensors.items()}
+    _write(folder, "SanaWMTransformer3DModel", config, tensors)
+
+
+def load_vae(folder: str | Path) -> tuple[VAEConfig, Params]:
+    """Reads what `export_vae` wrote, as float32.
+
+    Raises:
+      InputError: a file is absent or broken, or the tensors do not fit the configuration.
+    """
+    config = VAEConfig.from_json(read_config(folder))
+    params = keymap.load(
+        vae_table(config),
+        build(VideoVAE, config)[1],
+        SafetensorsFolder(folder),
+        what=str(folder),
+        dtype=np.float32,
+    )
+    return config, params
+
+
+def write_index(folder: str | Path, flow_shift: float) -> None:
+    """Writes model_index.json and scheduler/ of a folder that holds the other components."""
+    folder = Path(folder)
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": flow_shift,
+    }
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(folder / "model_index.json", _INDEX)
+
+
+def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
+    return value.astype(jnp.dtype(dtype)) if value.dtype.kind == "f" else value
+
+
+def _write(
+    folder: str | Path, name: str, config: DiTConfig | VAEConfig, tensors: dict[str, np.ndarray]
+) -> None:
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    _write_json(folder / "config.json", {"_class_name": name, **dataclasses.asdict(config)})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

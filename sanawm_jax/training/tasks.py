@@ -1,0 +1,285 @@
+"""What is trained: initial weights, data on the device, the loss, and how to export."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+from jax import lax
+
+from sanawm_jax.core.params import Params, apply, build, init
+from sanawm_jax.data.latent_cache import (
+    build_cache,
+    clip_encoder,
+    fingerprint_of,
+    read_clips,
+    to_signed,
+)
+from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.model import DiT
+from sanawm_jax.errors import InputError
+from sanawm_jax.text.gemma import text_tower
+from sanawm_jax.text.keys import load_text_encoder
+from sanawm_jax.text.prompts import CHI_PROMPT, encode_texts
+from sanawm_jax.text.small import make_small_text_encoder
+from sanawm_jax.text.tokenizer import Tokenizer
+from sanawm_jax.training.export import export_transformer, export_vae, load_vae, write_index
+from sanawm_jax.training.flow import drop_captions, noised_example, velocity_loss
+from sanawm_jax.training.step import Loss, Metrics
+from sanawm_jax.training.vae_loss import VAELossWeights, vae_loss
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.latents import sample_posterior
+from sanawm_jax.vae.model import VideoVAE
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything that differs between one training run and another.
+
+    Attributes:
+      params: initial weights.
+      resident: data that stay on the device; a batch is indices into their first axis.
+      size: number of examples.
+      loss: see `training.step.Loss`.
+      export: averaged weights -> files.
+    """
+
+    params: Params
+    resident: Any
+    size: int
+    loss: Loss
+    export: Callable[[Params], None]
+
+
+def make_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
+    """The task that `config.task` names, "vae" or "dit"; see `configs/`.
+
+    Raises:
+      InputError: unknown task, missing data or weights.
+    """
+    makers = {"vae": vae_task, "dit": dit_task}
+    if config.task not in makers:
+        raise InputError(f"task={config.task!r}; use one of {', '.join(makers)}")
+    return makers[config.task](config, workdir)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """`auto` is bfloat16 on an accelerator and float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def open_source(config: ml_collections.ConfigDict) -> Sequence:
+    """Clips of the set in `config.data_dir`; empty renders `config.synthetic` clips right here."""
+    if config.data_dir:
+        from sanawm_jax.data.small_world_builder import open_clips
+
+        return open_clips(config.data_dir, "train")
+    from sanawm_jax.data.world.clip import make_clips
+
+    made = config.synthetic
+    logging.warning("no data_dir is given: training on %d clips rendered now", made.clips)
+    return list(make_clips(range(made.clips), made.num_frames, made.height, made.width))
+
+
+def pack_clips(clips: Sequence) -> np.ndarray:
+    """All videos, (n, F, H, W * 3 / 4) uint32: four bytes a number."""
+    first = clips[0]["video"]
+    # packed, a set that fits an accelerator stays below 2^31 elements, which 32-bit indices reach
+    packed = np.empty((len(clips), *first.shape[:2], first.shape[2] * 3 // 4), np.uint32)
+    with ThreadPoolExecutor(16) as pool:
+        for start in range(0, len(clips), 64):
+            indices = range(start, min(start + 64, len(clips)))
+            for i, clip in zip(indices, read_clips(clips, indices, pool), strict=True):
+                packed[i] = (
+                    np.ascontiguousarray(clip["video"])
+                    .reshape(*first.shape[:2], -1)
+                    .view(np.uint32)
+                )
+    return packed
+
+
+def crop_clips(packed: jax.Array, indices: jax.Array, starts: jax.Array, frames: int) -> jax.Array:
+    """Runs of frames of some clips: (B,) indices and first frames -> (B, frames, H, W, 3) uint8."""
+
+    def one(index: jax.Array, start: jax.Array) -> jax.Array:
+        size = (1, frames, *packed.shape[2:])
+        return lax.dynamic_slice(packed, (index, start, 0, 0), size)[0]
+
+    crop = jax.vmap(one)(indices, starts)
+    pixels = lax.bitcast_convert_type(crop, jnp.uint8)  # B F H W*3/4 4
+    return pixels.reshape(*crop.shape[:3], -1, 3)
+
+
+def vae_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
+    """Trains the autoencoder on random runs of frames; measures the latents before export."""
+    model = VAEConfig(**config.vae.to_dict())
+    clips = open_source(config)
+    packed = jax.device_put(pack_clips(clips))
+    frames, total = config.clip_frames, packed.shape[1]
+    if frames > total:
+        raise InputError(f"clip_frames={frames} is more than the {total} frames of a clip")
+    logging.info("%d clips, %.2f GiB on the device", len(packed), packed.nbytes / 2**30)
+    graphdef, _ = build(VideoVAE, model)
+    dtype = compute_dtype(config.dtype)
+    weights = VAELossWeights(**config.loss.to_dict())
+
+    def loss(
+        params: Params, resident: jax.Array, batch: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        crop_key, noise_key = jax.random.split(key)
+        starts = jax.random.randint(crop_key, batch.shape, 0, total - frames + 1)
+        video = to_signed(crop_clips(resident, batch, starts, frames))
+        mean, logvar = apply(graphdef, params, video.astype(dtype), method="encode")
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        latents = sample_posterior(mean, logvar, jax.random.normal(noise_key, mean.shape))
+        decoded = apply(graphdef, params, latents.astype(dtype), method="decode")
+        return vae_loss(decoded, video, mean, logvar, weights)
+
+    def export(params: Params) -> None:
+        params = with_statistics(model, params, packed, config.statistics_clips)
+        export_vae(model, params, workdir / "export" / "vae", config.export_dtype)
+
+    params = init(VideoVAE, model, jax.random.key(config.seed))
+    return Task(params, packed, len(packed), loss, export)
+
+
+def with_statistics(config: VAEConfig, params: Params, packed: jax.Array, clips: int) -> Params:
+    """`params` with latents_mean and latents_std, (C,), measured on up to `clips` whole clips."""
+    # the encoder normalises with what it is given: the identity measures the bare latents
+    channels = config.latent_channels
+    bare = {
+        **params,
+        "latents_mean": jnp.zeros((channels,)),
+        "latents_std": jnp.full((channels,), config.scaling_factor),
+    }
+    encode = clip_encoder(config)
+    size = min(8, len(packed))
+    count, first, second = 0, 0.0, 0.0
+    for start in range(0, min(clips, len(packed)) - size + 1, size):
+        indices = jnp.arange(start, start + size)
+        video = crop_clips(packed, indices, jnp.zeros_like(indices), packed.shape[1])
+        latents = np.asarray(encode(bare, video), np.float64)
+        count += latents[..., 0].size
+        first += latents.sum((0, 1, 2, 3))
+        second += np.square(latents).sum((0, 1, 2, 3))
+    mean = first / count
+    std = np.sqrt(np.maximum(second / count - mean**2, 1e-8))
+    return {
+        **params,
+        "latents_mean": jnp.asarray(mean, jnp.float32),
+        "latents_std": jnp.asarray(std, jnp.float32),
+    }
+
+
+def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
+    """Trains stage 1 on cached latents of a trained autoencoder."""
+    if not config.vae_dir:
+        raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
+    folder = workdir / "export"
+    clips = open_source(config)
+    cache = _cached(config, workdir, clips)
+    resident = {name: jax.device_put(np.asarray(a)) for name, a in cache.items()}
+    size = len(cache["latents"])
+    logging.info(
+        "%d clips, %.2f GiB on the device", size, sum(a.nbytes for a in resident.values()) / 2**30
+    )
+    model = DiTConfig(
+        in_channels=cache["latents"].shape[-1],
+        caption_channels=cache["text"].shape[-1],
+        chunk_plucker_channels=cache["pluecker"].shape[-1],
+        **config.dit.to_dict(),
+    )
+    graphdef, _ = build(DiT, model)
+    dtype = compute_dtype(config.dtype)
+
+    def loss(
+        params: Params, resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        noise_key, drop_key = jax.random.split(key)
+        example = noised_example(
+            noise_key,
+            resident["latents"][batch],
+            flow_shift=config.flow_shift,
+            image_prob=config.image_prob,
+        )
+        caption = resident["caption"][batch]
+        text, mask = resident["text"], resident["text_mask"]
+        shown, shown_mask = drop_captions(
+            drop_key, text[caption], mask[caption], text[-1], mask[-1], config.caption_dropout
+        )
+        velocity = apply(
+            graphdef,
+            params,
+            example.noisy.astype(dtype),
+            example.timesteps,
+            shown.astype(dtype),
+            shown_mask,
+            resident["camera"][batch],
+            resident["pluecker"][batch].astype(dtype),
+            remat=config.remat,
+        )
+        return velocity_loss(velocity, example.target, example.mask), {}
+
+    def export(params: Params) -> None:
+        export_transformer(model, params, folder / "transformer", config.export_dtype)
+        shutil.copytree(config.vae_dir, folder / "vae", dirs_exist_ok=True)
+        for part in ("tokenizer", "text_encoder"):
+            if _text_folder(config, workdir) != folder:
+                shutil.copytree(
+                    _text_folder(config, workdir) / part, folder / part, dirs_exist_ok=True
+                )
+        write_index(folder, config.flow_shift)
+
+    params = init(DiT, model, jax.random.key(config.seed))
+    return Task(params, resident, size, loss, export)
+
+
+def _text_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    return Path(config.text_dir) if config.text_dir else workdir / "export"
+
+
+def _cached(
+    config: ml_collections.ConfigDict, workdir: Path, clips: Sequence
+) -> dict[str, np.ndarray]:
+    vae_config, vae_params = load_vae(config.vae_dir)
+    text = _text_folder(config, workdir)
+    if not (text / "text_encoder" / "config.json").is_file():
+        if config.text_dir:
+            raise InputError(f"{text} holds no text_encoder/; leave text_dir empty to make one")
+        with ThreadPoolExecutor(16) as pool:
+            captions = [c["caption"] for c in read_clips(clips, range(len(clips)), pool)]
+        make_small_text_encoder(sorted(set(captions)), text, hidden=config.text_width)
+    tower = text_tower(*load_text_encoder(text / "text_encoder"), dtype=jnp.float32)
+    tokenizer = Tokenizer(text / "tokenizer")
+
+    def encode(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+        # the null caption is what sampling gives as negative prompt: no chi prompt before it
+        chi = CHI_PROMPT if any(texts) else ()
+        return encode_texts(tower, tokenizer, texts, max_length=config.text_length, chi_prompt=chi)
+
+    files = [
+        *Path(config.vae_dir).glob("*.safetensors"),
+        *(text / "text_encoder").glob("*.safetensors"),
+    ]
+    shape = clips[0]["video"].shape
+    facts = (config.data_dir, len(clips), shape, config.text_length)
+    return build_cache(
+        workdir / "latents",
+        clips,
+        vae_config,
+        vae_params,
+        encode,
+        fingerprint=fingerprint_of(files, *facts),
+        batch_size=config.cache_batch,
+    )

@@ -1,0 +1,33 @@
+"""Tiny training runs, `--config=tests/e2e/tiny_config.py:vae` or `:dit`: 4 clips of 9x32x32."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def get_config(task: str) -> ConfigDict:
+    """The shipped configuration of `task`, made small."""
+    file = {"vae": "small_world_vae.py", "dit": "small_world.py"}[task]
+    config = runpy.run_path(str(_CONFIGS / file))["get_config"]()
+    config.synthetic.update(clips=4, num_frames=9, height=32, width=32)
+    config.update(batch_size=2, steps_per_call=2, num_steps=4, max_minutes=0.0, save_every=4)
+    config.update(log_every=1)
+    config.optimizer.update(schedule="constant", warmup_steps=1)
+    if task == "vae":
+        config.vae.update(
+            latent_channels=8,
+            block_out_channels=(16, 32, 32),
+            decoder_block_out_channels=(16, 16, 32),
+            decoder_layers_per_block=(1, 1, 1, 1),
+        )
+        config.clip_frames = 9
+    else:
+        config.dit.update(num_layers=2, hidden_size=32, num_attention_heads=2, linear_head_dim=16)
+        config.dit.softmax_every_n = 2
+        config.update(text_width=64, text_length=48, cache_batch=2)
+    return config

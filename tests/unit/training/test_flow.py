@@ -1,0 +1,84 @@
+"""The flow objective against its formulas."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sanawm_jax.training.flow import (
+    drop_captions,
+    noise_levels,
+    noised_example,
+    sample_steps,
+    velocity_loss,
+)
+
+
+def test_noise_levels():
+    sigma, timestep = noise_levels(1.0)
+    np.testing.assert_allclose(sigma, np.arange(1000) / 1000, rtol=1e-6)
+    np.testing.assert_array_equal(timestep, np.arange(1000))  # no whole number is floored down
+    sigma, timestep = noise_levels(3.0)
+    assert sigma[0] == timestep[0] == 0
+    assert sigma[500] == pytest.approx(0.75) and timestep[500] == 750
+    assert np.all(timestep == np.floor(timestep)) and np.all(np.diff(sigma) > 0)
+
+
+def test_steps_are_logit_normal():
+    steps = np.asarray(sample_steps(jax.random.key(0), 20000))
+    assert steps.min() >= 0 and steps.max() <= 999
+    assert np.median(steps) == pytest.approx(500, abs=15)
+    # sigmoid(+-1) are the quantiles of one standard deviation
+    assert np.mean(steps < 268.9) == pytest.approx(0.1587, abs=0.01)
+    assert np.mean(steps < 731.1) == pytest.approx(0.8413, abs=0.01)
+
+
+@pytest.mark.parametrize("image_prob", [0.0, 1.0])
+def test_example(image_prob):
+    clean = jax.random.normal(jax.random.key(1), (6, 3, 2, 2, 4))
+    e = noised_example(jax.random.key(2), clean, flow_shift=3.0, image_prob=image_prob)
+    noise = e.target + clean
+    # one level a sample, so any frame but the first tells it
+    sigma = np.asarray((e.noisy - clean)[:, 1:] / e.target[:, 1:])
+    level = np.median(sigma.reshape(6, -1), axis=1)
+    np.testing.assert_allclose(sigma, level[:, None, None, None, None] * np.ones_like(sigma), 1e-3)
+    assert len(np.unique(level.round(4))) > 3
+    assert np.all(np.abs(e.timesteps[:, 1:] - 1000 * level[:, None]) < 1.01)
+    np.testing.assert_allclose(
+        e.noisy[:, 2],
+        (1 - level[:, None, None, None]) * clean[:, 2] + level[:, None, None, None] * noise[:, 2],
+        atol=1e-4,
+    )
+    if image_prob:
+        np.testing.assert_array_equal(e.noisy[:, 0], clean[:, 0])
+        assert not np.any(e.timesteps[:, 0]) and not np.any(e.mask[:, 0])
+    else:
+        np.testing.assert_array_equal(e.timesteps[:, 0], e.timesteps[:, 1])
+        assert np.all(e.mask[:, 0] == 1)
+    assert np.all(e.mask[:, 1:] == 1)
+
+
+def test_image_condition_is_drawn_for_each_sample():
+    e = noised_example(
+        jax.random.key(0), jnp.zeros((2000, 2, 1, 1, 1)), flow_shift=3.0, image_prob=0.9
+    )
+    assert float(jnp.mean(e.mask[:, 0])) == pytest.approx(0.1, abs=0.03)
+
+
+def test_captions_are_dropped_whole():
+    text, mask = jnp.ones((1000, 4, 3)), jnp.ones((1000, 4), bool)
+    null, null_mask = jnp.full((4, 3), -1.0), jnp.array([True, False, False, False])
+    out, out_mask = drop_captions(jax.random.key(0), text, mask, null, null_mask, 0.1)
+    dropped = np.asarray(out[:, 0, 0] == -1)
+    assert dropped.mean() == pytest.approx(0.1, abs=0.03)
+    np.testing.assert_array_equal(out[dropped], np.broadcast_to(null, (dropped.sum(), 4, 3)))
+    np.testing.assert_array_equal(np.asarray(out_mask).sum(1), np.where(dropped, 1, 4))
+
+
+def test_masked_loss_is_a_mean_over_what_is_left():
+    target = jnp.zeros((2, 3, 2, 2, 5))
+    prediction = target.at[:, 0].set(100.0).at[0, 1].set(2.0)
+    mask = jnp.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    assert float(velocity_loss(prediction, target, mask)) == pytest.approx(4.0 / 4)

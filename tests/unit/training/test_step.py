@@ -1,0 +1,120 @@
+"""Updates, schedules, averages and the autoencoder's loss on a toy model."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sanawm_jax.errors import InputError
+from sanawm_jax.training.optimizer import decay_mask, ema_decay, learning_rate, make_optimizer
+from sanawm_jax.training.state import create_state
+from sanawm_jax.training.step import compile_steps
+from sanawm_jax.training.vae_loss import VAELossWeights, edge_loss, vae_loss
+
+
+def _loss(params, resident, batch, key):
+    noise = jax.random.normal(key, batch.shape)
+    error = resident[batch] * params["a"]["kernel"] + params["a"]["bias"] + 0.1 * noise - 1.0
+    return jnp.mean(error**2), {"noise": noise[0]}
+
+
+def _setup(rate=lambda step, wall: 0.01, **kwargs):
+    params = {"a": {"kernel": jnp.array(2.0), "bias": jnp.array(0.5)}}
+    optimizer = make_optimizer(**kwargs)
+    steps = compile_steps(loss=_loss, optimizer=optimizer, rate=rate, decay=0.9)
+    return params, create_state(params, optimizer), steps
+
+
+def _batches(steps):
+    return jax.random.randint(jax.random.key(1), (steps, 4), 0, 10)
+
+
+def test_equals_optax_adamw():
+    params, state, steps = _setup(weight_decay=0.1, clip_norm=0.5)
+    resident, batches = jnp.arange(10.0), _batches(5)
+    reference = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(0.01, weight_decay=0.1, mask=decay_mask)
+    )
+    key = jax.random.key(0)
+    p, opt, ema = params, reference.init(params), params
+    for i, batch in enumerate(batches):
+        grads = jax.grad(lambda p, b, k: _loss(p, resident, b, k)[0])(
+            p, batch, jax.random.fold_in(key, i)
+        )
+        updates, opt = reference.update(grads, opt, p)
+        p = optax.apply_updates(p, updates)
+        d = min(0.9, (1 + i) / (10 + i))
+        ema = jax.tree.map(lambda e, x, d=d: d * e + (1 - d) * x, ema, p)
+    state, metrics = steps(state, resident, batches, key, jnp.float32(0))
+    assert int(state.step) == 5 and metrics["loss"].shape == (5,)
+    for ours, theirs in ((state.params, p), (state.ema, ema)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
+    assert len(np.unique(metrics["noise"])) == 5  # every step has its own key
+
+
+def test_randomness_depends_on_the_step_alone():
+    _, whole, steps = _setup()
+    _, parts, _ = _setup()
+    resident, batches, key = jnp.arange(10.0), _batches(4), jax.random.key(0)
+    whole, _ = steps(whole, resident, batches, key, jnp.float32(0))
+    for i in (0, 2):
+        parts, _ = steps(parts, resident, batches[i : i + 2], key, jnp.float32(0))
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+def test_state_is_donated():
+    _, state, steps = _setup()
+    steps(state, jnp.arange(10.0), _batches(1), jax.random.key(0), jnp.float32(0))
+    assert state.params["a"]["kernel"].is_deleted()
+
+
+def test_learning_rate():
+    rate = functools.partial(learning_rate, peak=1.0, warmup_steps=10, num_steps=100)
+    assert float(rate(0, 0.0, schedule="constant")) == pytest.approx(0.1)
+    assert float(rate(99, 0.0, schedule="constant")) == 1.0
+    assert float(rate(50, 0.0)) == pytest.approx(0.5)
+    assert float(rate(20, 0.5)) == pytest.approx(0.5)  # the clock is ahead of the steps
+    assert float(rate(100, 0.0, final_fraction=0.1)) == pytest.approx(0.1)
+    with pytest.raises(InputError, match="schedule"):
+        rate(0, 0.0, schedule="linear")
+
+
+def test_average_starts_quickly():
+    assert float(ema_decay(0, 0.999)) == pytest.approx(0.1)
+    assert float(ema_decay(10**6, 0.999)) == pytest.approx(0.999)
+
+
+def test_only_kernels_decay():
+    assert decay_mask({"a": {"kernel": 1, "bias": 2}, "latents_std": 3}) == {
+        "a": {"kernel": True, "bias": False},
+        "latents_std": False,
+    }
+
+
+def test_vae_loss_of_a_perfect_reconstruction_is_the_kl():
+    video = jax.random.uniform(jax.random.key(0), (2, 3, 8, 8, 3), minval=-1.0)
+    mean, logvar = jnp.full((2, 1, 2, 2, 4), 2.0), jnp.zeros((2, 1, 2, 2, 4))
+    loss, terms = vae_loss(video, video, mean, logvar, VAELossWeights(kl=0.5))
+    assert float(terms["kl"]) == pytest.approx(2.0)
+    assert float(loss) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_vae_loss_of_an_offset():
+    video = jnp.zeros((1, 1, 8, 8, 3))
+    zero = jnp.zeros((1, 1, 2, 2, 4))
+    loss, terms = vae_loss(video + 0.2, video, zero, zero, VAELossWeights(kl=0.0))
+    assert float(terms["edges"]) == 0.0
+    assert float(terms["psnr"]) == pytest.approx(20.0)  # 0.1 of a range of 1
+    assert float(loss) == pytest.approx(0.2 - 1e-3 + 0.04, abs=1e-4)
+
+
+def test_edges_see_every_axis():
+    for axis in (1, 2, 3):
+        ramp = jnp.moveaxis(jnp.arange(4.0).reshape(1, 4, 1, 1, 1), 1, axis)
+        ramp = jnp.broadcast_to(ramp, (1, 4, 4, 4, 3))
+        assert float(edge_loss(ramp)) == pytest.approx(1 / 3)
