@@ -1,4 +1,4 @@
-"""The small world's stage 1, a DiT of about ten million parameters.
+"""The small world's stage 1, a DiT of about fourteen million parameters.
 
 python train.py --config=configs/small_world.py --workdir=DIR --config.data_dir=DATA
     --config.vae_dir=VAE_DIR/export/vae

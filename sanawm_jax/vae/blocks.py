@@ -68,6 +68,7 @@ class CausalConv(nnx.Module):
         x = jnp.concatenate(parts, axis=1)
         space = (1, 1)
         if self.padding_mode != "zeros":
+            # a side of one cannot be reflected: jnp repeats it where torch refuses
             widths = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
             x = jnp.pad(x, widths, mode=_PAD_MODE[self.padding_mode])
             space = (0, 0)

@@ -120,7 +120,8 @@ def decode_windows(
         latents,
         time,
         (frames - 1) * t + 1,
-        # a later window's frames are aligned from its second latent on
+        # as in the reference: the doubled frame is the first, yet the last is dropped, so that
+        # later windows run one frame late
         trim=lambda y: y[:, :-1],
         skip_single=cfg.patch_size_t == 1,
     )
