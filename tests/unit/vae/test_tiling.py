@@ -127,5 +127,5 @@ def test_blend_is_a_linear_ramp():
 
 def test_tiles_below_a_latent_are_refused():
     tiling = Tiling(tile_sample_stride_height=16)
-    with pytest.raises(InputError, match="height.*at least 32"):
+    with pytest.raises(InputError, match=r"height.*at least 32"):
         tiled_decode(repeat_latents, np.zeros((1, 1, 1, 1, 1)), CFG, tiling)
