@@ -18,6 +18,34 @@ kernel_init: Initializer = nnx.initializers.lecun_normal()
 zeros_init: Initializer = nnx.initializers.zeros
 
 
+@jax.custom_vjp
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x @ kernel + bias` with one rounding, after the bias, as a fused GEMM epilogue does it."""
+    y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _affine_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _affine(x, kernel, bias), (x, kernel)
+
+
+def _affine_backward(
+    saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # The derivative of the lines above would carry float32 into both products and run them on
+    # the slow units; dy comes in the compute dtype and stays in it.
+    x, kernel = saved
+    rows = dy.reshape(-1, dy.shape[-1])
+    d_kernel = jnp.matmul(x.reshape(-1, x.shape[-1]).T, rows)
+    d_bias = jnp.sum(rows, 0, dtype=jnp.float32).astype(dy.dtype)
+    return dy @ kernel.T, d_kernel, d_bias
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` on the last axis; kernel (in, out)."""
 
@@ -39,9 +67,7 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         if self.bias is None:
             return x @ kernel
-        # one rounding, after the bias, as a fused GEMM epilogue does it
-        y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return _affine(x, kernel, self.bias[...].astype(x.dtype))
 
 
 class Conv(nnx.Module):

@@ -26,7 +26,7 @@ from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 
 TextEncoder = Callable[[Sequence[str]], tuple[jax.Array, jax.Array]]
-_PER_CLIP = ("latents", "camera", "pluecker")
+_PER_CLIP = ("latents", "camera", "plucker")
 SAVE_EVERY = 32  # batches between notes of progress
 _FIRST_FRAME_TOLERANCE = 5e-2  # of normalised latents, whose deviation is 1; leaves room for TF32
 
@@ -38,8 +38,7 @@ def clip_encoder(config: VAEConfig) -> Callable[[Params, jax.Array], jax.Array]:
 
     @jax.jit
     def encode(params: Params, video: jax.Array) -> jax.Array:
-        mean, _ = apply(graphdef, params, to_signed(video), method="encode")
-        return apply(graphdef, params, mean, method="normalise").astype(jnp.float32)
+        return apply(graphdef, params, to_signed(video), method="encode_normalised")
 
     return encode
 
@@ -76,7 +75,7 @@ def build_cache(
       batch_size: clips an encoder call.
 
     Returns:
-      memory maps: latents (n, F, H, W, c) float16, camera (n, F, 20) float32, pluecker
+      memory maps: latents (n, F, H, W, c) float16, camera (n, F, 20) float32, plucker
       (n, F, H, W, 48) float16, caption (n,) int32 into text (U + 1, L, C) float16 and text_mask
       (U + 1, L) bool. The last caption is the null caption.
 
@@ -145,7 +144,7 @@ def _encode_clips(
             values = {
                 "latents": np.asarray(encoded, np.float16),
                 "camera": np.stack([camera for camera, _ in conditions]),
-                "pluecker": np.stack([rays for _, rays in conditions]).astype(np.float16),
+                "plucker": np.stack([rays for _, rays in conditions]).astype(np.float16),
             }
             for name in _PER_CLIP:
                 if name not in arrays:
@@ -168,7 +167,7 @@ def _open(path: Path, like: np.ndarray, length: int, start: int) -> np.memmap:
 
 
 def clip_conditions(clip: dict, config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pose tokens (F, 20) and Pluecker maps (F, H, W, 48) of one clip."""
+    """Pose tokens (F, 20) and Plücker maps (F, H, W, 48) of one clip."""
     frames, height, width = clip["video"].shape[:3]
     intrinsics = np.broadcast_to(np.asarray(clip["intrinsics"], np.float32), (frames, 4))
     return camera_conditions(

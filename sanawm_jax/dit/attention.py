@@ -34,7 +34,7 @@ class Context(NamedTuple):
     text_mask: jax.Array  # B L bool
     angles: jax.Array | None  # F P D/2
     rays: RayTransforms | None
-    pluecker: jax.Array | None  # B F P C
+    plucker: jax.Array | None  # B F P C
     frame_mask: jax.Array | None  # B F, 1 for a real frame and 0 for padding
     grid: tuple[int, int]  # token rows, columns
 

@@ -15,7 +15,7 @@ class LayerKind:
     """What makes one layer's parameters differ from another's."""
 
     softmax: bool  # softmax attention, else gated DeltaNet
-    pluecker: bool  # adds the projected Pluecker embedding after attention
+    plucker: bool  # adds the projected Plücker embedding after attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DiTConfig:
         return [
             LayerKind(
                 softmax=n > 0 and (i + 1) % n == 0,
-                pluecker=self.use_chunk_plucker_post_attn and (last < 0 or i < last),
+                plucker=self.use_chunk_plucker_post_attn and (last < 0 or i < last),
             )
             for i in range(self.num_layers)
         ]

@@ -52,7 +52,7 @@ _BLOCK = {
     "ffn.temporal": "mlp.t_conv",
     "ffn.fc1": "mlp.fc1",
     "ffn.fc2": "mlp.fc2",
-    "pluecker": "plucker_proj",
+    "plucker": "plucker_proj",
     "modulation_table": "scale_shift_table",
 }
 _ROOT = {
@@ -62,7 +62,7 @@ _ROOT = {
     "modulation": "t_block.1",
     "text_embed": "y_embedder.y_proj",
     "text_norm": "attention_y_norm",
-    "pluecker_embed.conv": "plucker_embedder.proj",
+    "plucker_embed.conv": "plucker_embedder.proj",
     "raymap_embed.conv": "raymap_embedder.proj",
     "final_table": "final_layer.scale_shift_table",
     "final": "final_layer.linear",

@@ -1,6 +1,6 @@
 """Stage 1: the camera-controlled DiT of SANA-WM.
 
-    latents -> patch embedding -> blocks [self-attention + camera, Pluecker, text, feed-forward]
+    latents -> patch embedding -> blocks [self-attention + camera, Plücker, text, feed-forward]
             -> final layer -> velocity
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, P tokens a frame, L text
@@ -91,8 +91,8 @@ class Block(nnx.Module):
         else:
             self.ffn = GatedConvFeedForward(config, rngs=rngs)
         self.modulation_table = nnx.Param(_table_init(rngs.params(), 6, width))
-        if kind.pluecker:
-            self.pluecker = Linear(width, width, rngs=rngs)
+        if kind.plucker:
+            self.plucker = Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         """x (B, F, P, C) -> the same."""
@@ -109,8 +109,8 @@ class Block(nnx.Module):
         x = masked(x)
         y = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx)
         x = x + masked((gate1 * y).astype(x.dtype))
-        if ctx.pluecker is not None and hasattr(self, "pluecker"):
-            x = x + self.pluecker(ctx.pluecker)
+        if ctx.plucker is not None and hasattr(self, "plucker"):
+            x = x + self.plucker(ctx.plucker)
         x = masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
         y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid)
         return x + masked((gate2 * y).astype(x.dtype))
@@ -149,7 +149,7 @@ class DiT(nnx.Module):
         if config.y_norm:
             self.text_norm = RMSNorm(width, eps=1e-5)
         if config.use_chunk_plucker_post_attn:
-            self.pluecker_embed = PatchEmbed(
+            self.plucker_embed = PatchEmbed(
                 config, config.chunk_plucker_channels, zero=True, rngs=rngs
             )
         self.raymap_embed = PatchEmbed(config, 3, rngs=rngs)
@@ -175,7 +175,7 @@ class DiT(nnx.Module):
         text: jax.Array,
         text_mask: jax.Array,
         camera: jax.Array | None = None,
-        pluecker: jax.Array | None = None,
+        plucker: jax.Array | None = None,
         frame_mask: jax.Array | None = None,
         *,
         remat: str = "none",
@@ -189,7 +189,7 @@ class DiT(nnx.Module):
           text_mask: (B, L), non-zero for a token.
           camera: (B, F, 20) poses relative to the first frame and intrinsics in latent pixels;
             None switches the camera branch off.
-          pluecker: (B, F, H, W, 48) Pluecker rays of the pixel frames of each latent frame.
+          plucker: (B, F, H, W, 48) Plücker rays of the pixel frames of each latent frame.
           frame_mask: (B, F), 0 for padded frames.
           remat: see `core.stack.scan_runs`.
 
@@ -218,9 +218,9 @@ class DiT(nnx.Module):
             text_mask=text_mask > 0,
             angles=self._angles((frames, *grid), halved=False),
             rays=None if camera is None else self._rays(camera, frames, grid),
-            pluecker=(
-                self.pluecker_embed(pluecker.astype(dtype))
-                if pluecker is not None and config.use_chunk_plucker_post_attn
+            plucker=(
+                self.plucker_embed(plucker.astype(dtype))
+                if plucker is not None and config.use_chunk_plucker_post_attn
                 else None
             ),
             frame_mask=frame_mask,

@@ -132,16 +132,8 @@ class Stage1Folder:
 
     def load_vae(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
         """Configuration, graph definition and parameters of the VAE."""
-        folder, config = self.part("vae"), self.vae_config()
-        graphdef, abstract = build(VideoVAE, config)
-        params = keymap.load(
-            vae_keys.key_table(config),
-            abstract,
-            SafetensorsFolder(folder),
-            what=str(folder),
-            dtype=dtype,
-        )
-        return config, graphdef, params
+        config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype)
+        return config, build(VideoVAE, config)[0], params
 
     def load_text(self, dtype: Any) -> tuple[Tower, Tokenizer]:
         """The compiled text tower and its tokenizer."""

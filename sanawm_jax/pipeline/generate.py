@@ -156,7 +156,7 @@ class SanaWM:
                 raise InputError(f"flow_shift={flow_shift} must be positive")
             schedule = dataclasses.replace(schedule, shift=flow_shift)
         sigmas = schedule.sigmas(steps)
-        self.folder.check(needs_vae=True)
+        self._part("checked", lambda _: self.folder.check(needs_vae=True))
 
         if noise is None:
             noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
@@ -188,7 +188,7 @@ class SanaWM:
         if has_guidance:
             cond = jnp.concatenate([neg, cond])
             cond_mask = jnp.concatenate([neg_mask, cond_mask])
-        camera, pluecker = camera_conditions(
+        camera, plucker = camera_conditions(
             request.c2w,
             request.intrinsics,
             request.height,
@@ -196,7 +196,7 @@ class SanaWM:
             self.vae_config.temporal_ratio,
             self.vae_config.spatial_ratio,
         )
-        return Conditions(cond, cond_mask, jnp.asarray(camera[None]), jnp.asarray(pluecker[None]))
+        return Conditions(cond, cond_mask, jnp.asarray(camera[None]), jnp.asarray(plucker[None]))
 
     def _first_latent(self, request: Request) -> jax.Array:
         """(1, 1, h, w, C) normalised latent of the image."""
@@ -215,8 +215,7 @@ class SanaWM:
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
-    mean, _ = apply(graphdef, params, video, method="encode")
-    return apply(graphdef, params, mean, method="normalise").astype(jnp.float32)
+    return apply(graphdef, params, video, method="encode_normalised")
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -24,7 +24,7 @@ class Conditions(NamedTuple):
     text: jax.Array  # B L C
     text_mask: jax.Array  # B L
     camera: jax.Array  # 1 F 20
-    pluecker: jax.Array  # 1 F H W 48
+    plucker: jax.Array  # 1 F H W 48
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
@@ -59,7 +59,7 @@ def denoise_step(
         conditions.text,
         conditions.text_mask,
         repeat(conditions.camera),
-        repeat(conditions.pluecker),
+        repeat(conditions.plucker),
     )
     if batch == 2:
         velocity = guide(velocity, guidance)

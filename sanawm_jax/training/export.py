@@ -10,15 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.core.params import Params, build
+from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors
 from sanawm_jax.dit.keys import key_table as dit_table
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import key_table as vae_table
-from sanawm_jax.vae.model import VideoVAE
 from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # classes of the published model_index.json
@@ -47,23 +45,6 @@ def export_transformer(config: DiTConfig, params: Params, folder: str | Path, dt
     tensors = keymap.export(dit_table(config), params, extra_tensors(config))
     tensors = {k: _cast(v, dtype) for k, v in tensors.items()}
     _write(folder, "SanaWMTransformer3DModel", config, tensors)
-
-
-def load_vae(folder: str | Path) -> tuple[VAEConfig, Params]:
-    """Reads what `export_vae` wrote, as float32.
-
-    Raises:
-      InputError: a file is absent or broken, or the tensors do not fit the configuration.
-    """
-    config = VAEConfig.from_json(read_config(folder))
-    params = keymap.load(
-        vae_table(config),
-        build(VideoVAE, config)[1],
-        SafetensorsFolder(folder),
-        what=str(folder),
-        dtype=np.float32,
-    )
-    return config, params
 
 
 def write_index(folder: str | Path, flow_shift: float) -> None:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sanawm_jax.diffusion.euler import shift_sigma
+
 NUM_STEPS = 1000
 
 
@@ -43,7 +45,7 @@ def noise_levels(flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
     """
     # in float64: float32 would floor some whole numbers one down
     s = np.arange(NUM_STEPS, dtype=np.float64) / NUM_STEPS
-    sigma = flow_shift * s / (1 + (flow_shift - 1) * s)
+    sigma = shift_sigma(s, flow_shift)
     timestep = np.floor(np.round(NUM_STEPS * sigma, 9))
     return sigma.astype(np.float32), timestep.astype(np.float32)
 

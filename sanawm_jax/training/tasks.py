@@ -32,11 +32,12 @@ from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.prompts import CHI_PROMPT, encode_texts
 from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
-from sanawm_jax.training.export import export_transformer, export_vae, load_vae, write_index
+from sanawm_jax.training.export import export_transformer, export_vae, write_index
 from sanawm_jax.training.flow import drop_captions, noised_example, velocity_loss
 from sanawm_jax.training.step import Loss, Metrics
 from sanawm_jax.training.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.keys import load_vae
 from sanawm_jax.vae.latents import sample_posterior
 from sanawm_jax.vae.model import VideoVAE
 
@@ -197,7 +198,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     model = DiTConfig(
         in_channels=cache["latents"].shape[-1],
         caption_channels=cache["text"].shape[-1],
-        chunk_plucker_channels=cache["pluecker"].shape[-1],
+        chunk_plucker_channels=cache["plucker"].shape[-1],
         **config.dit.to_dict(),
     )
     graphdef, _ = build(DiT, model)
@@ -226,7 +227,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
             shown.astype(dtype),
             shown_mask,
             resident["camera"][batch],
-            resident["pluecker"][batch].astype(dtype),
+            resident["plucker"][batch].astype(dtype),
             remat=config.remat,
         )
         return velocity_loss(velocity, example.target, example.mask), {}
@@ -252,7 +253,7 @@ def _text_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
 def _cached(
     config: ml_collections.ConfigDict, workdir: Path, clips: Sequence
 ) -> dict[str, np.ndarray]:
-    vae_config, vae_params = load_vae(config.vae_dir)
+    vae_config, vae_params = load_vae(config.vae_dir, dtype=np.float32)
     text = _text_folder(config, workdir)
     if not (text / "text_encoder" / "config.json").is_file():
         if config.text_dir:

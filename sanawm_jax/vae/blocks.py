@@ -124,17 +124,17 @@ class ResnetBlock(nnx.Module):
         timestep_conditioning: bool = False,
         rngs: nnx.Rngs,
     ):
-        make = lambda a, b: CausalConv(a, b, padding_mode=padding_mode, rngs=rngs)  # noqa: E731
-        self.conv1 = make(in_features, out_features)
-        self.conv2 = make(out_features, out_features)
+        self.conv1 = CausalConv(in_features, out_features, padding_mode=padding_mode, rngs=rngs)
+        self.conv2 = CausalConv(out_features, out_features, padding_mode=padding_mode, rngs=rngs)
         widens = in_features != out_features
         self.norm3 = ChannelLayerNorm(in_features, eps=eps) if widens else None
         self.conv_shortcut = (
             Conv(in_features, out_features, (1, 1, 1), rngs=rngs) if widens else None
         )
-        scale = lambda: nnx.Param(jnp.zeros((1, 1, in_features))) if inject_noise else None  # noqa: E731
-        self.per_channel_scale1 = scale()
-        self.per_channel_scale2 = scale()
+        # noise starts switched off
+        scale = (1, 1, in_features)
+        self.per_channel_scale1 = nnx.Param(jnp.zeros(scale)) if inject_noise else None
+        self.per_channel_scale2 = nnx.Param(jnp.zeros(scale)) if inject_noise else None
         self.scale_shift_table = (
             modulation_table(4, in_features, rngs) if timestep_conditioning else None
         )
@@ -291,7 +291,10 @@ class MidBlock(nnx.Module):
         *,
         causal: bool,
     ) -> jax.Array:
-        temb = self.time_embedder(timestep, x.dtype) if self.time_embedder is not None else None
+        temb = None
+        if self.time_embedder is not None:
+            assert timestep is not None
+            temb = self.time_embedder(timestep, x.dtype)
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb, noise[i] if noise else None, causal=causal)
         return x

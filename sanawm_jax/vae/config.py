@@ -189,7 +189,7 @@ class VAEConfig:
         size = (frames, height // p, width // p)
         for stage in self.down_stages:
             if stage.strided_conv:
-                size = tuple((n - 1) // 2 + 1 for n in size)
+                size = ((size[0] - 1) // 2 + 1, (size[1] - 1) // 2 + 1, (size[2] - 1) // 2 + 1)
             elif stage.strides is not None:
                 t, h, w = stage.strides
                 _require(

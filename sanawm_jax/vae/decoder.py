@@ -114,7 +114,8 @@ class Decoder(nnx.Module):
             run = jax.checkpoint(run) if remat else run
             x = run(x, temb, noise[i] if noise is not None else None)
         x = pixel_norm(x)
-        if self.time_embedder is not None:
+        if self.time_embedder is not None and self.scale_shift_table is not None:
+            assert temb is not None
             shift_scale = rearrange(
                 self.time_embedder(temb, x.dtype), "B (k C) -> k B 1 1 1 C", k=2
             )

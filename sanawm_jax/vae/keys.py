@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from sanawm_jax.core.params import build
+from pathlib import Path
+from typing import Any
+
+from sanawm_jax.core.params import Params, build
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 from sanawm_jax.weights import keymap
+from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 _RENAMED = {
     ".downsample.": ".downsamplers.0.",
@@ -19,6 +23,26 @@ def key_table(cfg: VAEConfig) -> list[keymap.Entry]:
     """The entries that load and export a `VideoVAE` of this configuration."""
     _, abstract = build(VideoVAE, cfg)
     return keymap.table(abstract, _name, layout=_layout)
+
+
+def load_vae(folder: str | Path, *, dtype: Any = None) -> tuple[VAEConfig, Params]:
+    """Reads a `vae/` folder: config.json and safetensors.
+
+    Args:
+      dtype: of the parameters; None keeps the file's.
+
+    Raises:
+      InputError: a file is absent or broken, or the tensors do not fit the configuration.
+    """
+    config = VAEConfig.from_json(read_config(folder))
+    params = keymap.load(
+        key_table(config),
+        build(VideoVAE, config)[1],
+        SafetensorsFolder(folder),
+        what=str(folder),
+        dtype=dtype,
+    )
+    return config, params
 
 
 def _name(path: str, index: tuple[int, ...]) -> str:

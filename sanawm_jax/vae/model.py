@@ -47,6 +47,11 @@ class VideoVAE(nnx.Module):
         """(B, f, h, w, C) -> (B, F, H, W, 3); see `Decoder`."""
         return self.decoder(latents, temb, noise=noise, causal=causal, remat=remat)
 
+    def encode_normalised(self, video: jax.Array) -> jax.Array:
+        """Video -> the diffusion model's latents: the posterior's mode, normalised, float32."""
+        mean, _ = self.encode(video)
+        return self.normalise(mean).astype(jnp.float32)
+
     def normalise(self, latents: jax.Array) -> jax.Array:
         """VAE latents -> the diffusion model's."""
         return latents_lib.normalise(latents, *self._statistics())

@@ -14,8 +14,8 @@ import pytest
 
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Stage1Folder
-from sanawm_jax.training.export import load_vae
 from sanawm_jax.training.loop import train
+from sanawm_jax.vae.keys import load_vae
 from tests.e2e.tiny_config import get_config
 
 _ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_vae_run(vae_dir):
     rows = _rows(vae_dir)
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     assert {"loss", "psnr", "kl", "grad_norm", "learning_rate", "seconds"} <= rows[0].keys()
-    config, params = load_vae(vae_dir / "export" / "vae")
+    config, params = load_vae(vae_dir / "export" / "vae", dtype=np.float32)
     assert config.latent_channels == 8
     assert np.all(params["latents_std"] > 0) and np.any(params["latents_mean"] != 0)
 

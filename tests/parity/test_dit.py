@@ -50,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int], int, int]] = {
     ),
     "patch_2": (dict(patch_size=(1, 2, 2), num_layers=2, softmax_every_n=2), (3, 4, 6), 1, 0),
     "patch_3": (dict(patch_size=(1, 3, 3), num_layers=2, softmax_every_n=2), (2, 6, 9), 1, 0),
-    "raymap_instead_of_pluecker": (
+    "raymap_instead_of_plucker": (
         dict(use_chunk_plucker_post_attn=False, num_layers=2, softmax_every_n=2),
         (3, 4, 6),
         2,
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int], int, int]] = {
         1,
         0,
     ),
-    "pluecker_in_two_blocks": (dict(chunk_plucker_post_attn_blocks=2), (2, 3, 4), 1, 0),
+    "plucker_in_two_blocks": (dict(chunk_plucker_post_attn_blocks=2), (2, 3, 4), 1, 0),
     "conv_on_all": (dict(k_conv_only=False, conv_kernel_size=3, num_layers=2), (5, 2, 3), 1, 0),
     "no_conv_no_norms": (
         dict(conv_kernel_size=0, qk_norm=False, cross_norm=False, y_norm=False, num_layers=2),
@@ -124,7 +124,7 @@ def make_inputs(
         "text": rng.normal(size=(batch, tokens, config.caption_channels)),
         "text_mask": text_mask,
         "camera": camera,
-        "pluecker": rng.normal(size=(batch, frames, rows, columns, config.chunk_plucker_channels)),
+        "plucker": rng.normal(size=(batch, frames, rows, columns, config.chunk_plucker_channels)),
     }
     if masked:
         frame_mask = np.ones((batch, frames))
@@ -146,7 +146,7 @@ def run_reference(
         real["text"][:, None],
         mask=t["text_mask"],
         camera_conditions=real.get("camera"),
-        chunk_plucker=real["pluecker"].permute(0, 4, 1, 2, 3) if "pluecker" in real else None,
+        chunk_plucker=real["plucker"].permute(0, 4, 1, 2, 3) if "plucker" in real else None,
         frame_valid_mask=real.get("frame_mask"),
     ).sample
     return out.permute(0, 2, 3, 4, 1)
@@ -188,7 +188,7 @@ def test_forward(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
 def test_forward_without_camera(rng: np.random.Generator, tmp_path: Path) -> None:
     model, grid, batch, _ = make("base")
     inputs = make_inputs(rng, model, grid, batch, 0)
-    del inputs["camera"], inputs["pluecker"]
+    del inputs["camera"], inputs["plucker"]
     with torch.no_grad(), float32_attention():
         expected = run_reference(model, inputs)
     _, graphdef, params = loaded(model, tmp_path)

@@ -151,7 +151,7 @@ def conditions(
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Our decoder's timesteps and noise; the reference is made to draw the same noise."""
     temb = [np.linspace(0.05, 0.4, len(latents), dtype=np.float32)]
-    noise = draw_noise(jax.random.key(1), pair.cfg, *latents.shape[2:4])
+    noise = draw_noise(jax.random.key(1, impl="rbg"), pair.cfg, *latents.shape[2:4])
     drawn = iter(jax.tree.leaves(noise))
 
     def randn(shape, **_):
@@ -252,8 +252,16 @@ def test_every_block(case, pair, rng):
     assert len(kinds) >= 6
 
 
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("causal", [True, False, None])
+@pytest.mark.parametrize(
+    ("mode", "causal"),
+    [
+        ("zeros", True),
+        ("zeros", False),
+        ("reflect", None),
+        ("replicate", True),
+        ("circular", None),
+    ],
+)
 @torch.no_grad()
 def test_padding(mode, causal, pair, rng):
     """Every padding mode; `causal` overrules the configuration only upwards."""
@@ -272,7 +280,7 @@ def test_padding(mode, causal, pair, rng):
     assert relative(p.decode(latents, causal=causal), from_torch(decoded)) <= 1e-5
 
 
-@pytest.mark.parametrize(("case", "remat"), [("strided", False), ("conditioned", True)])
+@pytest.mark.parametrize(("case", "remat"), [("strided", True), ("conditioned", False)])
 def test_gradients(case, remat, pair, rng, monkeypatch):
     cfg, shape = CASES[case]
     p = pair(cfg)
@@ -306,7 +314,7 @@ def test_gradients(case, remat, pair, rng, monkeypatch):
     for name, parameter in p.reference.named_parameters():
         error = np.linalg.norm(named[name] - parameter.grad.numpy())
         # a gradient that is zero but for rounding is held to the whole
-        assert error <= 1e-3 * np.linalg.norm(parameter.grad.numpy()) + 1e-6 * total, name
+        assert error <= 1e-4 * np.linalg.norm(parameter.grad.numpy()) + 1e-6 * total, name
     assert not named["latents_mean"].any() and not named["latents_std"].any()
 
 

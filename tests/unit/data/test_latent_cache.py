@@ -77,7 +77,7 @@ def test_contents(tmp_path, clips, params):
             clip["c2w"], np.tile(clip["intrinsics"], (9, 1)), 32, 32, 8, 16
         )
         np.testing.assert_array_equal(cache["camera"][i], camera)
-        np.testing.assert_allclose(cache["pluecker"][i], rays, atol=1e-3)
+        np.testing.assert_allclose(cache["plucker"][i], rays, atol=1e-3)
     # sorted captions, then the null caption; 4 used positions round up to 8
     np.testing.assert_array_equal(cache["caption"], [0, 1, 0, 1, 0])
     np.testing.assert_array_equal(cache["text_mask"].sum(1), [4, 4, 1])
