@@ -6,6 +6,7 @@ Axis letters: B batch, T queries, S keys, N heads, D head size.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 
 def attention(
@@ -29,4 +30,8 @@ def attention(
       (B, T, N, D) in q's dtype.
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    # cuDNN never writes the logits to memory; with a mask it would, and it takes no float32
+    is_flash = jax.default_backend() == "gpu" and key_mask is None and q.dtype == jnp.bfloat16
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, implementation="cudnn" if is_flash else None
+    )
