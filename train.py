@@ -17,7 +17,9 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/small_world.py", "training configuration", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an old run is continued")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; an old run is continued", required=True
+)
 
 
 def main(argv: list[str]) -> None:
@@ -40,5 +42,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
     app.run(main)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def to_signed(video: jax.Array) -> jax.Array:
     return video.astype(jnp.float32) / 127.5 - 1.0
 
 
-def read_clips(clips: Sequence, indices: Sequence[int], pool: ThreadPoolExecutor) -> list[dict]:
+def read_clips(clips: Sequence, indices: Iterable[int], pool: ThreadPoolExecutor) -> list[dict]:
     """Reads clips in parallel."""
     return list(pool.map(clips.__getitem__, indices))
 
@@ -136,7 +136,7 @@ def _encode_clips(
             # the last batch repeats its last clip: one shape, one compilation
             indices = np.minimum(np.arange(start, start + batch_size), len(clips) - 1)
             batch = read_clips(clips, indices, pool)
-            video = np.stack([clip["video"] for clip in batch])
+            video = jnp.asarray(np.stack([clip["video"] for clip in batch]))
             encoded = encode(params, video)
             if start == progress["done"]:
                 _check_first_frame(encode(params, video[:, :1]), encoded)
