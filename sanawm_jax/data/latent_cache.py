@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from sanawm_jax.atomic import atomic_write
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply, build
 from sanawm_jax.errors import InputError
@@ -114,10 +115,8 @@ def _read_progress(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    # renamed into place, so that a killed run leaves the old file or the new one
-    temporary = folder / "progress.json.tmp"
-    temporary.write_text(json.dumps(progress), encoding="utf-8")
-    temporary.replace(folder / "progress.json")
+    with atomic_write(folder / "progress.json") as partial:
+        partial.write_text(json.dumps(progress), encoding="utf-8")
 
 
 def _encode_clips(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from sanawm_jax.atomic import atomic_write
 from sanawm_jax.errors import InputError
 from sanawm_jax.media.overlay import draw_overlay
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
@@ -117,13 +118,8 @@ def _decoded(model: SanaWM, file: str, latents_only: bool) -> tuple[np.ndarray, 
 
 
 def write_npy(file: str | os.PathLike, array: Any) -> Path:
-    """Writes an array whole or not at all: under another name first, then renamed."""
-    path = Path(file)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, array)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    """Writes an array whole or not at all."""
+    # through a stream, since `np.save` would add .npy to a name without it
+    with atomic_write(file) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
+    return Path(file)
