@@ -64,6 +64,24 @@ def is_ignored(key: str) -> bool:
     return key in _HEADS or _VISION.fullmatch(key) is not None
 
 
+def check_text_encoder(folder: str | Path) -> GemmaConfig:
+    """Compares names and shapes of all tensors, from the file headers alone.
+
+    Raises:
+      InputError: see `load_text_encoder`.
+    """
+    config = GemmaConfig.from_json(read_config(folder))
+    source = SafetensorsFolder(folder)
+    keymap.check(
+        key_table(config, find_prefix(source.keys())),
+        build(GemmaTower, config)[1],
+        source,
+        what=f"{folder} ({config.model_type})",
+        ignore=is_ignored,
+    )
+    return config
+
+
 def load_text_encoder(
     folder: str | Path, *, dtype: Any = None, sharding: Any = None
 ) -> tuple[GemmaConfig, Params]:
