@@ -30,7 +30,9 @@ _TEXTS = {
     "intrinsics": "a .npy file or fx,fy,cx,cy in pixels of the image",
     "dtype": "bfloat16 or float32",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
-    "stage1_latents": "decode these latents: no image, camera or network is needed",
+    "stage1_latents": "refine or decode these latents: no image, camera or network is needed",
+    "refiner_weights": "stage 2: a refiner folder in diffusers layout, or a hub name",
+    "refiner_latents": "the refiner's noise (1, C, T - sink, h, w) in a .npy file",
     "save_latents": "write the final latents (1, C, T, h, w) to this .npy file",
     "save_frames": "write the decoded frames (F, H, W, 3) in [0, 1] to this .npy file",
 }
@@ -42,14 +44,19 @@ _INTEGERS = {
     "seed": "of the initial noise",
     "text_length": "text tokens",
 }
+_REFINE = {
+    "refiner_block_size": "latent frames refined together; 0: all at once",
+    "refiner_kv_max_frames": "latent frames that a block sees, itself included",
+    "sink_size": "leading latent frames that stay unrefined",
+    "refiner_seed": "of the refiner's noise",
+}
 _FLOATS = {"fps": "frames a second", "cfg_scale": "guidance", "flow_shift": "of the schedule"}
 for _name, _help in _TEXTS.items():
     flags.DEFINE_string(_name, None, _help)
-for _name, _help in _INTEGERS.items():
+for _name, _help in {**_INTEGERS, **_REFINE}.items():
     flags.DEFINE_integer(_name, None, _help)
 for _name, _help in _FLOATS.items():
     flags.DEFINE_float(_name, None, _help)
-flags.DEFINE_string("refiner_weights", None, "stage 2; not available yet")
 flags.DEFINE_bool("no_refiner", False, "decode stage 1 without refining it")
 flags.DEFINE_bool("latents_only", False, "stop at the latents: nothing is decoded")
 flags.DEFINE_string("output_dir", "outputs", "folder of the video")
@@ -66,15 +73,16 @@ def _option(name: str) -> Any:
 
 
 def run() -> Path:
-    from sanawm_jax.errors import InputError
     from sanawm_jax.pipeline import command
 
-    if _option("refiner_weights"):
-        raise InputError("the refiner is not available yet; leave --refiner_weights out")
     names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name"]
     options = {name: _option(name) for name in names}
     if options["camera"] is not None and flags.FLAGS.action is None:
         options["action"] = None  # a path on the command line replaces the configuration's
+    if flags.FLAGS.no_refiner:
+        options["refiner_weights"] = None
+    refine = {name: _option(name) for name in _REFINE}
+    options["refine_options"] = {k: v for k, v in refine.items() if v is not None}
     return command.sample(**options, overlay=not flags.FLAGS.no_action_overlay)
 
 

@@ -62,17 +62,20 @@ def find_weights(name: str | Path) -> Path:
         ) from None
 
 
-class Stage1Folder:
-    """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
+class ModelFolder:
+    """A folder in diffusers layout: `model_index.json` and a folder a part.
 
     Raises:
-      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+      InputError: on construction, if a part is absent.
     """
+
+    kind = "model"
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        index = read_config(self.path, "model_index.json")
-        self.parts = [k for k, v in index.items() if isinstance(v, list)]
+        self.index = read_config(self.path, "model_index.json")
+        # a part that the model may have and has not is [null, null]
+        self.parts = [k for k, v in self.index.items() if isinstance(v, list) and any(v)]
         absent = [p for p in self.parts if not (self.path / p).is_dir()]
         if absent:
             raise InputError(f"{self.path} lacks {', '.join(absent)}, which model_index.json names")
@@ -80,8 +83,18 @@ class Stage1Folder:
     def part(self, name: str) -> Path:
         folder = self.path / name
         if not folder.is_dir():
-            raise InputError(f"{self.path} has no {name}/; is it a stage-1 folder?")
+            raise InputError(f"{self.path} has no {name}/; is it a {self.kind} folder?")
         return folder
+
+
+class Stage1Folder(ModelFolder):
+    """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
+
+    Raises:
+      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+    """
+
+    kind = "stage-1"
 
     def dit_config(self) -> DiTConfig:
         return DiTConfig.from_json(read_config(self.part("transformer")))
@@ -108,13 +121,17 @@ class Stage1Folder:
             ignore=dit_keys.is_ignored,
         )
         if needs_vae:
-            folder, vae_config = self.part("vae"), self.vae_config()
-            keymap.check(
-                vae_keys.key_table(vae_config),
-                build(VideoVAE, vae_config)[1],
-                SafetensorsFolder(folder),
-                what=str(folder),
-            )
+            self.check_vae()
+
+    def check_vae(self) -> None:
+        """Compares names and shapes of the VAE's tensors, as `check` does."""
+        folder, config = self.part("vae"), self.vae_config()
+        keymap.check(
+            vae_keys.key_table(config),
+            build(VideoVAE, config)[1],
+            SafetensorsFolder(folder),
+            what=str(folder),
+        )
 
     def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
         """Configuration, graph definition and parameters of the DiT."""

@@ -53,21 +53,26 @@ class Video:
 
 
 def read_latents(
-    value: str | os.PathLike | np.ndarray, shape: tuple[int, ...] | None
+    value: str | os.PathLike | np.ndarray, shape: tuple[int, ...] | None, name: str = "latents"
 ) -> np.ndarray:
     """Latents (1, C, F, h, w) from an array or a .npy file, as float32.
+
+    Args:
+      value: the array or the file.
+      shape: what it must be; None takes any single clip.
+      name: what the array is, for messages.
 
     Raises:
       InputError: unreadable, not finite, or not of `shape` (None takes any with one clip).
     """
-    array = load_array(value, "latents")
+    array = load_array(value, name)
     if shape is None and (array.ndim != 5 or array.shape[0] != 1):
-        raise InputError(f"latents have shape {array.shape}, expected (1, C, T, h, w)")
+        raise InputError(f"{name} have shape {array.shape}, expected (1, C, T, h, w)")
     if shape is not None and array.shape != shape:
-        raise InputError(f"latents have shape {array.shape}, this video needs {shape}")
+        raise InputError(f"{name} have shape {array.shape}, this video needs {shape}")
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise InputError("latents hold NaN or infinity")
+        raise InputError(f"{name} hold NaN or infinity")
     return array
 
 
@@ -96,6 +101,11 @@ class SanaWM:
         if name not in self._parts:
             self._parts[name] = load(self.dtype)
         return self._parts[name]
+
+    def release(self) -> None:
+        """Forgets the networks, so that the device's memory is free for another stage."""
+        checked = self._parts.pop("checked", False)
+        self._parts = {"checked": True} if checked else {}
 
     def request(self, image: Any, **options: Any) -> Request:
         """`make_request` with this model's VAE strides."""
@@ -132,7 +142,7 @@ class SanaWM:
         """Makes a video.
 
         Args:
-          image, options: see `request.make_request`.
+          image, options: see `request.make_request`; or a `Request`, made before.
           prompt: what is in the scene.
           negative_prompt: what to steer away from, read without the chi prompt.
           steps: Euler steps.
@@ -147,7 +157,7 @@ class SanaWM:
         Raises:
           InputError: one line on what is wrong, before anything is compiled.
         """
-        request = self.request(image, **options)
+        request = image if isinstance(image, Request) else self.request(image, **options)
         shape = self.latent_shape(request)
         noise = None if latents is None else read_latents(latents, shape)
         schedule = self.folder.schedule()
@@ -156,7 +166,7 @@ class SanaWM:
                 raise InputError(f"flow_shift={flow_shift} must be positive")
             schedule = dataclasses.replace(schedule, shift=flow_shift)
         sigmas = schedule.sigmas(steps)
-        self._part("checked", lambda _: self.folder.check(needs_vae=True))
+        self._part("checked", lambda _: self.folder.check(needs_vae=True) or True)
 
         if noise is None:
             noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)

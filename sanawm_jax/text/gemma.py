@@ -1,8 +1,9 @@
-"""The Gemma-2 text tower: token ids to hidden states.
+"""The Gemma-2 and Gemma-3 text towers: token ids to hidden states.
 
 Axis letters: B batch, L text tokens, S keys (= L), C width, K key-value heads, G queries a
 key-value head, D head size.
-Reference: Gemma 2 (arXiv 2408.00118), transformers `Gemma2Model`.
+Reference: Gemma 2 (arXiv 2408.00118), Gemma 3 (arXiv 2503.19786), transformers `Gemma2Model` and
+`Gemma3TextModel`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ from sanawm_jax.text.config import SLIDING, GemmaConfig
 Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L)) -> (B, L, C)
 
 
-def rope_tables(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (L, D) of rotary embedding for positions 0..L-1, float32."""
-    frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+def rope_tables(
+    length: int, head_dim: int, theta: float, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (L, D) of rotary embedding for positions 0..L-1, float32.
+
+    Args:
+      theta: base of the frequencies.
+      factor: what linear scaling divides them by.
+    """
+    frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim) / factor).astype(np.float32)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     angle = jnp.concatenate([angle, angle], -1)  # the two halves of a head are the pair
     return jnp.cos(angle), jnp.sin(angle)
@@ -114,6 +122,9 @@ class Attention(nnx.Module):
         self.k = linear(width, config.num_key_value_heads * head)
         self.v = linear(width, config.num_key_value_heads * head)
         self.out = linear(config.num_attention_heads * head, width)
+        if config.use_qk_norm:
+            self.q_norm = GemmaNorm(head, eps=config.rms_norm_eps)
+            self.k_norm = GemmaNorm(head, eps=config.rms_norm_eps)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array]
@@ -123,6 +134,8 @@ class Attention(nnx.Module):
         q = rearrange(self.q(x), "B L (K G D) -> B L K G D", K=heads, D=config.head_dim)
         k = rearrange(self.k(x), "B S (K D) -> B S K D", K=heads)
         v = rearrange(self.v(x), "B S (K D) -> B S K D", K=heads)
+        if config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = grouped_attention(
             rotate(q, *rope),
             rotate(k, *rope),
@@ -194,10 +207,10 @@ class GemmaTower(nnx.Module):
         dtype: Any = None,
         all_states: bool = False,
     ) -> jax.Array:
-        """Hidden states of right-padded token ids.
+        """Hidden states of token ids, padded on either side.
 
         Args:
-          ids: (B, L) integers.
+          ids: (B, L) integers; positions count from the left, padding included.
           mask: (B, L), nonzero for tokens.
           dtype: compute dtype; the embedding table's by default.
           all_states: return every state, not only the last.
@@ -208,11 +221,18 @@ class GemmaTower(nnx.Module):
         """
         config = self.config
         full, sliding = attention_masks(mask, config.sliding_window)
-        rope = rope_tables(ids.shape[1], config.head_dim, config.rope_theta)
+        length, head = ids.shape[1], config.head_dim
+        rope = rope_tables(length, head, config.rope_theta, config.rope_factor)
+        local = rope
+        if config.rope_local_theta is not None:
+            local = rope_tables(length, head, config.rope_local_theta)
 
         def step(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, jax.Array | None]:
             layer, is_sliding = scanned
-            y = layer(x, jnp.where(is_sliding, sliding, full), rope)
+            choose = functools.partial(jnp.where, is_sliding)
+            y = layer(
+                x, choose(sliding, full), (choose(local[0], rope[0]), choose(local[1], rope[1]))
+            )
             return y, x if all_states else None
 
         is_sliding = jnp.array([kind == SLIDING for kind in config.layer_types])
@@ -221,12 +241,15 @@ class GemmaTower(nnx.Module):
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 
-def text_tower(config: GemmaConfig, params: Params, *, dtype: Any = None) -> Tower:
+def text_tower(
+    config: GemmaConfig, params: Params, *, dtype: Any = None, all_states: bool = False
+) -> Tower:
     """The compiled function (ids (B, L), mask (B, L)) -> last hidden state (B, L, C).
 
     Args:
       params: of `GemmaTower`, as `keys.load_text_encoder` returns them.
       dtype: compute dtype; the parameters' by default.
+      all_states: give every hidden state, (layers + 1, B, L, C).
 
     The function raises InputError for ids that the embedding does not have, which means that
     tokenizer and text encoder are not of one model.
@@ -235,7 +258,7 @@ def text_tower(config: GemmaConfig, params: Params, *, dtype: Any = None) -> Tow
 
     @jax.jit
     def run(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return apply(graphdef, params, ids, mask, dtype=dtype)
+        return apply(graphdef, params, ids, mask, dtype=dtype, all_states=all_states)
 
     def tower(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
         # on an accelerator a lookup past the table is silent
