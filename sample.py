@@ -83,6 +83,7 @@ def run() -> Path:
         options["refiner_weights"] = None
     refine = {name: _option(name) for name in _REFINE}
     options["refine_options"] = {k: v for k, v in refine.items() if v is not None}
+    options["vae_tiling"] = _CONFIG.value.get("vae_tiling", "auto")
     return command.sample(**options, overlay=not flags.FLAGS.no_action_overlay)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from einops import rearrange
 
 from sanawm_jax.atomic import atomic_write
 from sanawm_jax.errors import InputError
-from sanawm_jax.media.overlay import draw_overlay
+from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
 from sanawm_jax.pipeline.generate import SanaWM, read_latents
 from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
@@ -47,6 +49,7 @@ def sample(
     output_dir: str,
     name: str,
     overlay: bool,
+    vae_tiling: str = "auto",
     refiner_weights: str | None = None,
     refiner_latents: str | None = None,
     refine_options: dict[str, int] | None = None,
@@ -54,6 +57,7 @@ def sample(
     """Runs one command line; the flags are described in `sample.py`.
 
     Args:
+      vae_tiling: see `generate.decode_tiling`.
       refiner_weights: stage 2; None decodes stage 1.
       refine_options: fields of `RefineOptions`.
 
@@ -65,8 +69,8 @@ def sample(
     """
     if latents_only and not save_latents:
         raise InputError("--latents_only writes nothing without --save_latents FILE.npy")
-    is_refining_only = bool(refiner_weights and stage1_latents and latents_only)
-    if not weights and not is_refining_only:
+    needs_stage1 = not (stage1_latents and latents_only)
+    if not weights and needs_stage1:
         raise InputError("no weights: give --weights with a folder or a hub name")
     folder = None if latents_only else check_writable(output_dir)
     for file in (save_latents, save_frames):
@@ -79,14 +83,15 @@ def sample(
             refiner_weights, dtype=dtype, options=RefineOptions(**refine_options or {})
         )
         dropped = refiner.options.sink_size  # pixel frames before the first refined one
-    model = None if is_refining_only else SanaWM.from_pretrained(str(weights), dtype=dtype)
+    model = None
+    if needs_stage1:
+        model = SanaWM.from_pretrained(str(weights), dtype=dtype, tiling=vae_tiling)
     refiner_noise = c2w = held_keys = None
     if stage1_latents:
         final = read_latents(stage1_latents, None)
         if model:
             _check_channels(model, final, stage1_latents)
-            if not latents_only:
-                model.folder.check_vae()
+            model.check("decoder")
         if refiner:
             refiner_noise = refiner.check(final.shape, prompt, refiner_latents)
     else:
@@ -107,6 +112,8 @@ def sample(
         )
         if refiner:
             refiner_noise = refiner.check(model.latent_shape(request), prompt, refiner_latents)
+        if not latents_only:
+            model.check("decoder")
         final = model(
             request,
             prompt,
@@ -129,14 +136,27 @@ def sample(
     if folder is None or model is None:
         return Path(str(save_latents))
     # the sink stays unrefined: it steers the refiner and is not part of the video
-    frames = model.decode(jnp.asarray(rearrange(final, "B C F H W -> B F H W C")))[dropped:]
+    windows = model.decode_stream(jnp.asarray(rearrange(final, "B C F H W -> B F H W C")))
+    windows = _drop_frames(windows, dropped)
     if save_frames:
+        frames = np.concatenate(list(windows))
         write_npy(save_frames, frames)
-    pictures = to_uint8(frames)
+        windows = iter([frames])
+    # frame by frame from here on: the video is never whole in memory
+    pictures = itertools.chain.from_iterable(map(to_uint8, windows))
     if overlay and c2w is not None:
         held_keys = held_keys[dropped:] if held_keys else held_keys
-        pictures = draw_overlay(pictures, c2w[dropped:], held_keys, mapping=action_mapping)
+        painter = OverlayPainter(c2w[dropped:], held_keys, height, width, action_mapping)
+        pictures = painter.paint_all(pictures)
     return write_mp4(folder / f"{name}_generated.mp4", pictures, fps)
+
+
+def _drop_frames(windows: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The windows without the first `count` frames of them all."""
+    for window in windows:
+        if len(window) > count:
+            yield window[count:]
+        count = max(0, count - len(window))
 
 
 def _check_channels(model: SanaWM, latents: np.ndarray, file: str) -> None:

@@ -22,12 +22,13 @@ from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.vae import keys as vae_keys
 from sanawm_jax.vae.config import VAEConfig
-from sanawm_jax.vae.model import VideoVAE
+from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
 from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 SMALL_WORLD = "small_world"
 _SHIPPED = Path(__file__).parent.parent / "assets"
+_VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
 
 def find_weights(name: str | Path) -> Path:
@@ -106,31 +107,24 @@ class Stage1Folder(ModelFolder):
         raw = read_config(self.part("scheduler"), "scheduler_config.json")
         return Schedule.from_json(raw)
 
-    def check(self, *, needs_vae: bool) -> None:
-        """Compares names and shapes of all tensors, from the file headers alone.
+    def check(self, part: str) -> None:
+        """Compares names and shapes of a network's tensors, from the file headers alone.
+
+        Args:
+          part: `transformer`, or the `encoder` or `decoder` of the VAE.
 
         Raises:
           InputError: what is missing, unexpected or mis-shaped.
         """
-        folder, config = self.part("transformer"), self.dit_config()
+        if part in _VAE_HALVES:
+            return vae_keys.check_vae(self.part("vae"), _VAE_HALVES[part])
+        folder, config = self.part(part), self.dit_config()
         keymap.check(
             dit_keys.key_table(config),
             build(DiT, config)[1],
             SafetensorsFolder(folder),
             what=str(folder),
             ignore=dit_keys.is_ignored,
-        )
-        if needs_vae:
-            self.check_vae()
-
-    def check_vae(self) -> None:
-        """Compares names and shapes of the VAE's tensors, as `check` does."""
-        folder, config = self.part("vae"), self.vae_config()
-        keymap.check(
-            vae_keys.key_table(config),
-            build(VideoVAE, config)[1],
-            SafetensorsFolder(folder),
-            what=str(folder),
         )
 
     def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
@@ -147,10 +141,18 @@ class Stage1Folder(ModelFolder):
         )
         return config, graphdef, params
 
-    def load_vae(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
-        """Configuration, graph definition and parameters of the VAE."""
-        config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype)
-        return config, build(VideoVAE, config)[0], params
+    def load_encoder(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the VAE's encoder."""
+        return self._load_half("encoder", dtype)
+
+    def load_decoder(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the VAE's decoder."""
+        return self._load_half("decoder", dtype)
+
+    def _load_half(self, name: str, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        module = _VAE_HALVES[name]
+        config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype, module=module)
+        return config, build(module, config)[0], params
 
     def load_text(self, dtype: Any) -> tuple[Tower, Tokenizer]:
         """The compiled text tower and its tokenizer."""
