@@ -7,17 +7,14 @@ Prints the output's path as its last line. Bad input gives one line and exit sta
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/sample_sana_wm.py", "sampling defaults", lock_config=True
-)
+from sanawm_jax.command_line import define_config, fail, parse_flags, show_notes
+
+_CONFIG = define_config(Path(__file__).parent / "configs/sample_sana_wm.py", "sampling defaults")
 # a flag that is not given takes the configuration's value
 _TEXTS = {
     "weights": "stage 1: small_world, a folder in diffusers layout, or a hub name",
@@ -87,30 +84,15 @@ def run() -> Path:
     return command.sample(**options, overlay=not flags.FLAGS.no_action_overlay)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     from sanawm_jax.errors import InputError
 
-    if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]!r}; flags start with --")
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    show_notes()
     try:
         print(run())
     except InputError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, FileNotFoundError, AttributeError, KeyError) as error:
-        _fail(str(error).splitlines()[0])
-        raise
+        fail(str(error))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)
