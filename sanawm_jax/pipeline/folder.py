@@ -18,7 +18,7 @@ from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
 from sanawm_jax.text.gemma import Tower, text_tower
-from sanawm_jax.text.keys import load_text_encoder
+from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.vae import keys as vae_keys
 from sanawm_jax.vae.config import VAEConfig
@@ -111,21 +111,25 @@ class Stage1Folder(ModelFolder):
         """Compares names and shapes of a network's tensors, from the file headers alone.
 
         Args:
-          part: `transformer`, or the `encoder` or `decoder` of the VAE.
+          part: `transformer`, `text_encoder`, or the `encoder` or `decoder` of the VAE.
 
         Raises:
           InputError: what is missing, unexpected or mis-shaped.
         """
+        folder = self.part("vae" if part in _VAE_HALVES else part)
         if part in _VAE_HALVES:
-            return vae_keys.check_vae(self.part("vae"), _VAE_HALVES[part])
-        folder, config = self.part(part), self.dit_config()
-        keymap.check(
-            dit_keys.key_table(config),
-            build(DiT, config)[1],
-            SafetensorsFolder(folder),
-            what=str(folder),
-            ignore=dit_keys.is_ignored,
-        )
+            vae_keys.check_vae(folder, _VAE_HALVES[part])
+        elif part == "text_encoder":
+            check_text_encoder(folder)
+        else:
+            config = self.dit_config()
+            keymap.check(
+                dit_keys.key_table(config),
+                build(DiT, config)[1],
+                SafetensorsFolder(folder),
+                what=str(folder),
+                ignore=dit_keys.is_ignored,
+            )
 
     def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
         """Configuration, graph definition and parameters of the DiT."""

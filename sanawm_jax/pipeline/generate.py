@@ -120,7 +120,7 @@ class SanaWM:
         """Compares tensor names and shapes of `parts` with the file headers, each once.
 
         Args:
-          parts: of `transformer`, `encoder` and `decoder`.
+          parts: of `transformer`, `text_encoder`, `encoder` and `decoder`.
 
         Raises:
           InputError: what is missing, unexpected or mis-shaped.
@@ -198,7 +198,7 @@ class SanaWM:
                 raise InputError(f"flow_shift={flow_shift} must be positive")
             schedule = dataclasses.replace(schedule, shift=flow_shift)
         sigmas = schedule.sigmas(steps)
-        self.check("transformer", "encoder", *(["decoder"] if decode else []))
+        self.check("transformer", "text_encoder", "encoder", *(["decoder"] if decode else []))
 
         if noise is None:
             noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
