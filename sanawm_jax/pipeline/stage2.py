@@ -162,7 +162,7 @@ class LTX2Refiner:
           InputError: one line on what is wrong, before anything is compiled.
         """
         noise = self.check(latents.shape, prompt, noise)
-        options = self.options
+        options, (frames, height, width) = self.options, latents.shape[2:]
         text = self.encode_prompt(prompt)
         graphdef, params = self.folder.load_transformer(self.dtype)
         refined = refine(
@@ -170,7 +170,7 @@ class LTX2Refiner:
             params,
             _channels_last(latents),
             text,
-            video_rope(self.folder.config, *latents.shape[2:], fps),
+            video_rope(self.folder.config, frames, height, width, fps),
             noise=None if noise is None else _channels_last(noise),
             key=jax.random.key(options.refiner_seed),
             sink_frames=options.sink_size,
@@ -190,17 +190,15 @@ class LTX2Refiner:
         del tower
         graphdef, params = self.folder.load_connectors(self.dtype)
         # the connectors' mask shows everything: registers stand where padding was
-        return RefinerText(_connect(graphdef, params, states, jnp.asarray(mask)))
+        return RefinerText(_connect(graphdef, params, states, jnp.asarray(mask), self.dtype))
 
 
 def _channels_last(latents: np.ndarray) -> jax.Array:
     return jnp.asarray(rearrange(latents, "B C F h w -> B F h w C"), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
 def _connect(
-    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array
+    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
 ) -> jax.Array:
-    embeddings: Any
-    embeddings, _ = apply(graphdef, params, pack_states(states, mask), mask)
-    return embeddings
+    return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

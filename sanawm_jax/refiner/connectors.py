@@ -9,6 +9,8 @@ Reference: diffusers `LTX2TextConnectors`, `SanaWMLTX2Refiner._encode_prompt`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -37,7 +39,7 @@ def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
       mask: (B, L), non-zero for a token; at least one a text.
 
     Returns:
-      The same shape and dtype; the statistics are float32.
+      The same shape, float32.
     """
     x = states.astype(jnp.float32)
     is_token = (mask != 0)[:, :, None, None]
@@ -46,11 +48,14 @@ def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
     low = jnp.min(jnp.where(is_token, x, jnp.inf), (1, 2), keepdims=True)
     high = jnp.max(jnp.where(is_token, x, -jnp.inf), (1, 2), keepdims=True)
     y = (x - mean) / (high - low + _EPS) * _SCALE
-    return jnp.where(is_token, y, 0.0).astype(states.dtype)
+    return jnp.where(is_token, y, 0.0)
 
 
 def pack_states(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Hidden states (Y, B, L, C) of the text tower to the (B, L, C, Y) that connectors read."""
+    """Hidden states (Y, B, L, C) of the text tower to the (B, L, C, Y) that connectors read.
+
+    float32: the connectors normalise once more, and two roundings in a row would add up.
+    """
     return normalise_states(rearrange(states, "Y B L C -> B L C Y"), mask)
 
 
@@ -104,12 +109,15 @@ class TextConnectors(nnx.Module):
         )
         self.norm = Norm(config.width, eps=_EPS, has_scale=False)
 
-    def __call__(self, states: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, states: jax.Array, mask: jax.Array, *, dtype: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Text embeddings and their mask.
 
         Args:
-          states: (B, L, caption_channels, Y) from `pack_states`; its dtype is the compute dtype.
+          states: (B, L, caption_channels, Y) from `pack_states`.
           mask: (B, L), non-zero for a token; padding on the left.
+          dtype: compute dtype; that of the states by default.
 
         Returns:
           (B, L, C) and (B, L) int32, which is 1 everywhere: registers stand where padding was,
@@ -119,7 +127,7 @@ class TextConnectors(nnx.Module):
           ValueError: L is not a multiple of the number of registers.
         """
         config = self.config
-        x = self.project(self._features(states, mask))
+        x = self.project(self._features(states, mask).astype(dtype or states.dtype))
         key_mask = mask != 0
         if hasattr(self, "registers"):
             x, key_mask = self._fill_with_registers(x, key_mask), None
@@ -132,14 +140,14 @@ class TextConnectors(nnx.Module):
         return self.norm(x), jnp.ones(mask.shape, jnp.int32)
 
     def _features(self, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, L, C Y) of the projection, normalised a second time, as in the reference."""
+        """(B, L, C Y) float32, normalised a second time, as in the reference."""
         config = self.config
         if not config.per_modality_projections:
             return rearrange(normalise_states(states, mask), "B L C Y -> B L (C Y)")
         x = states.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.mean(x * x, 2, keepdims=True) + _EPS)
         x = x * (config.video_hidden_dim / config.caption_channels) ** 0.5
-        x = jnp.where((mask != 0)[:, :, None, None], x, 0.0).astype(states.dtype)
+        x = jnp.where((mask != 0)[:, :, None, None], x, 0.0)
         return rearrange(x, "B L C Y -> B L (C Y)")
 
     def _fill_with_registers(self, x: jax.Array, is_token: jax.Array) -> jax.Array:

@@ -70,12 +70,15 @@ class AdaLNSingle(nnx.Module):
         self.modulation = Linear(width, count * width, rngs=rngs)
         self.count = count
 
-    def __call__(self, timesteps: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """timesteps (...) to modulation (..., M, C) and embedding (..., C), both float32."""
-        features = timestep_features(timesteps).astype(dtype)
-        time = self.time_out(jax.nn.silu(self.time_in(features)))
-        modulation = self.modulation(jax.nn.silu(time)).astype(jnp.float32)
-        return rearrange(modulation, "... (M C) -> ... M C", M=self.count), time.astype(jnp.float32)
+    def __call__(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """timesteps (...) to modulation (..., M, C) and embedding (..., C), both float32.
+
+        An fp32 island: the reference rounds each of these few vectors to the compute dtype, and
+        that error reaches every token of every block.
+        """
+        time = self.time_out(jax.nn.silu(self.time_in(timestep_features(timesteps))))
+        modulation = self.modulation(jax.nn.silu(time))
+        return rearrange(modulation, "... (M C) -> ... M C", M=self.count), time
 
 
 class CaptionProjection(nnx.Module):
@@ -259,12 +262,12 @@ class Refiner(nnx.Module):
             raise ValueError(f"remat={remat!r}; use one of {', '.join(REMAT)}")
         batch, _, height, _, _ = latents.shape
         x = self.embed(rearrange(latents, "B F H W c -> B F (H W) c"))
-        modulation, time = self.time(timesteps, dtype)
+        modulation, time = self.time(timesteps)
         text_modulation = None
         if hasattr(self, "text_time"):
             if text_timesteps is None:
                 text_timesteps = jnp.max(timesteps, (1, 2))
-            text_modulation, _ = self.text_time(text_timesteps, dtype)
+            text_modulation, _ = self.text_time(text_timesteps)
         text = text.astype(dtype)
         heads = (config.num_attention_heads, config.attention_head_dim)
         sink_rotation, key_count, parts = None, None, None

@@ -43,11 +43,15 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + D/2) of x (B, L, ..., D) by `rope_tables`."""
+    """Rotates the pairs (i, i + D/2) of x (B, L, ..., D) by `rope_tables`, in float32.
+
+    The reference rounds cosines, sines and products to x's dtype.
+    """
     shape = (1, cos.shape[0], *(1,) * (x.ndim - 3), cos.shape[1])
-    cos, sin = cos.reshape(shape).astype(x.dtype), sin.reshape(shape).astype(x.dtype)
-    first, second = jnp.split(x, 2, -1)
-    return x * cos + jnp.concatenate([-second, first], -1) * sin
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, -1)
+    return (x32 * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
 
 
 def attention_masks(mask: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -241,6 +245,18 @@ class GemmaTower(nnx.Module):
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _run(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    dtype: Any,
+    all_states: bool,
+) -> jax.Array:
+    return apply(graphdef, params, ids, mask, dtype=dtype, all_states=all_states)
+
+
 def text_tower(
     config: GemmaConfig, params: Params, *, dtype: Any = None, all_states: bool = False
 ) -> Tower:
@@ -256,10 +272,6 @@ def text_tower(
     """
     graphdef, _ = build(GemmaTower, config)
 
-    @jax.jit
-    def run(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return apply(graphdef, params, ids, mask, dtype=dtype, all_states=all_states)
-
     def tower(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
         # on an accelerator a lookup past the table is silent
         if (largest := int(np.max(ids))) >= config.vocab_size:
@@ -267,6 +279,6 @@ def text_tower(
                 f"token id {largest} is past the text encoder's {config.vocab_size} embeddings; "
                 "tokenizer/ and text_encoder/ must come from one model"
             )
-        return run(params, jnp.asarray(ids), jnp.asarray(mask))
+        return _run(graphdef, params, jnp.asarray(ids), jnp.asarray(mask), dtype, all_states)
 
     return tower
