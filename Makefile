@@ -13,6 +13,7 @@ sample: $(VENV)/.core
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
 
 $(VENV)/.core: setup.cfg pyproject.toml

@@ -7,17 +7,14 @@ Prints the output's path as its last line. Bad input gives one line and exit sta
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/sample_sana_wm.py", "sampling defaults", lock_config=True
-)
+from sanawm_jax.command_line import define_config, fail, parse_flags, show_notes
+
+_CONFIG = define_config(Path(__file__).parent / "configs/sample_sana_wm.py", "sampling defaults")
 # a flag that is not given takes the configuration's value
 _TEXTS = {
     "weights": "stage 1: small_world, a folder in diffusers layout, or a hub name",
@@ -30,7 +27,9 @@ _TEXTS = {
     "intrinsics": "a .npy file or fx,fy,cx,cy in pixels of the image",
     "dtype": "bfloat16 or float32",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
-    "stage1_latents": "decode these latents: no image, camera or network is needed",
+    "stage1_latents": "refine or decode these latents: no image, camera or network is needed",
+    "refiner_weights": "stage 2: a refiner folder in diffusers layout, or a hub name",
+    "refiner_latents": "the refiner's noise (1, C, T - sink, h, w) in a .npy file",
     "save_latents": "write the final latents (1, C, T, h, w) to this .npy file",
     "save_frames": "write the decoded frames (F, H, W, 3) in [0, 1] to this .npy file",
 }
@@ -42,14 +41,19 @@ _INTEGERS = {
     "seed": "of the initial noise",
     "text_length": "text tokens",
 }
+_REFINE = {
+    "refiner_block_size": "latent frames refined together; 0: all at once",
+    "refiner_kv_max_frames": "latent frames that a block sees, itself included",
+    "sink_size": "leading latent frames that stay unrefined",
+    "refiner_seed": "of the refiner's noise",
+}
 _FLOATS = {"fps": "frames a second", "cfg_scale": "guidance", "flow_shift": "of the schedule"}
 for _name, _help in _TEXTS.items():
     flags.DEFINE_string(_name, None, _help)
-for _name, _help in _INTEGERS.items():
+for _name, _help in {**_INTEGERS, **_REFINE}.items():
     flags.DEFINE_integer(_name, None, _help)
 for _name, _help in _FLOATS.items():
     flags.DEFINE_float(_name, None, _help)
-flags.DEFINE_string("refiner_weights", None, "stage 2; not available yet")
 flags.DEFINE_bool("no_refiner", False, "decode stage 1 without refining it")
 flags.DEFINE_bool("latents_only", False, "stop at the latents: nothing is decoded")
 flags.DEFINE_string("output_dir", "outputs", "folder of the video")
@@ -66,42 +70,29 @@ def _option(name: str) -> Any:
 
 
 def run() -> Path:
-    from sanawm_jax.errors import InputError
     from sanawm_jax.pipeline import command
 
-    if _option("refiner_weights"):
-        raise InputError("the refiner is not available yet; leave --refiner_weights out")
     names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name"]
     options = {name: _option(name) for name in names}
     if options["camera"] is not None and flags.FLAGS.action is None:
         options["action"] = None  # a path on the command line replaces the configuration's
+    if flags.FLAGS.no_refiner:
+        options["refiner_weights"] = None
+    refine = {name: _option(name) for name in _REFINE}
+    options["refine_options"] = {k: v for k, v in refine.items() if v is not None}
+    options["vae_tiling"] = _CONFIG.value.get("vae_tiling", "auto")
     return command.sample(**options, overlay=not flags.FLAGS.no_action_overlay)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     from sanawm_jax.errors import InputError
 
-    if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]!r}; flags start with --")
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    show_notes()
     try:
         print(run())
     except InputError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, FileNotFoundError, AttributeError, KeyError) as error:
-        _fail(str(error).splitlines()[0])
-        raise
+        fail(str(error))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)

@@ -10,29 +10,29 @@ the loss diverged.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/small_world.py", "training configuration", lock_config=True
+from sanawm_jax.command_line import define_config, fail, parse_flags, show_notes
+
+_CONFIG = define_config(Path(__file__).parent / "configs/small_world.py", "training configuration")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; an old run is continued", required=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; an old run is continued")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     from sanawm_jax.errors import InputError
     from sanawm_jax.training.loop import train
     from sanawm_jax.training.metrics import TrainingDiverged
 
     logging.set_verbosity(logging.INFO)
+    show_notes()
     try:
-        if len(argv) > 1:
-            raise InputError(f"unexpected argument {argv[1]!r}; write --config.key=value")
         train(_CONFIG.value, _WORKDIR.value)
     except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except TrainingDiverged as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -40,5 +40,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -10,6 +10,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.weights = "Efficient-Large-Model/SANA-WM_bidirectional-diffusers"
+    config.refiner_weights = ""  # "": stage 1 is decoded unrefined
     config.image = ""
     config.prompt = ""
     config.negative_prompt = ""
@@ -24,5 +25,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.flow_shift = 0.0  # 0: the scheduler's own
     config.text_length = 300
     config.seed = 42
+    config.sink_size = 1
+    config.refiner_block_size = 3
+    config.refiner_kv_max_frames = 11
+    config.refiner_seed = 42
     config.dtype = "bfloat16"
+    config.vae_tiling = "auto"  # tiles of 512x512 pixels and 96 frames if larger; none, always
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 import warnings
+from typing import TypeGuard
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def crop_intrinsics(
     return scaled
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and "," in value and not os.path.exists(value)
 
 

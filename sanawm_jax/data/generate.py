@@ -74,9 +74,10 @@ def write_part(data_dir: str, fields: dict, counter=None) -> None:
     folder = Path(builder.data_dir)
     if (folder / "dataset_info.json").exists():
         found = tfds.builder_from_directory(folder).info
-        shape = tuple(found.features["video"].shape)
+        assert isinstance(found.features, tfds.features.FeaturesDict)
+        wanted_shape = (config.num_frames, config.height, config.width, 3)
         same = (found.metadata or {}).get("seeds") == wanted
-        if not same or shape != (config.num_frames, config.height, config.width, 3):
+        if not same or found.features["video"].shape != wanted_shape:
             raise InputError(
                 f"{folder} holds other clips than asked for; delete it or use another --data_dir"
             )

@@ -10,7 +10,7 @@ import collections
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from sanawm_jax.atomic import atomic_write
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply, build
 from sanawm_jax.data.views import View, view_clip
@@ -51,7 +52,7 @@ def to_signed(video: jax.Array) -> jax.Array:
     return video.astype(jnp.float32) / 127.5 - 1.0
 
 
-def read_clips(clips: Sequence, indices: Sequence[int], pool: ThreadPoolExecutor) -> list[dict]:
+def read_clips(clips: Sequence, indices: Iterable[int], pool: ThreadPoolExecutor) -> list[dict]:
     """Reads clips in parallel."""
     return list(pool.map(clips.__getitem__, indices))
 
@@ -119,10 +120,8 @@ def _read_progress(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    # renamed into place, so that a killed run leaves the old file or the new one
-    temporary = folder / "progress.json.tmp"
-    temporary.write_text(json.dumps(progress), encoding="utf-8")
-    temporary.replace(folder / "progress.json")
+    with atomic_write(folder / "progress.json") as partial:
+        partial.write_text(json.dumps(progress), encoding="utf-8")
 
 
 def _encode_clips(
@@ -135,7 +134,7 @@ def _encode_clips(
     views: Sequence[View],
 ) -> None:
     encode = clip_encoder(config)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.memmap] = {}
     starts = range(progress["done"], len(clips), batch_size)
 
     def prepare(start: int) -> tuple[list[str], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:

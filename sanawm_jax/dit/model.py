@@ -19,6 +19,7 @@ from flax import nnx
 
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.layers import Conv, Linear, RMSNorm, kernel_init, modulated_norm, zeros_init
+from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import stack
 from sanawm_jax.core.rope import pair_split, rope_angles
 from sanawm_jax.core.stack import scan_runs
@@ -26,14 +27,6 @@ from sanawm_jax.dit.attention import Context, SelfAttention
 from sanawm_jax.dit.config import DiTConfig, LayerKind
 from sanawm_jax.dit.feed_forward import GatedConvFeedForward, Mlp
 from sanawm_jax.dit.ucpe import RayTransforms, inverse_rigid, ray_matrices, up_latitude_map
-
-
-def timestep_features(timesteps: jax.Array, width: int = 256) -> jax.Array:
-    """Sinusoidal features, cosines first: timesteps (...) in 0..1000 -> (..., width) float32."""
-    half = width // 2
-    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angle = timesteps.astype(jnp.float32)[..., None] * frequency
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
 def _table_init(key: jax.Array, rows: int, width: int) -> jax.Array:

@@ -141,7 +141,7 @@ def print_table(table: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--weights", default="small_world", help="a folder in diffusers layout")
     parser.add_argument("--scenes", type=int, default=56, help="held-out scenes, 50 or more")
     parser.add_argument("--steps", type=int, default=20)

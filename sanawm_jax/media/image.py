@@ -49,10 +49,9 @@ def resize_and_center_crop(
       Same as `resize_and_center_crop` of diffusers' SANA-WM pipeline.
     """
     src_size = image.size
-    target = (width, height)
     scale = max(height / src_size[1], width / src_size[0])
-    resized_size = tuple(max(t, round(s * scale)) for s, t in zip(src_size, target, strict=True))
-    left, top = ((r - t) // 2 for r, t in zip(resized_size, target, strict=True))
+    resized_size = (max(width, round(src_size[0] * scale)), max(height, round(src_size[1] * scale)))
+    left, top = (resized_size[0] - width) // 2, (resized_size[1] - height) // 2
     resized = image.resize(resized_size, Image.Resampling.LANCZOS)
     crop = resized.crop((left, top, left + width, top + height))
     return crop, src_size, resized_size, (left, top)

@@ -174,7 +174,8 @@ def draw_overlay(
     """
     if len(frames) != len(c2w):
         raise ValueError(f"{len(frames)} frames need as many poses, got {len(c2w)}")
-    painter = OverlayPainter(c2w, held_keys, *frames.shape[1:3], mapping)
+    height, width = frames.shape[1:3]
+    painter = OverlayPainter(c2w, held_keys, height, width, mapping)
     painted = np.empty_like(frames)
     for index, frame in enumerate(painter.paint_all(frames)):
         painted[index] = frame

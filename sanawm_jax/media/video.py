@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import uuid
@@ -14,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from sanawm_jax.atomic import atomic_write
 from sanawm_jax.errors import InputError
 
 _BT709 = 1  # matrix, primaries and transfer of HD video share this code in H.264 streams
@@ -101,7 +101,7 @@ def write_mp4(
         raise InputError(f"crf={crf} is outside 0..51")
     rate = _frame_rate(fps)
     av = require_av()
-    with _complete_or_absent(path) as partial:
+    with atomic_write(path) as partial:
         _encode(av, partial, _each_frame(frames), rate, crf)
     return path
 
@@ -173,7 +173,7 @@ def write_gif(
     pictures = [Image.fromarray(frame).quantize(256) for frame in _each_frame(frames)]
     ends = [round(100 * i / rate) for i in range(len(pictures) + 1)]
     durations = [10 * (end - start) for start, end in itertools.pairwise(ends)]
-    with _complete_or_absent(path) as partial:
+    with atomic_write(path) as partial:
         pictures[0].save(
             partial,
             format="GIF",
@@ -190,17 +190,6 @@ def _frame_rate(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
         raise InputError(f"fps={fps} must be above 0 and at most 1000")
     return Fraction(fps).limit_denominator(1001)
-
-
-@contextlib.contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a name in the same folder that becomes `path` if the block ends well."""
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _each_frame(frames: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:

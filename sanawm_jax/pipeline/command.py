@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from sanawm_jax.atomic import atomic_write
 from sanawm_jax.errors import InputError
-from sanawm_jax.media.overlay import draw_overlay
+from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
 from sanawm_jax.pipeline.generate import SanaWM, read_latents
+from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
 from sanawm_jax.text.prompts import read_prompt
 
 
@@ -44,8 +49,17 @@ def sample(
     output_dir: str,
     name: str,
     overlay: bool,
+    vae_tiling: str = "auto",
+    refiner_weights: str | None = None,
+    refiner_latents: str | None = None,
+    refine_options: dict[str, int] | None = None,
 ) -> Path:
     """Runs one command line; the flags are described in `sample.py`.
+
+    Args:
+      vae_tiling: see `generate.decode_tiling`.
+      refiner_weights: stage 2; None decodes stage 1.
+      refine_options: fields of `RefineOptions`.
 
     Returns:
       The video's path, or with `latents_only` the latents'.
@@ -55,24 +69,39 @@ def sample(
     """
     if latents_only and not save_latents:
         raise InputError("--latents_only writes nothing without --save_latents FILE.npy")
-    if not weights:
+    needs_stage1 = not (stage1_latents and latents_only)
+    if not weights and needs_stage1:
         raise InputError("no weights: give --weights with a folder or a hub name")
     folder = None if latents_only else check_writable(output_dir)
     for file in (save_latents, save_frames):
         if file:
             check_writable(Path(file).parent)
-    model = SanaWM.from_pretrained(weights, dtype=dtype)
+    prompt = read_prompt(prompt) if prompt else None
+    refiner, dropped = None, 0
+    if refiner_weights:
+        refiner = LTX2Refiner.from_pretrained(
+            refiner_weights, dtype=dtype, options=RefineOptions(**refine_options or {})
+        )
+        dropped = refiner.options.sink_size  # pixel frames before the first refined one
+    model = None
+    if needs_stage1:
+        model = SanaWM.from_pretrained(str(weights), dtype=dtype, tiling=vae_tiling)
+    refiner_noise = c2w = held_keys = None
     if stage1_latents:
-        made, c2w, held_keys = _decoded(model, stage1_latents, latents_only), None, None
+        final = read_latents(stage1_latents, None)
+        if model:
+            _check_channels(model, final, stage1_latents)
+            model.check("decoder")
+        if refiner:
+            refiner_noise = refiner.check(final.shape, prompt, refiner_latents)
     else:
+        assert model is not None
         if not image:
             raise InputError("no image: give --image with the first frame")
         if not prompt:
             raise InputError("no prompt: give --prompt with a text or the path of a text file")
-        video = model(
+        request = model.request(
             image,
-            read_prompt(prompt),
-            negative_prompt=read_prompt(negative_prompt) if negative_prompt else "",
             camera=camera,
             action=action,
             action_mapping=action_mapping,
@@ -80,50 +109,65 @@ def sample(
             num_frames=num_frames,
             height=height,
             width=width,
+        )
+        if refiner:
+            refiner_noise = refiner.check(model.latent_shape(request), prompt, refiner_latents)
+        if not latents_only:
+            model.check("decoder")
+        final = model(
+            request,
+            prompt,
+            negative_prompt=read_prompt(negative_prompt) if negative_prompt else "",
             steps=step,
             cfg_scale=cfg_scale,
             flow_shift=flow_shift or None,
             seed=seed,
             latents=latents,
             text_length=text_length,
-            decode=not latents_only,
-        )
-        made = (video.latents, video.frames)
-        c2w, held_keys = video.request.c2w, video.request.held_keys
-    final, frames = made
+            decode=False,
+        ).latents
+        c2w, held_keys = request.c2w, request.held_keys
+    if refiner:
+        if model:
+            model.release()
+        final = refiner(final, str(prompt), fps=fps, noise=refiner_noise)
     if save_latents:
         write_npy(save_latents, final)
-    if frames is None or folder is None:
+    if folder is None or model is None:
         return Path(str(save_latents))
+    # the sink stays unrefined: it steers the refiner and is not part of the video
+    windows = model.decode_stream(jnp.asarray(rearrange(final, "B C F H W -> B F H W C")))
+    windows = _drop_frames(windows, dropped)
     if save_frames:
+        frames = np.concatenate(list(windows))
         write_npy(save_frames, frames)
-    pictures = to_uint8(frames)
+        windows = iter([frames])
+    # frame by frame from here on: the video is never whole in memory
+    pictures = itertools.chain.from_iterable(map(to_uint8, windows))
     if overlay and c2w is not None:
-        pictures = draw_overlay(pictures, c2w, held_keys, mapping=action_mapping)
+        held_keys = held_keys[dropped:] if held_keys else held_keys
+        painter = OverlayPainter(c2w[dropped:], held_keys, height, width, action_mapping)
+        pictures = painter.paint_all(pictures)
     return write_mp4(folder / f"{name}_generated.mp4", pictures, fps)
 
 
-def _decoded(model: SanaWM, file: str, latents_only: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Latents of an earlier run and, unless only they are wanted, their frames."""
-    import jax.numpy as jnp
+def _drop_frames(windows: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The windows without the first `count` frames of them all."""
+    for window in windows:
+        if len(window) > count:
+            yield window[count:]
+        count = max(0, count - len(window))
 
-    latents = read_latents(file, None)
+
+def _check_channels(model: SanaWM, latents: np.ndarray, file: str) -> None:
     channels = model.vae_config.latent_channels
     if latents.shape[1] != channels:
         raise InputError(f"{file} has {latents.shape[1]} channels, the VAE takes {channels}")
-    if latents_only:
-        return latents, None
-    return latents, model.decode(jnp.asarray(rearrange(latents, "B C F H W -> B F H W C")))
 
 
 def write_npy(file: str | os.PathLike, array: Any) -> Path:
-    """Writes an array whole or not at all: under another name first, then renamed."""
-    path = Path(file)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, array)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    """Writes an array whole or not at all."""
+    # through a stream, since `np.save` would add .npy to a name without it
+    with atomic_write(file) as partial, partial.open("wb") as stream:
+        np.save(stream, array)
+    return Path(file)

@@ -18,16 +18,17 @@ from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
 from sanawm_jax.text.gemma import Tower, text_tower
-from sanawm_jax.text.keys import load_text_encoder
+from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.vae import keys as vae_keys
 from sanawm_jax.vae.config import VAEConfig
-from sanawm_jax.vae.model import VideoVAE
+from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
 from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 SMALL_WORLD = "small_world"
 _SHIPPED = Path(__file__).parent.parent / "assets"
+_VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
 
 def find_weights(name: str | Path) -> Path:
@@ -62,17 +63,20 @@ def find_weights(name: str | Path) -> Path:
         ) from None
 
 
-class Stage1Folder:
-    """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
+class ModelFolder:
+    """A folder in diffusers layout: `model_index.json` and a folder a part.
 
     Raises:
-      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+      InputError: on construction, if a part is absent.
     """
+
+    kind = "model"
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        index = read_config(self.path, "model_index.json")
-        self.parts = [k for k, v in index.items() if isinstance(v, list)]
+        self.index = read_config(self.path, "model_index.json")
+        # a part that the model may have and has not is [null, null]
+        self.parts = [k for k, v in self.index.items() if isinstance(v, list) and any(v)]
         absent = [p for p in self.parts if not (self.path / p).is_dir()]
         if absent:
             raise InputError(f"{self.path} lacks {', '.join(absent)}, which model_index.json names")
@@ -80,8 +84,18 @@ class Stage1Folder:
     def part(self, name: str) -> Path:
         folder = self.path / name
         if not folder.is_dir():
-            raise InputError(f"{self.path} has no {name}/; is it a stage-1 folder?")
+            raise InputError(f"{self.path} has no {name}/; is it a {self.kind} folder?")
         return folder
+
+
+class Stage1Folder(ModelFolder):
+    """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
+
+    Raises:
+      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+    """
+
+    kind = "stage-1"
 
     def dit_config(self) -> DiTConfig:
         return DiTConfig.from_json(read_config(self.part("transformer")))
@@ -93,27 +107,28 @@ class Stage1Folder:
         raw = read_config(self.part("scheduler"), "scheduler_config.json")
         return Schedule.from_json(raw)
 
-    def check(self, *, needs_vae: bool) -> None:
-        """Compares names and shapes of all tensors, from the file headers alone.
+    def check(self, part: str) -> None:
+        """Compares names and shapes of a network's tensors, from the file headers alone.
+
+        Args:
+          part: `transformer`, `text_encoder`, or the `encoder` or `decoder` of the VAE.
 
         Raises:
           InputError: what is missing, unexpected or mis-shaped.
         """
-        folder, config = self.part("transformer"), self.dit_config()
-        keymap.check(
-            dit_keys.key_table(config),
-            build(DiT, config)[1],
-            SafetensorsFolder(folder),
-            what=str(folder),
-            ignore=dit_keys.is_ignored,
-        )
-        if needs_vae:
-            folder, vae_config = self.part("vae"), self.vae_config()
+        folder = self.part("vae" if part in _VAE_HALVES else part)
+        if part in _VAE_HALVES:
+            vae_keys.check_vae(folder, _VAE_HALVES[part])
+        elif part == "text_encoder":
+            check_text_encoder(folder)
+        else:
+            config = self.dit_config()
             keymap.check(
-                vae_keys.key_table(vae_config),
-                build(VideoVAE, vae_config)[1],
+                dit_keys.key_table(config),
+                build(DiT, config)[1],
                 SafetensorsFolder(folder),
                 what=str(folder),
+                ignore=dit_keys.is_ignored,
             )
 
     def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
@@ -130,10 +145,18 @@ class Stage1Folder:
         )
         return config, graphdef, params
 
-    def load_vae(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
-        """Configuration, graph definition and parameters of the VAE."""
-        config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype)
-        return config, build(VideoVAE, config)[0], params
+    def load_encoder(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the VAE's encoder."""
+        return self._load_half("encoder", dtype)
+
+    def load_decoder(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the VAE's decoder."""
+        return self._load_half("decoder", dtype)
+
+    def _load_half(self, name: str, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
+        module = _VAE_HALVES[name]
+        config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype, module=module)
+        return config, build(module, config)[0], params
 
     def load_text(self, dtype: Any) -> tuple[Tower, Tokenizer]:
         """The compiled text tower and its tokenizer."""

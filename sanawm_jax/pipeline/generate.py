@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sanawm_jax.pipeline.folder import Stage1Folder, find_weights
 from sanawm_jax.pipeline.request import Request, make_request
 from sanawm_jax.pipeline.stage1 import Conditions, denoise
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
+from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -53,21 +54,26 @@ class Video:
 
 
 def read_latents(
-    value: str | os.PathLike | np.ndarray, shape: tuple[int, ...] | None
+    value: str | os.PathLike | np.ndarray, shape: tuple[int, ...] | None, name: str = "latents"
 ) -> np.ndarray:
     """Latents (1, C, F, h, w) from an array or a .npy file, as float32.
+
+    Args:
+      value: the array or the file.
+      shape: what it must be; None takes any single clip.
+      name: what the array is, for messages.
 
     Raises:
       InputError: unreadable, not finite, or not of `shape` (None takes any with one clip).
     """
-    array = load_array(value, "latents")
+    array = load_array(value, name)
     if shape is None and (array.ndim != 5 or array.shape[0] != 1):
-        raise InputError(f"latents have shape {array.shape}, expected (1, C, T, h, w)")
+        raise InputError(f"{name} have shape {array.shape}, expected (1, C, T, h, w)")
     if shape is not None and array.shape != shape:
-        raise InputError(f"latents have shape {array.shape}, this video needs {shape}")
+        raise InputError(f"{name} have shape {array.shape}, this video needs {shape}")
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise InputError("latents hold NaN or infinity")
+        raise InputError(f"{name} hold NaN or infinity")
     return array
 
 
@@ -75,27 +81,63 @@ class SanaWM:
     """The stage-1 model of a folder, ready to be called.
 
     Networks are read from disk when first needed and stay on the device.
+
+    Args:
+      folder: the opened folder.
+      dtype: `bfloat16` or `float32`.
+      tiling: how videos are decoded, see `decode_tiling`.
+
+    Raises:
+      InputError: an unknown dtype or tiling, or a broken VAE configuration.
     """
 
-    def __init__(self, folder: Stage1Folder, *, dtype: str = "bfloat16"):
+    def __init__(
+        self, folder: Stage1Folder, *, dtype: str = "bfloat16", tiling: str | Tiling = "auto"
+    ):
         self.folder = folder
         self.dtype = resolve_dtype(dtype)
+        decode_tiling(tiling, 1)
+        self.tiling = tiling
         self.vae_config = folder.vae_config()
         self._parts: dict[str, Any] = {}
+        self._checked: set[str] = set()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, dtype: str = "bfloat16") -> SanaWM:
+    def from_pretrained(
+        cls, name: str | Path, *, dtype: str = "bfloat16", tiling: str | Tiling = "auto"
+    ) -> SanaWM:
         """Opens a folder in diffusers layout, `small_world`, or a hub name.
+
+        Args:
+          dtype, tiling: see the class.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
-        return cls(Stage1Folder(find_weights(name)), dtype=dtype)
+        return cls(Stage1Folder(find_weights(name)), dtype=dtype, tiling=tiling)
+
+    def check(self, *parts: str) -> None:
+        """Compares tensor names and shapes of `parts` with the file headers, each once.
+
+        Args:
+          parts: of `transformer`, `text_encoder`, `encoder` and `decoder`.
+
+        Raises:
+          InputError: what is missing, unexpected or mis-shaped.
+        """
+        for part in parts:
+            if part not in self._checked:
+                self.folder.check(part)
+                self._checked.add(part)
 
     def _part(self, name: str, load: Callable[[Any], Any]) -> Any:
         if name not in self._parts:
             self._parts[name] = load(self.dtype)
         return self._parts[name]
+
+    def release(self) -> None:
+        """Forgets the networks, so that the device's memory is free for another stage."""
+        self._parts.clear()
 
     def request(self, image: Any, **options: Any) -> Request:
         """`make_request` with this model's VAE strides."""
@@ -132,7 +174,7 @@ class SanaWM:
         """Makes a video.
 
         Args:
-          image, options: see `request.make_request`.
+          image, options: see `request.make_request`; or a `Request`, made before.
           prompt: what is in the scene.
           negative_prompt: what to steer away from, read without the chi prompt.
           steps: Euler steps.
@@ -141,13 +183,13 @@ class SanaWM:
           seed: of the initial noise.
           latents: initial noise (1, C, F, h, w) in place of the seed's.
           text_length: text tokens L.
-          decode: also decode the latents to frames.
+          decode: also decode the latents to frames; False needs no decoder.
           progress: show a progress bar.
 
         Raises:
           InputError: one line on what is wrong, before anything is compiled.
         """
-        request = self.request(image, **options)
+        request = image if isinstance(image, Request) else self.request(image, **options)
         shape = self.latent_shape(request)
         noise = None if latents is None else read_latents(latents, shape)
         schedule = self.folder.schedule()
@@ -156,7 +198,7 @@ class SanaWM:
                 raise InputError(f"flow_shift={flow_shift} must be positive")
             schedule = dataclasses.replace(schedule, shift=flow_shift)
         sigmas = schedule.sigmas(steps)
-        self._part("checked", lambda _: self.folder.check(needs_vae=True))
+        self.check("transformer", "text_encoder", "encoder", *(["decoder"] if decode else []))
 
         if noise is None:
             noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
@@ -204,13 +246,58 @@ class SanaWM:
 
     def encode(self, video: jax.Array) -> jax.Array:
         """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
-        _, graphdef, params = self._part("vae", self.folder.load_vae)
+        _, graphdef, params = self._part("encoder", self.folder.load_encoder)
         return _encode(graphdef, params, video.astype(self.dtype))
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """Latents (1, F, h, w, C) to frames (N, H, W, 3) float32 in [0, 1]."""
-        _, graphdef, params = self._part("vae", self.folder.load_vae)
-        return np.asarray(_decode(graphdef, params, latents.astype(self.dtype)))
+        frames, height, width = self.vae_config.video_shape(*latents.shape[1:4])
+        video = np.empty((frames, height, width, 3), np.float32)
+        done = 0
+        for window in self.decode_stream(latents):
+            video[done : done + len(window)] = window
+            done += len(window)
+        assert done == frames, (done, frames)
+        return video
+
+    def decode_stream(self, latents: jax.Array) -> Iterator[np.ndarray]:
+        """Decodes window by window, so that no more than one is in memory.
+
+        Args:
+          latents: (1, F, h, w, C).
+
+        Yields:
+          (n, H, W, 3) float32 in [0, 1]: the frames of each window in order, as `decode` has them.
+        """
+        _, graphdef, params = self._part("decoder", self.folder.load_decoder)
+        tiling = decode_tiling(self.tiling, self.vae_config.video_shape(*latents.shape[1:4])[0])
+        tile = functools.partial(_decode, graphdef, params)
+        for window in decode_windows(tile, latents.astype(self.dtype), self.vae_config, tiling):
+            yield np.asarray(_to_unit(window))
+
+
+def decode_tiling(tiling: str | Tiling, num_frames: int) -> Tiling:
+    """The VAE tiles in which a video is decoded.
+
+    Args:
+      tiling: `none` decodes all at once. `always` takes the tiles of `LONG_VIDEO`, by the
+        reference's rule: along what is larger than a tile. `auto` does too, but leaves up to 97
+        frames, the length of one window, in one. A `Tiling` is taken as it is.
+      num_frames: pixel frames of the video.
+
+    Raises:
+      InputError: unknown name.
+    """
+    if isinstance(tiling, Tiling):
+        return tiling
+    if tiling == "none":
+        return Tiling(use_tiling=False, use_framewise=False)
+    if tiling == "always":
+        return LONG_VIDEO
+    if tiling == "auto":
+        is_long = num_frames > LONG_VIDEO.tile_sample_min_num_frames + 1
+        return dataclasses.replace(LONG_VIDEO, use_framewise=is_long)
+    raise InputError(f"VAE tiling {tiling!r} is unknown; use auto, none or always")
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -221,5 +308,9 @@ def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Arr
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
     plain = apply(graphdef, params, latents, method="denormalise")
-    video = apply(graphdef, params, plain, method="decode")
+    return apply(graphdef, params, plain, method="decode")
+
+
+@jax.jit
+def _to_unit(video: jax.Array) -> jax.Array:
     return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

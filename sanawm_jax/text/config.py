@@ -1,4 +1,4 @@
-"""Configuration of the Gemma-2 text tower, read from a published `config.json`."""
+"""Configuration of the Gemma text towers, read from a published `config.json`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ hidden_activation attention_bias use_bidirectional_attention rope_parameters rop
 name_or_path sliding_window_size output_attentions output_hidden_states return_dict
 is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type"""
 _ACTIVATION = "gelu_pytorch_tanh"
+GEMMA2 = "gemma2"
+GEMMA3 = "gemma3_text"
+# a field that a Gemma-3 file leaves out takes the value of transformers' `Gemma3TextConfig`
+_GEMMA3_DEFAULTS: dict[str, Any] = dict(vocab_size=262208, attn_logit_softcapping=None)
+_GEMMA3_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
+_GEMMA3_PERIOD = 6  # five sliding layers, then a full one
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """Fields of transformers' `Gemma2Config` that change a hidden state; the defaults are the 2B.
+    """Fields of transformers' `Gemma2Config` and `Gemma3TextConfig` that change a hidden state.
+
+    The defaults are Gemma-2 2B. Gemma 3 (`model_type="gemma3_text"`) also normalises queries and
+    keys, rotates its sliding layers with another base, `rope_local_theta`, and divides the
+    frequencies of its full layers by `rope_factor`.
 
     `layer_types` names each layer's attention, sliding or full; empty alternates the two, sliding
     first. A sliding layer sees a token and the `sliding_window - 1` before it.
@@ -45,6 +55,14 @@ class GemmaConfig:
     attn_logit_softcapping: float | None = 50.0
     sliding_window: int | None = 4096
     layer_types: tuple[str, ...] = ()
+    model_type: str = GEMMA2
+    rope_local_theta: float | None = None  # of sliding layers; None: rope_theta
+    rope_factor: float = 1.0
+
+    @property
+    def use_qk_norm(self) -> bool:
+        """Whether queries and keys are normalised a head, as in Gemma 3."""
+        return self.model_type == GEMMA3
 
     def __post_init__(self) -> None:
         if not self.layer_types:
@@ -54,6 +72,10 @@ class GemmaConfig:
         def refuse(message: str) -> None:
             raise InputError(f"text encoder config: {message}")
 
+        if self.model_type not in (GEMMA2, GEMMA3):
+            refuse(f"model_type={self.model_type!r} must be {GEMMA2} or {GEMMA3}")
+        if self.rope_factor <= 0:
+            refuse(f"rope scaling factor={self.rope_factor} must be positive")
         if len(self.layer_types) != self.num_hidden_layers:
             refuse(
                 f"layer_types has {len(self.layer_types)} entries for "
@@ -73,37 +95,103 @@ class GemmaConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> GemmaConfig:
-        """From the dictionary of a published `config.json` of `Gemma2Model` or `Gemma2ForCausalLM`.
+        """From the dictionary of a published `config.json`.
+
+        Takes the files of `Gemma2Model`, `Gemma2ForCausalLM`, `Gemma3TextModel`,
+        `Gemma3ForCausalLM` and `Gemma3ForConditionalGeneration`, whose `text_config` it reads.
 
         Raises:
           InputError: another model, an unknown field, or a feature that this tower does not have.
         """
         what = "text encoder config"
-        if raw.get("model_type", "gemma2") != "gemma2":
-            raise InputError(f"{what}: model_type={raw['model_type']!r} must be gemma2")
+        if raw.get("model_type") == "gemma3":  # text and vision towers
+            raw = {"model_type": GEMMA3, **(raw.get("text_config") or {})}
+        kind = raw.get("model_type", GEMMA2)
+        if kind not in (GEMMA2, GEMMA3):
+            raise InputError(f"{what}: model_type={kind!r} must be {GEMMA2}, gemma3 or {GEMMA3}")
         for field, allowed in (
             ("attention_bias", (None, False)),
             ("use_bidirectional_attention", (None, False)),
             ("hidden_activation", (_ACTIVATION,)),
-            ("rope_scaling", (None,)),
         ):
             if field in raw and raw[field] not in allowed:
                 raise InputError(f"{what}: {field}={raw[field]!r} is not supported")
-        rope = dict(raw.get("rope_parameters") or {})  # newer files; older have rope_theta alone
-        theta = rope.pop("rope_theta", None)
-        if rope.pop("rope_type", "default") != "default" or rope:
-            raise InputError(f"{what}: rope_parameters={raw['rope_parameters']} is not supported")
         bookkeeping = set(_BOOKKEEPING.split())
-        named = {k: v for k, v in raw.items() if k not in bookkeeping}
-        if theta is not None:
-            named["rope_theta"] = theta
+        named = {k: v for k, v in raw.items() if k not in bookkeeping and k[0] != "_"}
         if named.get("layer_types", ()) is None:
             del named["layer_types"]
-        return cls(**config_fields(cls, named, what=what))
+        named.update(_gemma2_rope(raw, what) if kind == GEMMA2 else _gemma3_fields(raw, what))
+        if kind == GEMMA3:
+            for absorbed in ("rope_local_base_freq", "sliding_window_pattern"):
+                named.pop(absorbed, None)
+        return cls(**config_fields(cls, {**named, "model_type": kind}, what=what))
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a `config.json` holds them; `from_json` reads them back."""
-        return {**dataclasses.asdict(self), "layer_types": list(self.layer_types)}
+        out = {**dataclasses.asdict(self), "layer_types": list(self.layer_types)}
+        factor, local = out.pop("rope_factor"), out.pop("rope_local_theta")
+        if self.model_type == GEMMA2:
+            del out["model_type"]
+            return out
+        out["rope_local_base_freq"] = self.rope_theta if local is None else local
+        scaling = None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+        return {**out, "rope_scaling": scaling}
+
+
+def _gemma2_rope(raw: dict[str, Any], what: str) -> dict[str, Any]:
+    """The rotary base of a Gemma-2 file: newer files hold `rope_parameters`, older the base."""
+    if raw.get("rope_scaling") is not None:
+        raise InputError(f"{what}: rope_scaling={raw['rope_scaling']!r} is not supported")
+    rope = dict(raw.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None)
+    if rope.pop("rope_type", "default") != "default" or rope:
+        raise InputError(f"{what}: rope_parameters={raw['rope_parameters']} is not supported")
+    return {} if theta is None else {"rope_theta": theta}
+
+
+def _gemma3_fields(raw: dict[str, Any], what: str) -> dict[str, Any]:
+    """What a Gemma-3 file says in another way: layer types, and a rotary embedding a layer type.
+
+    Newer files hold `rope_parameters`, one dictionary a layer type; older ones `rope_theta` and
+    `rope_scaling` of the full layers and `rope_local_base_freq` of the sliding ones.
+    """
+    fields = {k: raw.get(k, v) for k, v in _GEMMA3_DEFAULTS.items()}
+    fields["attn_logit_softcapping"] = None  # read by no layer of the reference
+    if not raw.get("layer_types"):
+        period = raw.get("sliding_window_pattern") or _GEMMA3_PERIOD
+        count = raw.get("num_hidden_layers", GemmaConfig.num_hidden_layers)
+        fields["layer_types"] = [SLIDING if (i + 1) % period else FULL for i in range(count)]
+    new = raw.get("rope_parameters") or {}
+    full, sliding = (dict(new.get(kind) or {}) for kind in (FULL, SLIDING))
+    if not new:
+        full.update(raw.get("rope_scaling") or {})
+    full.setdefault("rope_theta", raw.get("rope_theta", _GEMMA3_THETA[FULL]))
+    sliding.setdefault("rope_theta", raw.get("rope_local_base_freq", _GEMMA3_THETA[SLIDING]))
+    fields["rope_theta"] = full.pop("rope_theta")
+    fields["rope_local_theta"] = sliding.pop("rope_theta")
+    kind = full.pop("rope_type", full.pop("type", "default"))
+    if kind == "linear":
+        fields["rope_factor"] = full.pop("factor", 1.0)
+    sliding_kind = sliding.pop("rope_type", "default")
+    if kind not in ("default", "linear") or sliding_kind != "default" or full or sliding:
+        given = raw.get("rope_parameters") or raw.get("rope_scaling")
+        raise InputError(f"{what}: rotary embedding {given} is not supported")
+    return fields
 
 
 GEMMA_2_2B = GemmaConfig()
+GEMMA_3_12B = GemmaConfig(
+    vocab_size=262208,
+    hidden_size=3840,
+    intermediate_size=15360,
+    num_hidden_layers=48,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    attn_logit_softcapping=None,
+    sliding_window=1024,
+    layer_types=(*(SLIDING,) * 5, FULL) * 8,
+    model_type=GEMMA3,
+    rope_theta=1_000_000.0,
+    rope_local_theta=10_000.0,
+    rope_factor=8.0,
+)

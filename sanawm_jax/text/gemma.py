@@ -1,8 +1,9 @@
-"""The Gemma-2 text tower: token ids to hidden states.
+"""The Gemma-2 and Gemma-3 text towers: token ids to hidden states.
 
 Axis letters: B batch, L text tokens, S keys (= L), C width, K key-value heads, G queries a
 key-value head, D head size.
-Reference: Gemma 2 (arXiv 2408.00118), transformers `Gemma2Model`.
+Reference: Gemma 2 (arXiv 2408.00118), Gemma 3 (arXiv 2503.19786), transformers `Gemma2Model` and
+`Gemma3TextModel`.
 """
 
 from __future__ import annotations
@@ -26,20 +27,31 @@ from sanawm_jax.text.config import SLIDING, GemmaConfig
 Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L)) -> (B, L, C)
 
 
-def rope_tables(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (L, D) of rotary embedding for positions 0..L-1, float32."""
-    frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+def rope_tables(
+    length: int, head_dim: int, theta: float, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (L, D) of rotary embedding for positions 0..L-1, float32.
+
+    Args:
+      theta: base of the frequencies.
+      factor: what linear scaling divides them by.
+    """
+    frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim) / factor).astype(np.float32)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     angle = jnp.concatenate([angle, angle], -1)  # the two halves of a head are the pair
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + D/2) of x (B, L, ..., D) by `rope_tables`."""
+    """Rotates the pairs (i, i + D/2) of x (B, L, ..., D) by `rope_tables`, in float32.
+
+    The reference rounds cosines, sines and products to x's dtype.
+    """
     shape = (1, cos.shape[0], *(1,) * (x.ndim - 3), cos.shape[1])
-    cos, sin = cos.reshape(shape).astype(x.dtype), sin.reshape(shape).astype(x.dtype)
-    first, second = jnp.split(x, 2, -1)
-    return x * cos + jnp.concatenate([-second, first], -1) * sin
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, -1)
+    return (x32 * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
 
 
 def attention_masks(mask: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -114,6 +126,9 @@ class Attention(nnx.Module):
         self.k = linear(width, config.num_key_value_heads * head)
         self.v = linear(width, config.num_key_value_heads * head)
         self.out = linear(config.num_attention_heads * head, width)
+        if config.use_qk_norm:
+            self.q_norm = GemmaNorm(head, eps=config.rms_norm_eps)
+            self.k_norm = GemmaNorm(head, eps=config.rms_norm_eps)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array]
@@ -123,6 +138,8 @@ class Attention(nnx.Module):
         q = rearrange(self.q(x), "B L (K G D) -> B L K G D", K=heads, D=config.head_dim)
         k = rearrange(self.k(x), "B S (K D) -> B S K D", K=heads)
         v = rearrange(self.v(x), "B S (K D) -> B S K D", K=heads)
+        if config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = grouped_attention(
             rotate(q, *rope),
             rotate(k, *rope),
@@ -194,10 +211,10 @@ class GemmaTower(nnx.Module):
         dtype: Any = None,
         all_states: bool = False,
     ) -> jax.Array:
-        """Hidden states of right-padded token ids.
+        """Hidden states of token ids, padded on either side.
 
         Args:
-          ids: (B, L) integers.
+          ids: (B, L) integers; positions count from the left, padding included.
           mask: (B, L), nonzero for tokens.
           dtype: compute dtype; the embedding table's by default.
           all_states: return every state, not only the last.
@@ -208,11 +225,18 @@ class GemmaTower(nnx.Module):
         """
         config = self.config
         full, sliding = attention_masks(mask, config.sliding_window)
-        rope = rope_tables(ids.shape[1], config.head_dim, config.rope_theta)
+        length, head = ids.shape[1], config.head_dim
+        rope = rope_tables(length, head, config.rope_theta, config.rope_factor)
+        local = rope
+        if config.rope_local_theta is not None:
+            local = rope_tables(length, head, config.rope_local_theta)
 
         def step(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, jax.Array | None]:
             layer, is_sliding = scanned
-            y = layer(x, jnp.where(is_sliding, sliding, full), rope)
+            choose = functools.partial(jnp.where, is_sliding)
+            y = layer(
+                x, choose(sliding, full), (choose(local[0], rope[0]), choose(local[1], rope[1]))
+            )
             return y, x if all_states else None
 
         is_sliding = jnp.array([kind == SLIDING for kind in config.layer_types])
@@ -221,21 +245,32 @@ class GemmaTower(nnx.Module):
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 
-def text_tower(config: GemmaConfig, params: Params, *, dtype: Any = None) -> Tower:
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _run(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    dtype: Any,
+    all_states: bool,
+) -> jax.Array:
+    return apply(graphdef, params, ids, mask, dtype=dtype, all_states=all_states)
+
+
+def text_tower(
+    config: GemmaConfig, params: Params, *, dtype: Any = None, all_states: bool = False
+) -> Tower:
     """The compiled function (ids (B, L), mask (B, L)) -> last hidden state (B, L, C).
 
     Args:
       params: of `GemmaTower`, as `keys.load_text_encoder` returns them.
       dtype: compute dtype; the parameters' by default.
+      all_states: give every hidden state, (layers + 1, B, L, C).
 
     The function raises InputError for ids that the embedding does not have, which means that
     tokenizer and text encoder are not of one model.
     """
     graphdef, _ = build(GemmaTower, config)
-
-    @jax.jit
-    def run(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        return apply(graphdef, params, ids, mask, dtype=dtype)
 
     def tower(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
         # on an accelerator a lookup past the table is silent
@@ -244,6 +279,6 @@ def text_tower(config: GemmaConfig, params: Params, *, dtype: Any = None) -> Tow
                 f"token id {largest} is past the text encoder's {config.vocab_size} embeddings; "
                 "tokenizer/ and text_encoder/ must come from one model"
             )
-        return run(params, jnp.asarray(ids), jnp.asarray(mask))
+        return _run(graphdef, params, jnp.asarray(ids), jnp.asarray(mask), dtype, all_states)
 
     return tower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from sanawm_jax.text.gemma import GemmaTower
 from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
-_PREFIXES = ("", "model.")  # of Gemma2Model and Gemma2ForCausalLM
+# of the bare text model, of its causal language model, and of Gemma 3 with its vision tower, as it
+# was published and as transformers 5 names it
+_PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")
 _EMBEDDING = "embed_tokens.weight"
 _LAYER = {
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
     "attn.v": "self_attn.v_proj",
     "attn.out": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
@@ -50,9 +55,31 @@ def key_table(config: GemmaConfig, prefix: str = "") -> list[keymap.Entry]:
     return keymap.table(abstract, name, stacked=lambda path: int(path.startswith("layers.")))
 
 
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+
+
 def is_ignored(key: str) -> bool:
-    """The head that predicts tokens: tied to the embedding, and no hidden state needs it."""
-    return key == "lm_head.weight"
+    """The head that predicts tokens, and Gemma 3's eyes: no hidden state of a text needs them."""
+    return key in _HEADS or _VISION.fullmatch(key) is not None
+
+
+def check_text_encoder(folder: str | Path) -> GemmaConfig:
+    """Compares names and shapes of all tensors, from the file headers alone.
+
+    Raises:
+      InputError: see `load_text_encoder`.
+    """
+    config = GemmaConfig.from_json(read_config(folder))
+    source = SafetensorsFolder(folder)
+    keymap.check(
+        key_table(config, find_prefix(source.keys())),
+        build(GemmaTower, config)[1],
+        source,
+        what=f"{folder} ({config.model_type})",
+        ignore=is_ignored,
+    )
+    return config
 
 
 def load_text_encoder(
@@ -73,7 +100,7 @@ def load_text_encoder(
         key_table(config, find_prefix(source.keys())),
         build(GemmaTower, config)[1],
         source,
-        what=str(folder),
+        what=f"{folder} ({config.model_type})",
         dtype=dtype,
         sharding=sharding,
         ignore=is_ignored,

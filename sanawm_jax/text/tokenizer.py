@@ -1,6 +1,6 @@
 """Token ids from a published `tokenizer.json`.
 
-Reference: transformers `GemmaTokenizer`, whose ids, truncation and right padding these are.
+Reference: transformers `GemmaTokenizer`, whose ids, truncation and padding these are.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ class Tokenizer:
         """Ids of a text with its special tokens, neither truncated nor padded."""
         return self._tokenizer.encode(text).ids
 
-    def __call__(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of texts, truncated and right-padded to one length.
+    def __call__(
+        self, texts: Sequence[str], max_length: int, *, padding_side: str = "right"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of texts, truncated and padded to one length.
 
         Args:
           texts: B strings.
           max_length: L, special tokens included.
+          padding_side: right, or left as the refiner reads them.
 
         Returns:
           ids and mask, both (B, L) int32; mask is 1 on tokens and 0 on padding.
@@ -88,7 +91,10 @@ class Tokenizer:
         tokenizer = self._tokenizer
         tokenizer.enable_truncation(max_length, direction=self._truncation_side)
         tokenizer.enable_padding(
-            length=max_length, pad_id=self.pad_id, pad_token=self._pad_token, direction="right"
+            length=max_length,
+            pad_id=self.pad_id,
+            pad_token=self._pad_token,
+            direction=padding_side,
         )
         try:
             encodings = tokenizer.encode_batch(list(texts))

@@ -69,7 +69,9 @@ def train_step(
         **aux,
     }
     metrics = {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    # Optax types trees as single arrays
+    after = TrainState(state.step + 1, params, opt_state, ema)  # pyright: ignore[reportArgumentType]
+    return after, metrics
 
 
 def compile_steps(**parts: Any) -> StepFunction:

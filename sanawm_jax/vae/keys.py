@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.vae.config import VAEConfig
-from sanawm_jax.vae.model import VideoVAE
+from sanawm_jax.vae.model import VideoDecoder, VideoEncoder, VideoVAE
 from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
@@ -19,30 +20,57 @@ _RENAMED = {
 _NOISE_SCALE = keymap.Layout((2, 0, 1))  # (1, 1, C) <-> (C, 1, 1)
 
 
-def key_table(cfg: VAEConfig) -> list[keymap.Entry]:
-    """The entries that load and export a `VideoVAE` of this configuration."""
-    _, abstract = build(VideoVAE, cfg)
+def key_table(cfg: VAEConfig, module: type[VideoVAE] = VideoVAE) -> list[keymap.Entry]:
+    """The entries that load and export a `VideoVAE`, or half of one, of this configuration."""
+    _, abstract = build(module, cfg)
     return keymap.table(abstract, _name, layout=_layout)
 
 
-def load_vae(folder: str | Path, *, dtype: Any = None) -> tuple[VAEConfig, Params]:
+def check_vae(folder: str | Path, module: type[VideoVAE] = VideoVAE) -> None:
+    """Compares names and shapes with the file headers of a `vae/` folder.
+
+    Args:
+      module: `VideoEncoder` or `VideoDecoder` leave the other half's tensors out.
+
+    Raises:
+      InputError: what is absent, broken, missing, unexpected or mis-shaped.
+    """
+    config = VAEConfig.from_json(read_config(folder))
+    keymap.check(
+        key_table(config, module),
+        build(module, config)[1],
+        SafetensorsFolder(folder),
+        what=str(folder),
+        ignore=functools.partial(_is_other_half, module),
+    )
+
+
+def load_vae(
+    folder: str | Path, *, dtype: Any = None, module: type[VideoVAE] = VideoVAE
+) -> tuple[VAEConfig, Params]:
     """Reads a `vae/` folder: config.json and safetensors.
 
     Args:
       dtype: of the parameters; None keeps the file's.
+      module: `VideoEncoder` or `VideoDecoder` read that half alone.
 
     Raises:
       InputError: a file is absent or broken, or the tensors do not fit the configuration.
     """
     config = VAEConfig.from_json(read_config(folder))
     params = keymap.load(
-        key_table(config),
-        build(VideoVAE, config)[1],
+        key_table(config, module),
+        build(module, config)[1],
         SafetensorsFolder(folder),
         what=str(folder),
         dtype=dtype,
+        ignore=functools.partial(_is_other_half, module),
     )
     return config, params
+
+
+def _is_other_half(module: type[VideoVAE], key: str) -> bool:
+    return key.startswith({VideoEncoder: "decoder.", VideoDecoder: "encoder."}.get(module, " "))
 
 
 def _name(path: str, index: tuple[int, ...]) -> str:

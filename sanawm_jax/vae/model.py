@@ -22,12 +22,18 @@ class VideoVAE(nnx.Module):
     Source: `AutoencoderKLLTX2Video`.
     """
 
+    encoder: Encoder
+    decoder: Decoder
+
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.encoder = Encoder(cfg, rngs=rngs)
-        self.decoder = Decoder(cfg, rngs=rngs)
+        self._build_halves(rngs)
         self.latents_mean = nnx.Param(jnp.zeros((cfg.latent_channels,)))
         self.latents_std = nnx.Param(jnp.ones((cfg.latent_channels,)))
+
+    def _build_halves(self, rngs: nnx.Rngs) -> None:
+        self.encoder = Encoder(self.cfg, rngs=rngs)
+        self.decoder = Decoder(self.cfg, rngs=rngs)
 
     def encode(
         self, video: jax.Array, *, causal: bool | None = None, remat: bool = False
@@ -64,3 +70,17 @@ class VideoVAE(nnx.Module):
         mean = lax.stop_gradient(self.latents_mean[...])
         std = lax.stop_gradient(self.latents_std[...])
         return mean, std, self.cfg.scaling_factor
+
+
+class VideoEncoder(VideoVAE):
+    """The half that encodes, with the whole's parameter names; it cannot decode."""
+
+    def _build_halves(self, rngs: nnx.Rngs) -> None:
+        self.encoder = Encoder(self.cfg, rngs=rngs)
+
+
+class VideoDecoder(VideoVAE):
+    """The half that decodes, with the whole's parameter names; it cannot encode."""
+
+    def _build_halves(self, rngs: nnx.Rngs) -> None:
+        self.decoder = Decoder(self.cfg, rngs=rngs)

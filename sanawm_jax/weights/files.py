@@ -107,6 +107,15 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
     return {k: v for k, v in loaded.items() if not k.startswith("_")}
 
 
+def class_name(folder: str | Path) -> str | None:
+    """The class that a component's `config.json` names, if it names one."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None  # reading the configuration itself says what is wrong
+
+
 def config_fields(cls: type, raw: dict[str, Any], *, what: str) -> dict[str, Any]:
     """`raw` as keyword arguments of the frozen dataclass `cls`; lists become tuples.
 

@@ -186,16 +186,16 @@ def load(
     shardings = dict(leaves(sharding)) if isinstance(sharding, dict) else None
     flat = {}
     for path, leaf in leaves(abstract):
-        host: np.ndarray | None = None
+        host = None
         for entry in by_path[path]:
             value = entry.layout.to_ours(source.read(entry.source))
             target = dtype if dtype is not None and _is_float(value) else value.dtype
             if not entry.index:
                 host = np.asarray(value.astype(target), order="C")
-            else:
-                if host is None:  # the stack is allocated once, in its final dtype
-                    host = np.empty(leaf.shape, target)
-                host[entry.index] = value
+                continue
+            if host is None:  # the stack is allocated once, in its final dtype
+                host = np.empty(leaf.shape, target)
+            host[entry.index] = value
         flat[path] = jax.device_put(host, shardings[path] if shardings else sharding)
     return from_leaves(flat)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sanawm_jax.command_line import show_notes
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.request import make_request
 from sanawm_jax.weights import keymap
@@ -138,18 +140,61 @@ def test_weight_files(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--weights", "nowhere/at/all"], "neither a folder nor a hub name"),
-        (["--no_such_flag=1"], "no_such_flag"),
         (["--latents_only"], "--save_latents"),
         (["--weights", ".", "--output_dir", "setup.cfg/x"], "setup.cfg"),
     ],
 )
 def test_the_command_exits_with_2(arguments: list[str], words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "sample.py", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    exits_with_2("sample.py", arguments, words)
+
+
+def exits_with_2(script: str, arguments: list[str], words: str) -> None:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], done.stderr
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--no_such_flag=1", "no_such_flag"),
+        ("stray", "unexpected argument 'stray'"),
+        ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
+        ("--config=setup.cfg", "configuration"),
+        ("--config.no_such_field=1", "no field 'no_such_field'"),
+        ("--config.seed=many", "many"),
+    ],
+)
+def test_bad_flags(script: str, argument: str, words: str) -> None:
+    exits_with_2(script, ["--workdir=x", argument] if script == "train.py" else [argument], words)
+
+
+def test_training_needs_a_folder() -> None:
+    exits_with_2("train.py", [], "--workdir")
+
+
+def test_notes_are_one_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: others.append(message))
+    show_notes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        make_request(PICTURE, **{**GOOD, "intrinsics": None})
+        warnings.warn("of a library", FutureWarning, stacklevel=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: no intrinsics given: taking a horizontal field of view of 70")
+    assert [str(message) for message in others] == ["of a library"]
+
+
+def test_another_working_directory(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "sample.py"), "--weights=nowhere/at/all"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "hub name" in done.stderr, done.stderr
 
 
 def test_the_package_needs_no_torch() -> None:

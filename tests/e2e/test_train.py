@@ -27,16 +27,14 @@ def _rows(workdir: Path) -> list[dict]:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(tmp_path_factory):
-    """The runs compile the same few programs again and again: keep them, and keep them simple."""
+    """The runs compile the same few programs again and again: keep them."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_disable_most_optimizations": True,
     }
     before = {
         "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
         "jax_persistent_cache_min_compile_time_secs": 1.0,
-        "jax_disable_most_optimizations": False,
     }
     for name, value in settings.items():
         jax.config.update(name, value)

@@ -53,8 +53,14 @@ class SmallWorld(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS: ClassVar = [SmallWorldConfig(name="tiny", num_scenes=16, num_held_out=4)]
     on_clip: Callable[[], None] | None = None
 
+    @property
+    def part(self) -> SmallWorldConfig:
+        """The builder's configuration."""
+        assert isinstance(self.builder_config, SmallWorldConfig)
+        return self.builder_config
+
     def _info(self) -> tfds.core.DatasetInfo:
-        config = self.builder_config
+        config = self.part
         shape = (config.num_frames, config.height, config.width, 3)
         features = {
             # As bytes: the default encoding stores every pixel as a 64-bit integer.
@@ -78,10 +84,10 @@ class SmallWorld(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager) -> dict:
         del dl_manager  # nothing is downloaded
-        return {s: self._generate_examples(r) for s, r in self.builder_config.split_seeds().items()}
+        return {s: self._generate_examples(r) for s, r in self.part.split_seeds().items()}
 
     def _generate_examples(self, seeds: range):
-        config = self.builder_config
+        config = self.part
         for clip in make_clips(seeds, config.num_frames, config.height, config.width):
             yield clip["seed"], clip
             if self.on_clip is not None:

@@ -15,7 +15,7 @@ _VERSION = "[0-9]*"  # a killed run may leave incomplete.* folders
 _PART = re.compile(r"part_(\d+)_of_(\d+)")
 
 
-class ClipSource:
+class ClipSource(Sequence):
     """Concatenation of random-access sources, itself one: `len(source)` and `source[i]`.
 
     Clips are dicts as `data.world.clip.make_clip` returns them; texts come back as str.
@@ -28,7 +28,7 @@ class ClipSource:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict:  # pyright: ignore[reportIncompatibleMethodOverride]
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
             raise IndexError(f"clip {index} of a set of {len(self)}")
@@ -91,7 +91,8 @@ def open_clips(
         builder = tfds.builder_from_directory(versions[-1])
         # A small split may be empty in some of the parts.
         if split in builder.info.splits:
-            sources.append(builder.as_data_source(split=split))
+            # a decorator of tfds hides the parameters
+            sources.append(builder.as_data_source(split=split))  # pyright: ignore[reportCallIssue]
     if not sources:
         raise InputError(f"the set in {data_dir} has no split {split!r}; use train or validation")
     return ClipSource(sources)

@@ -180,14 +180,16 @@ def _populate(c: Composer, yaw: float) -> None:
         half = rng.uniform(0.4, 1.0, 2)
         footprint = half + 0.09  # with the roof
         near = (0.0, 1.4) if index < 4 else (1.2, 4.5)
-        spot = c.place(*footprint, _ring(c, half.max(), *near, yaw, turn=True))
+        spot = c.place(footprint[0], footprint[1], _ring(c, half.max(), *near, yaw, turn=True))
         if spot and c.fits(1):
-            _house(c, *spot, half)
+            x, z, turn = spot
+            _house(c, x, z, turn, half)
     for _ in range(rng.integers(0, 3)):
         radius = rng.uniform(0.25, 0.5)
         spot = c.place(radius, radius, _ring(c, radius, 0.0, 2.5, yaw))
         if spot and c.fits(0, 1, 1):
-            _tower(c, *spot[:2], radius)
+            x, z, _ = spot
+            _tower(c, x, z, radius)
     for _ in range(rng.integers(2, 6)):
         size = rng.uniform(0.7, 1.3)
         spot = c.place(0.3 * size, 0.3 * size, _ring(c, 0.55 * size, 0.0, 2.5, yaw))

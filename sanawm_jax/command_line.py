@@ -1,0 +1,64 @@
+"""What `sample.py` and `train.py` share: flags, notes, and one clear line on bad input."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+flags.disclaim_key_flags()  # flags defined here belong to the script that asks for them
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line and exits with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def define_config(default: Path, text: str) -> flags.FlagHolder[ConfigDict]:
+    """Defines `--config FILE` and, for every field of that file, `--config.field=value`.
+
+    Args:
+      default: the file that is taken without the flag.
+      text: what the help says.
+    """
+    try:
+        return config_flags.DEFINE_config_file("config", str(default), text, lock_config=True)
+    except (AttributeError, KeyError) as error:  # overrides are looked up right here
+        name = str(error).strip("\"'")
+        fail(f"the configuration has no field {name!r}; --config.FIELD=VALUE takes existing ones")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line and loads the configuration; a `flags_parser` of absl."""
+    try:
+        rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            dict(flags.FLAGS.config)  # a file that is absent raises here
+    except flags.Error as error:
+        fail(str(error).splitlines()[0])
+    # a configuration is a program and can raise anything
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__
+        fail(f"cannot load the configuration of --config: {reason}")
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; flags are --name value or --name=value")
+    return rest
+
+
+def show_notes() -> None:
+    """From here on this package's warnings are lines that begin with `note:`."""
+    show = warnings.showwarning
+
+    def show_note(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+        if category is UserWarning:
+            print(f"note: {message}", file=sys.stderr, flush=True)
+        else:
+            show(message, category, *where, **options)
+
+    warnings.showwarning = show_note

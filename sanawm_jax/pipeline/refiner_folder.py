@@ -1,0 +1,152 @@
+"""A published refiner folder in diffusers layout: where its parts are, and how they load.
+
+model_index.json  tokenizer/  text_encoder/  connectors/  transformer/  scheduler/
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from sanawm_jax.core.params import Params, build
+from sanawm_jax.diffusion.euler import Schedule
+from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.folder import ModelFolder
+from sanawm_jax.refiner import keys
+from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
+from sanawm_jax.refiner.connectors import TextConnectors
+from sanawm_jax.refiner.model import Refiner
+from sanawm_jax.text.config import GemmaConfig
+from sanawm_jax.text.gemma import Tower, text_tower
+from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
+from sanawm_jax.text.tokenizer import Tokenizer
+from sanawm_jax.weights import keymap
+from sanawm_jax.weights.files import SafetensorsFolder, class_name, read_config
+
+# LTX-2's own transformer has the same tensors
+_TRANSFORMERS = ("SanaWMLTX2RefinerTransformer3DModel", "LTX2VideoTransformer3DModel")
+_CONNECTORS = ("LTX2TextConnectors",)
+_TEXT_LENGTH = 1024
+
+
+class RefinerFolder(ModelFolder):
+    """The parts of a refiner folder; each `load_*` reads one and keeps no reference to it.
+
+    Configurations are read on construction.
+
+    Raises:
+      InputError: a part is absent, of another architecture, or does not fit the others.
+    """
+
+    kind = "refiner"
+
+    def __init__(self, folder: str | Path):
+        super().__init__(folder)
+        self._expect("transformer", _TRANSFORMERS)
+        self._expect("connectors", _CONNECTORS)
+        self.config = RefinerConfig.from_json(read_config(self.part("transformer")))
+        self.connectors = ConnectorsConfig.from_json(read_config(self.part("connectors")))
+        self.text_config = GemmaConfig.from_json(read_config(self.part("text_encoder")))
+        self.text_length = int(self.index.get("text_max_sequence_length", _TEXT_LENGTH))
+        self._check_scheduler()
+        self._check_widths()
+
+    def _expect(self, part: str, classes: tuple[str, ...]) -> None:
+        found = class_name(self.part(part))
+        if found is not None and found not in classes:
+            raise InputError(
+                f"{self.path / part} is a {found}, not {' or '.join(classes)}; "
+                "--refiner_weights takes a refiner folder"
+            )
+
+    def _check_scheduler(self) -> None:
+        if "scheduler" not in self.parts:
+            return
+        schedule = Schedule.from_json(read_config(self.part("scheduler"), "scheduler_config.json"))
+        if schedule.shift != 1.0 or schedule.shift_terminal:
+            raise InputError(
+                f"{self.path / 'scheduler'} shifts noise levels; the refiner's are distilled and "
+                "need shift=1 without shift_terminal"
+            )
+
+    def _check_widths(self) -> None:
+        text, connectors, registers = (
+            self.text_config,
+            self.connectors,
+            self.connectors.video_connector_num_learnable_registers,
+        )
+        for what, given, wanted in (
+            ("caption_channels", connectors.caption_channels, text.hidden_size),
+            ("text_proj_in_factor", connectors.text_proj_in_factor, text.num_hidden_layers + 1),
+            ("width", connectors.width, self.config.text_width),
+        ):
+            if given != wanted:
+                raise InputError(
+                    f"{self.path}: the connectors' {what} is {given}, but the text encoder and "
+                    f"the transformer need {wanted}; the parts are not of one model"
+                )
+        if registers and self.text_length % registers:
+            raise InputError(
+                f"{self.path}: text_max_sequence_length={self.text_length} must be a multiple of "
+                f"the connectors' {registers} registers"
+            )
+
+    def check(self) -> None:
+        """Compares names and shapes of all tensors, from the file headers alone.
+
+        Raises:
+          InputError: what is missing, unexpected or mis-shaped.
+        """
+        check_text_encoder(self.part("text_encoder"))
+        for entries, module, config, part, ignore in (
+            self._transformer_parts(),
+            self._connectors_parts(),
+        ):
+            folder = self.part(part)
+            keymap.check(
+                entries,
+                build(module, config)[1],
+                SafetensorsFolder(folder),
+                what=str(folder),
+                ignore=ignore,
+            )
+
+    def _transformer_parts(self) -> tuple[Any, ...]:
+        table = keys.refiner_table(self.config)
+        return table, Refiner, self.config, "transformer", keys.is_audio
+
+    def _connectors_parts(self) -> tuple[Any, ...]:
+        table = keys.connectors_table(self.connectors)
+        return table, TextConnectors, self.connectors, "connectors", keys.is_audio_connector
+
+    def _load(self, parts: tuple[Any, ...], dtype: Any) -> tuple[nnx.GraphDef, Params]:
+        entries, module, config, part, ignore = parts
+        folder = self.part(part)
+        graphdef, abstract = build(module, config)
+        params = keymap.load(
+            entries,
+            abstract,
+            SafetensorsFolder(folder),
+            what=str(folder),
+            dtype=dtype,
+            ignore=ignore,
+        )
+        return graphdef, params
+
+    def load_transformer(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
+        """Graph definition and parameters of the transformer's video half."""
+        return self._load(self._transformer_parts(), dtype)
+
+    def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
+        """Graph definition and parameters of the video connector."""
+        return self._load(self._connectors_parts(), dtype)
+
+    def load_text(self, dtype: Any) -> Tower:
+        """The compiled text tower; it gives all hidden states."""
+        config, params = load_text_encoder(self.part("text_encoder"), dtype=dtype)
+        return text_tower(config, params, dtype=dtype, all_states=True)
+
+    def load_tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.part("tokenizer"))

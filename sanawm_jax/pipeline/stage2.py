@@ -1,0 +1,204 @@
+"""Stage 2: stage-1 latents and a prompt to refined latents.
+
+    prompt -> Gemma-3 hidden states -> connectors -> transformer, 3 Euler steps a block of frames
+
+Axis letters: F latent frames, h w latent rows and columns, C latent channels, L text tokens.
+Reference: diffusers `SanaWMLTX2Refiner`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from sanawm_jax.core.params import Params, apply
+from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.folder import find_weights
+from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
+from sanawm_jax.pipeline.refiner_folder import RefinerFolder
+from sanawm_jax.refiner.connectors import pack_states
+from sanawm_jax.refiner.rope import video_rope
+from sanawm_jax.refiner.sampler import RefinerText, refine
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineOptions:
+    """How a clip is cut; the names are the command line's.
+
+    Attributes:
+      sink_size: leading frames that stay as they are and that every block sees.
+      refiner_block_size: latent frames refined together; 0 takes the whole clip at once.
+      refiner_kv_max_frames: frames that a block sees, itself included.
+      refiner_seed: of the noise.
+
+    Raises:
+      InputError: sizes that leave no room.
+    """
+
+    sink_size: int = 1
+    refiner_block_size: int = 3
+    refiner_kv_max_frames: int = 11
+    refiner_seed: int = 42
+
+    def __post_init__(self) -> None:
+        sink, block, window = self.sink_size, self.refiner_block_size, self.refiner_kv_max_frames
+        if sink < 1:
+            raise InputError(f"--sink_size={sink} must be at least 1")
+        if block < 0:
+            raise InputError(f"--refiner_block_size={block} must be at least 1, or 0 for one block")
+        if block and window < sink + block:
+            raise InputError(
+                f"--refiner_kv_max_frames={window} cannot hold the sink of {sink} and a block of "
+                f"{block}; use {sink + block} or more"
+            )
+
+
+class LTX2Refiner:
+    """The stage-2 model of a folder, ready to be called.
+
+    Its networks are on the device one after the other and are dropped after each call.
+    """
+
+    def __init__(
+        self,
+        folder: RefinerFolder,
+        *,
+        dtype: str = "bfloat16",
+        options: RefineOptions | None = None,
+    ):
+        self.folder = folder
+        self.dtype = resolve_dtype(dtype)
+        self.options = options or RefineOptions()
+        self._is_checked = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        options: RefineOptions | None = None,
+    ) -> LTX2Refiner:
+        """Opens a refiner folder in diffusers layout, or a hub name.
+
+        Raises:
+          InputError: it cannot be found or is not a refiner folder.
+        """
+        return cls(RefinerFolder(find_weights(name)), dtype=dtype, options=options)
+
+    def noise_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the refiner's noise for latents (1, C, F, h, w): the sink has none."""
+        batch, channels, frames, *grid = shape
+        return batch, channels, frames - self.options.sink_size, *grid
+
+    def check(
+        self,
+        shape: tuple[int, ...],
+        prompt: str | None,
+        noise: str | os.PathLike | np.ndarray | None = None,
+    ) -> np.ndarray | None:
+        """Checks everything that a call will need, before anything is loaded or compiled.
+
+        Args:
+          shape: (1, C, F, h, w) of the latents to refine.
+          prompt: what is in the scene.
+          noise: see `__call__`.
+
+        Returns:
+          The noise as an array.
+
+        Raises:
+          InputError: one line on what is wrong.
+        """
+        if not prompt or not prompt.strip():
+            raise InputError("no prompt: the refiner reads it too; give --prompt")
+        channels, frames = self.folder.config.in_channels, shape[2]
+        if shape[1] != channels:
+            raise InputError(f"latents have {shape[1]} channels, the refiner takes {channels}")
+        if frames <= self.options.sink_size:
+            raise InputError(
+                f"latents have {frames} frames, which leaves none to refine after "
+                f"--sink_size={self.options.sink_size}"
+            )
+        if noise is not None:
+            noise = read_latents(noise, self.noise_shape(shape), "refiner noise")
+        if not self._is_checked:
+            self.folder.check()
+            self.folder.load_tokenizer()
+            self._is_checked = True
+        return noise
+
+    def __call__(
+        self,
+        latents: np.ndarray,
+        prompt: str,
+        *,
+        fps: float = 16.0,
+        noise: str | os.PathLike | np.ndarray | None = None,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Refines one clip.
+
+        Args:
+          latents: (1, C, F, h, w) of stage 1, normalised.
+          prompt: what is in the scene.
+          fps: pixel frames a second, which the transformer's time positions are made of.
+          noise: (1, C, F - sink, h, w) array or .npy file in place of the seed's.
+          progress: show a progress bar.
+
+        Returns:
+          (1, C, F, h, w) float32; the sink frames are the given ones.
+
+        Raises:
+          InputError: one line on what is wrong, before anything is compiled.
+        """
+        noise = self.check(latents.shape, prompt, noise)
+        options, (frames, height, width) = self.options, latents.shape[2:]
+        text = self.encode_prompt(prompt)
+        graphdef, params = self.folder.load_transformer(self.dtype)
+        refined = refine(
+            graphdef,
+            params,
+            _channels_last(latents),
+            text,
+            video_rope(self.folder.config, frames, height, width, fps),
+            noise=None if noise is None else _channels_last(noise),
+            key=jax.random.key(options.refiner_seed),
+            sink_frames=options.sink_size,
+            block_frames=options.refiner_block_size,
+            window_frames=options.refiner_kv_max_frames,
+            dtype=self.dtype,
+            progress=progress,
+        )
+        return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
+
+    def encode_prompt(self, prompt: str) -> RefinerText:
+        """The prompt as the transformer reads it; each network is dropped after its turn."""
+        tokenizer = self.folder.load_tokenizer()
+        ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
+        tower = self.folder.load_text(self.dtype)
+        states = tower(ids, mask).block_until_ready()
+        del tower
+        graphdef, params = self.folder.load_connectors(self.dtype)
+        # the connectors' mask shows everything: registers stand where padding was
+        return RefinerText(_connect(graphdef, params, states, jnp.asarray(mask), self.dtype))
+
+
+def _channels_last(latents: np.ndarray) -> jax.Array:
+    return jnp.asarray(rearrange(latents, "B C F h w -> B F h w C"), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _connect(
+    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
+) -> jax.Array:
+    return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

@@ -1,0 +1,163 @@
+"""Gemma-3 hidden states to the text that the refiner reads.
+
+All hidden states of a token are normalised, laid side by side and projected to one vector; a small
+transformer then mixes the tokens, with learned registers in the place of padding.
+
+Axis letters: B batch, L text tokens, Y hidden states (layers + 1), C width, N heads, D head size.
+Reference: diffusers `LTX2TextConnectors`, `SanaWMLTX2Refiner._encode_prompt`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from sanawm_jax.core.attention import attention
+from sanawm_jax.core.layers import Linear
+from sanawm_jax.core.params import stack
+from sanawm_jax.refiner.config import ConnectorsConfig
+from sanawm_jax.refiner.layers import AttentionProjections, FeedForward, Norm
+from sanawm_jax.refiner.rope import Rotation, rotate, text_rotations
+
+_EPS = 1e-6
+_SCALE = 8.0  # of states normalised by their range
+
+
+def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """Centres every hidden state of a text and divides it by its range; padding becomes 0.
+
+    Mean, minimum and maximum run over tokens and channels of one state, without the padding.
+    Reference: `per_layer_masked_mean_norm`, `_pack_text_embeds`.
+
+    Args:
+      states: (B, L, C, Y).
+      mask: (B, L), non-zero for a token; at least one a text.
+
+    Returns:
+      The same shape, float32.
+    """
+    x = states.astype(jnp.float32)
+    is_token = (mask != 0)[:, :, None, None]
+    count = jnp.sum(mask != 0, 1, dtype=jnp.float32)[:, None, None, None] * x.shape[2]
+    mean = jnp.sum(jnp.where(is_token, x, 0.0), (1, 2), keepdims=True) / (count + _EPS)
+    low = jnp.min(jnp.where(is_token, x, jnp.inf), (1, 2), keepdims=True)
+    high = jnp.max(jnp.where(is_token, x, -jnp.inf), (1, 2), keepdims=True)
+    y = (x - mean) / (high - low + _EPS) * _SCALE
+    return jnp.where(is_token, y, 0.0)
+
+
+def pack_states(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """Hidden states (Y, B, L, C) of the text tower to the (B, L, C, Y) that connectors read.
+
+    float32: the connectors normalise once more, and two roundings in a row would add up.
+    """
+    return normalise_states(rearrange(states, "Y B L C -> B L C Y"), mask)
+
+
+class ConnectorBlock(nnx.Module):
+    """Self-attention and feed-forward, each after a norm and inside a residual."""
+
+    def __init__(self, config: ConnectorsConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        self.rope_type = config.rope_type
+        self.attn_norm = Norm(width, eps=_EPS, has_scale=False)
+        self.ffn_norm = Norm(width, eps=_EPS, has_scale=False)
+        self.attn = AttentionProjections(
+            width,
+            config.video_connector_num_attention_heads,
+            config.video_connector_attention_head_dim,
+            is_gated=config.video_gated_attn,
+            rngs=rngs,
+        )
+        self.ffn = FeedForward(width, "gelu-approximate", rngs=rngs)
+
+    def __call__(self, x: jax.Array, rotation: Rotation, key_mask: jax.Array | None) -> jax.Array:
+        """x (B, L, C) -> the same."""
+        h = self.attn_norm(x)
+        q, k, v = self.attn.qkv(h, h)
+        q, k = rotate(q, rotation, self.rope_type), rotate(k, rotation, self.rope_type)
+        x = x + self.attn.project_out(attention(q, k, v, key_mask=key_mask), h)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class TextConnectors(nnx.Module):
+    """Packed hidden states to the refiner's text; the audio connector is left out."""
+
+    def __init__(self, config: ConnectorsConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.project = Linear(
+            config.caption_channels * config.text_proj_in_factor,
+            config.projected_width,
+            use_bias=config.proj_bias,
+            rngs=rngs,
+        )
+        registers = config.video_connector_num_learnable_registers
+        if registers is not None:
+            shape = (registers, config.width)
+            self.registers = nnx.Param(
+                jax.random.uniform(rngs.params(), shape, minval=-1.0, maxval=1.0)
+            )
+        self.blocks = stack(
+            lambda key: ConnectorBlock(config, rngs=nnx.Rngs(key)),
+            rngs.params(),
+            (config.video_connector_num_layers,),
+        )
+        self.norm = Norm(config.width, eps=_EPS, has_scale=False)
+
+    def __call__(
+        self, states: jax.Array, mask: jax.Array, *, dtype: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Text embeddings and their mask.
+
+        Args:
+          states: (B, L, caption_channels, Y) from `pack_states`.
+          mask: (B, L), non-zero for a token; padding on the left.
+          dtype: compute dtype; that of the states by default.
+
+        Returns:
+          (B, L, C) and (B, L) int32, which is 1 everywhere: registers stand where padding was,
+          and without registers the reference shows the padding too.
+
+        Raises:
+          ValueError: L is not a multiple of the number of registers.
+        """
+        config = self.config
+        x = self.project(self._features(states, mask).astype(dtype or states.dtype))
+        key_mask = mask != 0
+        if hasattr(self, "registers"):
+            x, key_mask = self._fill_with_registers(x, key_mask), None
+        rotation = text_rotations(config, x.shape[1])
+
+        def step(x: jax.Array, block: ConnectorBlock) -> tuple[jax.Array, None]:
+            return block(x, rotation, key_mask), None
+
+        x, _ = lax.scan(step, x, self.blocks)
+        return self.norm(x), jnp.ones(mask.shape, jnp.int32)
+
+    def _features(self, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """(B, L, C Y) float32, normalised a second time, as in the reference."""
+        config = self.config
+        if not config.per_modality_projections:
+            return rearrange(normalise_states(states, mask), "B L C Y -> B L (C Y)")
+        x = states.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(x * x, 2, keepdims=True) + _EPS)
+        x = x * (config.video_hidden_dim / config.caption_channels) ** 0.5
+        x = jnp.where((mask != 0)[:, :, None, None], x, 0.0)
+        return rearrange(x, "B L C Y -> B L (C Y)")
+
+    def _fill_with_registers(self, x: jax.Array, is_token: jax.Array) -> jax.Array:
+        """Moves the tokens of x (B, L, C) to the front and fills up with registers."""
+        registers = self.registers[...].astype(x.dtype)
+        length = x.shape[1]
+        if length % len(registers):
+            raise ValueError(f"{length} text tokens are no multiple of {len(registers)} registers")
+        order = jnp.argsort(~is_token, axis=1, stable=True)
+        front = jnp.take_along_axis(x, order[..., None], 1)
+        count = jnp.sum(is_token, 1)[:, None]
+        is_front = (jnp.arange(length)[None] < count)[..., None]
+        return jnp.where(is_front, front, jnp.tile(registers, (length // len(registers), 1)))

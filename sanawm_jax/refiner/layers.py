@@ -1,0 +1,113 @@
+"""Layers that the refiner and its connectors share.
+
+Axis letters: B batch, T queries, S keys, C width, N heads, D head size.
+Reference: diffusers `LTX2Attention`, `FeedForward`, `RMSNorm`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from sanawm_jax.core.layers import Linear, RMSNorm
+
+_QK_NORM_EPS = 1e-6  # the reference fixes it, whatever norm_eps says
+_FEED_FORWARD_RATIO = 4
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm, then `(1 + scale) x + shift`; all of it in float32.
+
+    The reference rounds after each of the three; x's dtype comes back.
+    """
+
+    def __init__(self, features: int, *, eps: float, has_scale: bool):
+        self.eps = eps
+        if has_scale:
+            self.scale = nnx.Param(jnp.ones((features,)))
+
+    def __call__(
+        self, x: jax.Array, scale: jax.Array | float = 0.0, shift: jax.Array | float = 0.0
+    ) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        if hasattr(self, "scale"):
+            y = y * self.scale[...].astype(jnp.float32)
+        return (y * (1.0 + scale) + shift).astype(x.dtype)
+
+
+class AttentionProjections(nnx.Module):
+    """Everything of an attention layer but the attention: q, k, v with norms, gate, output.
+
+    Queries and keys are normalised over all heads at once.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        context_width: int | None = None,
+        is_gated: bool = False,
+        use_bias: bool = True,
+        use_out_bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        inner, context_width = heads * head_dim, context_width or width
+        self.heads = heads
+        self.q = Linear(width, inner, use_bias=use_bias, rngs=rngs)
+        self.k = Linear(context_width, inner, use_bias=use_bias, rngs=rngs)
+        self.v = Linear(context_width, inner, use_bias=use_bias, rngs=rngs)
+        self.out = Linear(inner, width, use_bias=use_out_bias, rngs=rngs)
+        self.q_norm = RMSNorm(inner, eps=_QK_NORM_EPS)
+        self.k_norm = RMSNorm(inner, eps=_QK_NORM_EPS)
+        if is_gated:
+            self.gate = Linear(width, heads, rngs=rngs)
+
+    def qkv(self, x: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x (B, T, C) and context (B, S, C') to q (B, T, N, D) and k, v (B, S, N, D)."""
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(context)), self.v(context)
+        q, k, v = (rearrange(a, "B T (N D) -> B T N D", N=self.heads) for a in (q, k, v))
+        return q, k, v
+
+    def project_out(self, mixed: jax.Array, x: jax.Array) -> jax.Array:
+        """Gates mixed (B, T, N, D) a head by x (B, T, C), the layer's input, and projects it."""
+        if hasattr(self, "gate"):
+            # twice a sigmoid: a gate of zeros passes everything
+            gate = 2.0 * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
+            mixed = (mixed * gate[..., None]).astype(x.dtype)
+        return self.out(rearrange(mixed, "B T N D -> B T (N D)"))
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers around an activation, gated or not, by the reference's name."""
+
+    def __init__(self, width: int, kind: str, *, use_bias: bool = True, rngs: nnx.Rngs):
+        inner = _FEED_FORWARD_RATIO * width
+        self.kind = kind
+        doubled = 2 if kind in ("geglu", "swiglu") else 1
+        self.up = Linear(width, doubled * inner, use_bias=use_bias, rngs=rngs)
+        self.down = Linear(inner, width, use_bias=use_bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.up(x)
+        if self.kind in ("geglu", "swiglu"):
+            h, gate = jnp.split(h, 2, -1)
+            h = h * (jax.nn.silu(gate) if self.kind == "swiglu" else _gelu(gate))
+        elif self.kind == "gelu-approximate":
+            h = jax.nn.gelu(h, approximate=True)
+        elif self.kind == "geglu-approximate":  # not gated, in spite of its name
+            h = h * jax.nn.sigmoid(1.702 * h)
+        elif self.kind == "linear-silu":
+            h = jax.nn.silu(h)
+        else:
+            h = _gelu(h)
+        return self.down(h)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)

@@ -1,0 +1,141 @@
+"""Rotary position embedding of LTX-2, for video and for text.
+
+The highest frequency turns a position of 1 by 10^4 pi / 2 radians, where a float32 angle is right
+to 1e-3 at best. The released weights were trained with those very roundings, so angles are made
+on the host, operation by operation as the reference makes them, and only their cosines and sines
+travel. Positions on an axis are independent, so a table an axis is all that has to.
+
+Axis letters: F latent frames, H W rows and columns, K frequencies, T tokens, N heads, D head size,
+B batch.
+Reference: diffusers `LTX2AudioVideoRotaryPosEmbed`, `LTX2RotaryPosEmbed1d`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sanawm_jax.refiner.config import INTERLEAVED, ConnectorsConfig, RefinerConfig
+
+Array = jax.Array | np.ndarray
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (T, N, D/2) float32
+
+
+class VideoRope(NamedTuple):
+    """Cosines and sines [..., 0] and [..., 1] of every frequency at every position of an axis."""
+
+    frames: Array  # F K 2
+    rows: Array  # H K 2
+    columns: Array  # W K 2
+
+
+def frequencies(count: int, theta: float, *, double_precision: bool) -> np.ndarray:
+    """Frequencies (K,) float32: theta^0 to theta^1 in geometric steps, times pi / 2."""
+    if double_precision:
+        powers = np.power(theta, np.linspace(0.0, 1.0, count))
+        return (powers * np.pi / 2.0).astype(np.float32)
+    # float32 exponents from both ends, one rounding each, as torch spaces them
+    step = np.float64(np.float32(1.0) / np.float32(max(count - 1, 1)))
+    i = np.arange(count)
+    exponents = np.where(i < count // 2, i * step, 1.0 - (count - 1 - i) * step)
+    powers = np.power(theta, exponents.astype(np.float32).astype(np.float64))
+    return powers.astype(np.float32) * np.float32(np.pi) / np.float32(2.0)
+
+
+def _turns(fraction: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """Cosines and sines (positions, K, 2) at fractions of the base range, float32."""
+    one, two = np.float32(1.0), np.float32(2.0)
+    angle = (fraction.astype(np.float32)[:, None] * two - one) * frequency
+    exact = angle.astype(np.float64)  # of the rounded angle
+    return np.stack([np.cos(exact), np.sin(exact)], -1).astype(np.float32)
+
+
+def video_rope(
+    config: RefinerConfig, num_frames: int, height: int, width: int, fps: float
+) -> VideoRope:
+    """Tables for latent frames 0..num_frames-1 of a height x width latent grid.
+
+    A token sits in the middle of the pixels that it stands for; time is in seconds.
+
+    Args:
+      fps: pixel frames a second.
+    """
+    frequency = frequencies(
+        config.width // 6, config.rope_theta, double_precision=config.rope_double_precision
+    )
+    bases = (config.pos_embed_max_pos, config.base_height, config.base_width)
+
+    def edges(count: int, axis: int) -> np.ndarray:
+        return np.arange(count + 1, dtype=np.float32) * np.float32(config.vae_scale_factors[axis])
+
+    tables = []
+    for axis, count in enumerate((num_frames, height, width)):
+        edge = edges(count, axis)
+        if axis == 0:  # the first latent frame stands for one pixel frame
+            offset = np.float32(config.causal_offset)
+            edge = edge + offset - np.float32(config.vae_scale_factors[0])
+            edge = np.maximum(edge, np.float32(0.0)) / np.float32(fps)
+        middle = (edge[:-1] + edge[1:]) / np.float32(2.0)
+        tables.append(_turns(middle / np.float32(bases[axis]), frequency))
+    return VideoRope(*tables)
+
+
+def frame_window(rope: VideoRope, first: int | jax.Array, count: int) -> VideoRope:
+    """The tables of frames first..first+count-1; `first` may be traced."""
+    frames = lax.dynamic_slice_in_dim(jnp.asarray(rope.frames), first, count)
+    return rope._replace(frames=frames)
+
+
+def _per_head(turns: jax.Array, heads: int, head_dim: int) -> Rotation:
+    """Turns (T, pairs, 2), padded in front with pairs that do not turn, by head."""
+    missing = heads * head_dim // 2 - turns.shape[1]
+    still = jnp.broadcast_to(jnp.array([1.0, 0.0], jnp.float32), (turns.shape[0], missing, 2))
+    turns = jnp.concatenate([still, turns], 1).reshape(-1, heads, head_dim // 2, 2)
+    return turns[..., 0], turns[..., 1]
+
+
+def rotations(rope: VideoRope, heads: int, head_dim: int) -> Rotation:
+    """Cosines and sines (T, N, D/2) of the whole grid, T = F H W, frames slowest."""
+    frames, rows, columns = (jnp.asarray(table) for table in rope)
+    grid = (len(frames), len(rows), len(columns))
+    shape = (*grid, *frames.shape[1:])
+    # the three axes alternate inside a frequency
+    turns = jnp.stack(
+        [
+            jnp.broadcast_to(frames[:, None, None], shape),
+            jnp.broadcast_to(rows[None, :, None], shape),
+            jnp.broadcast_to(columns[None, None], shape),
+        ],
+        -2,
+    )  # F H W K 3 2
+    return _per_head(turns.reshape(grid[0] * grid[1] * grid[2], -1, 2), heads, head_dim)
+
+
+def text_rotations(config: ConnectorsConfig, length: int) -> Rotation:
+    """Cosines and sines (L, N, D/2) of text positions 0..length-1."""
+    frequency = frequencies(
+        config.width // 2, config.rope_theta, double_precision=config.rope_double_precision
+    )
+    position = np.arange(length, dtype=np.float32) / np.float32(config.connector_rope_base_seq_len)
+    return _per_head(
+        jnp.asarray(_turns(position, frequency)),
+        config.video_connector_num_attention_heads,
+        config.video_connector_attention_head_dim,
+    )
+
+
+def rotate(x: jax.Array, rotation: Rotation, rope_type: str) -> jax.Array:
+    """Rotates the pairs of every head of x (B, T, N, D), in float32; x's dtype comes back."""
+    cos, sin = rotation  # T N D/2
+    x32 = x.astype(jnp.float32)
+    if rope_type == INTERLEAVED:
+        first, second = x32[..., 0::2], x32[..., 1::2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], -1)
+        return pairs.reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x32, 2, -1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, -1).astype(x.dtype)

@@ -1,0 +1,283 @@
+"""Refines stage-1 latents: three Euler steps, block by block with a window, or all at once.
+
+Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
+tokens, C text width.
+Reference: diffusers `SanaWMLTX2Refiner.__call__`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from sanawm_jax.core.params import Params, apply
+from sanawm_jax.refiner.kv_window import KVWindow, append_block, open_window
+from sanawm_jax.refiner.model import POST_ROPE, PRE_ROPE, Prefix
+from sanawm_jax.refiner.rope import VideoRope, frame_window
+
+# noise levels of the distilled release, 3 steps
+SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+
+
+class RefinerText(NamedTuple):
+    """The prompt as the transformer reads it."""
+
+    embeddings: jax.Array  # B L C
+    mask: jax.Array | None = None  # B L, None shows all
+
+
+def block_noise(key: jax.Array, first: int, frames: int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise (B, F, H, W, c) of frames first..first+F-1.
+
+    A frame's noise depends on its position alone, so any cut into blocks draws the same.
+
+    Args:
+      shape: (B, H, W, c).
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(frames))
+    return jnp.moveaxis(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), 0, 1)
+
+
+def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The flow's point at a noise level, float32."""
+    return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "dtype"))
+def capture_sink(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    sink: jax.Array,
+    text: RefinerText,
+    rope: VideoRope,
+    *,
+    history_slots: int,
+    dtype: Any,
+) -> KVWindow:
+    """An empty window whose sink are raw stage-1 frames (B, F, H, W, c), read at noise level 0.
+
+    Args:
+      rope: tables of the clip from frame 0 on.
+      history_slots: refined frames that the window keeps, `window frames - sink frames`.
+      dtype: compute dtype, and that of the keys and values.
+    """
+    _, captured = apply(
+        graphdef,
+        params,
+        sink.astype(dtype),
+        jnp.zeros((len(sink), 1, 1)),
+        text.embeddings,
+        frame_window(rope, 0, sink.shape[1]),
+        text_mask=text.mask,
+        capture=PRE_ROPE,
+    )
+    return open_window(captured, history_slots)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
+def refine_block(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    window: KVWindow,
+    clean: jax.Array,
+    noise: jax.Array,
+    text: RefinerText,
+    rope: VideoRope,
+    sigmas: jax.Array,
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, KVWindow]:
+    """Refines the frames that follow the window, and moves the window past them.
+
+    One program serves every block of one length, however full the window is: the frames' position
+    and the window's fill are numbers in its state.
+
+    Args:
+      window: donated.
+      clean: (B, F, H, W, c) stage-1 latents; F at most the window's history slots.
+      noise: the same shape, standard normal.
+      rope: tables of the clip from frame 0 on, at least to this block's end.
+      sigmas: (steps + 1,) falling noise levels down to 0.
+      dtype: compute dtype; the latents stay float32 between steps.
+
+    Returns:
+      (B, F, H, W, c) float32, and the window for the next block.
+    """
+    scale = apply(graphdef, params, method="timestep_scale")
+    prefix = Prefix(
+        sink=window.sink,
+        sink_rope=frame_window(rope, window.sink_start, window.sink_frames),
+        history=window.history,
+        history_frames=window.history_frames,
+    )
+    here = frame_window(rope, window.block_start, clean.shape[1])
+
+    def forward(x: jax.Array, sigma: jax.Array, capture: str | None = None) -> Any:
+        return apply(
+            graphdef,
+            params,
+            x.astype(dtype),
+            jnp.full((len(x), 1, 1), sigma * scale),
+            text.embeddings,
+            here,
+            text_mask=text.mask,
+            prefix=prefix,
+            capture=capture,
+        )
+
+    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        sigma, next_sigma = pair
+        velocity, _ = forward(x, sigma)
+        return x + (next_sigma - sigma) * velocity.astype(jnp.float32), None
+
+    x, _ = lax.scan(step, _start(clean, noise, sigmas[0]), (sigmas[:-1], sigmas[1:]))
+    # the refined frames' keys and values come from one more pass at noise level 0
+    _, captured = forward(x, jnp.float32(0.0), POST_ROPE)
+    return x, append_block(window, captured)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sink_frames", "dtype"))
+def refine_at_once(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    clean: jax.Array,
+    noise: jax.Array,
+    text: RefinerText,
+    rope: VideoRope,
+    sigmas: jax.Array,
+    *,
+    sink_frames: int,
+    dtype: Any,
+) -> jax.Array:
+    """Refines a whole clip as one block: the sink sees itself, the rest sees everything.
+
+    Args:
+      clean: (B, F, H, W, c) stage-1 latents.
+      noise: (B, F - sink_frames, H, W, c).
+
+    Returns:
+      (B, F - sink_frames, H, W, c) float32.
+    """
+    scale = apply(graphdef, params, method="timestep_scale")
+    sink = clean[:, :sink_frames].astype(jnp.float32)
+    is_sink = (jnp.arange(clean.shape[1]) < sink_frames)[None, :, None]
+
+    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        sigma, next_sigma = pair
+        timesteps = jnp.where(is_sink, 0.0, sigma * scale)
+        velocity, _ = apply(
+            graphdef,
+            params,
+            jnp.concatenate([sink, x], 1).astype(dtype),
+            jnp.broadcast_to(timesteps, (len(x), *timesteps.shape[1:])),
+            text.embeddings,
+            rope,
+            text_mask=text.mask,
+            sink_frames=sink_frames,
+        )
+        velocity = velocity[:, sink_frames:].astype(jnp.float32)
+        return x + (next_sigma - sigma) * velocity, None
+
+    x = _start(clean[:, sink_frames:], noise, sigmas[0])
+    return lax.scan(step, x, (sigmas[:-1], sigmas[1:]))[0]
+
+
+def blocks(frames: int, sink_frames: int, block_frames: int) -> Iterator[tuple[int, int]]:
+    """First and one-past-last frame of every block; the last may be short."""
+    for first in range(sink_frames, frames, block_frames):
+        yield first, min(first + block_frames, frames)
+
+
+def refine(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    latents: jax.Array,
+    text: RefinerText,
+    rope: VideoRope,
+    *,
+    noise: jax.Array | None = None,
+    key: jax.Array | None = None,
+    sink_frames: int = 1,
+    block_frames: int = 3,
+    window_frames: int = 11,
+    sigmas: tuple[float, ...] = SIGMAS,
+    dtype: Any,
+    progress: bool = True,
+) -> jax.Array:
+    """Refines a clip.
+
+    Args:
+      graphdef, params: the `Refiner`.
+      latents: (B, F, H, W, c) of stage 1, normalised.
+      text: the prompt.
+      rope: `rope.video_rope` of these frames and this grid.
+      noise: (B, F - sink_frames, H, W, c); drawn from `key` if None.
+      sink_frames: the first frames, kept as they are.
+      block_frames: frames a block; 0 refines the clip at once, without a window.
+      window_frames: frames that a block attends to, itself included: sink, history, block.
+      sigmas: falling noise levels down to 0.
+      dtype: compute dtype of the network.
+      progress: show a progress bar.
+
+    Returns:
+      (B, F, H, W, c) float32; the sink frames are the given ones.
+    """
+    from tqdm import tqdm
+
+    latents = latents.astype(jnp.float32)
+    frames = latents.shape[1]
+    levels = jnp.asarray(np.array(sigmas, np.float32))
+    shape = (latents.shape[0], *latents.shape[2:])
+
+    def noise_of(first: int, last: int) -> jax.Array:
+        if noise is not None:
+            return noise[:, first - sink_frames : last - sink_frames]
+        return block_noise(jax.random.key(42) if key is None else key, first, last - first, shape)
+
+    out = [latents[:, :sink_frames]]
+    if block_frames == 0:
+        out.append(
+            refine_at_once(
+                graphdef,
+                params,
+                latents,
+                noise_of(sink_frames, frames),
+                text,
+                rope,
+                levels,
+                sink_frames=sink_frames,
+                dtype=dtype,
+            )
+        )
+        return jnp.concatenate(out, 1)
+    window = capture_sink(
+        graphdef,
+        params,
+        latents[:, :sink_frames],
+        text,
+        rope,
+        history_slots=window_frames - sink_frames,
+        dtype=dtype,
+    )
+    cuts = list(blocks(frames, sink_frames, block_frames))
+    for first, last in tqdm(cuts, desc="refining", unit="block", disable=not progress):
+        refined, window = refine_block(
+            graphdef,
+            params,
+            window,
+            latents[:, first:last],
+            noise_of(first, last),
+            text,
+            rope,
+            levels,
+            dtype=dtype,
+        )
+        out.append(refined.block_until_ready())  # the bar shows finished blocks, not queued ones
+    return jnp.concatenate(out, 1)
