@@ -49,7 +49,8 @@ class SmallWorld(tfds.core.GeneratorBasedBuilder):
     Set `on_clip` to a function without arguments to hear of every clip that was generated.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First.", "1.1.0": "Patterns at half the contrast."}
     BUILDER_CONFIGS: ClassVar = [SmallWorldConfig(name="tiny", num_scenes=16, num_held_out=4)]
     on_clip: Callable[[], None] | None = None
 
