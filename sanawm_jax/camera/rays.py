@@ -78,7 +78,9 @@ def plucker_rays(c2w: np.ndarray, intrinsics: np.ndarray, height: int, width: in
     fx, fy, cx, cy = np.asarray(intrinsics, dtype=np.float64).T[:, :, None, None]
     y, x = np.mgrid[:height, :width]
     in_camera = np.stack(np.broadcast_arrays((x - cx) / fx, (y - cy) / fy, 1.0), axis=-1)
-    direction = np.einsum("Nij,NHWj->NHWi", poses[:, :3, :3], in_camera)
-    direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
-    moment = np.cross(poses[:, None, None, :3, 3], direction)
-    return np.concatenate([direction, moment], axis=-1).astype(np.float32)
+    rotation, centre = poses[:, :3, :3], poses[:, :3, 3]
+    # o x (R d) = [o x R] d, column by column: one product gives direction and moment
+    both = np.concatenate([rotation, np.cross(centre[:, None], rotation, axisb=1, axisc=1)], axis=1)
+    rays = in_camera.reshape(len(poses), -1, 3) @ both.swapaxes(1, 2)
+    rays /= np.linalg.norm(rays[..., :3], axis=-1, keepdims=True)
+    return rays.reshape(len(poses), height, width, 6).astype(np.float32)

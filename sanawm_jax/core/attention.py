@@ -6,6 +6,7 @@ Axis letters: B batch, T queries, S keys, N heads, D head size.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 
 def attention(
@@ -32,6 +33,14 @@ def attention(
       (B, T, N, D) in q's dtype.
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
+    # cuDNN never writes the logits to memory; with a mask it would, and it takes no float32
+    is_flash = jax.default_backend() == "gpu" and key_mask is None and q.dtype == jnp.bfloat16
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, key_value_seq_lengths=key_count
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        key_value_seq_lengths=key_count,
+        implementation="cudnn" if is_flash else None,
     )

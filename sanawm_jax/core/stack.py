@@ -58,6 +58,7 @@ def scan_runs(
     step: Callable[[Any, jax.Array], jax.Array],
     *,
     remat: str = "none",
+    unroll: bool = False,
 ) -> jax.Array:
     """Runs one segment: parameters of every run are stacked (repeats, length, ...).
 
@@ -66,6 +67,8 @@ def scan_runs(
       step: (layer, x) -> x.
       remat: what the backward pass keeps of a layer: none (everything), full (its input only)
         or dots (matrix products too).
+      unroll: compile every layer on its own. Slower to compile, and faster to train where layers
+        are small: a loop copies what the backward pass needs into and out of stacked arrays.
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}; use one of {', '.join(REMAT)}")
@@ -78,7 +81,7 @@ def scan_runs(
 
     def group(x: jax.Array, modules: Sequence[Any]) -> tuple[jax.Array, None]:
         for module in modules:
-            x, _ = lax.scan(layer, x, module)
+            x, _ = lax.scan(layer, x, module, unroll=unroll)
         return x, None
 
-    return lax.scan(group, x, tuple(runs))[0]
+    return lax.scan(group, x, tuple(runs), unroll=unroll)[0]

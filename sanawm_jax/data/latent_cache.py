@@ -6,10 +6,11 @@ captions, L text tokens, C text width.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from absl import logging
 from sanawm_jax.atomic import atomic_write
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply, build
+from sanawm_jax.data.views import View, view_clip
 from sanawm_jax.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
@@ -29,6 +31,7 @@ from sanawm_jax.vae.model import VideoVAE
 TextEncoder = Callable[[Sequence[str]], tuple[jax.Array, jax.Array]]
 _PER_CLIP = ("latents", "camera", "plucker")
 SAVE_EVERY = 32  # batches between notes of progress
+_READERS = 8  # threads that read clips and prepare their conditions
 _FIRST_FRAME_TOLERANCE = 5e-2  # of normalised latents, whose deviation is 1; leaves room for TF32
 
 
@@ -63,6 +66,7 @@ def build_cache(
     *,
     fingerprint: str,
     batch_size: int = 16,
+    views: Sequence[View] = (View(),),
 ) -> dict[str, np.ndarray]:
     """Encodes all clips, or what an interrupted call left over, and opens the result.
 
@@ -74,6 +78,7 @@ def build_cache(
         as the null caption.
       fingerprint: names clips and weights; a cache made from others is made anew.
       batch_size: clips an encoder call.
+      views: versions of every clip; n below counts all clips of the first, then of the second...
 
     Returns:
       memory maps: latents (n, F, H, W, c) float16, camera (n, F, 20) float32, plucker
@@ -89,9 +94,9 @@ def build_cache(
         raise InputError("there are no clips to encode")
     progress = _read_progress(folder, fingerprint)
     if progress["done"] < len(clips):
-        _encode_clips(folder, clips, vae_config, vae_params, progress, batch_size)
+        _encode_clips(folder, clips, vae_config, vae_params, progress, batch_size, views)
     if not progress.get("text"):
-        _encode_texts(folder, progress["captions"], encode_captions)
+        _encode_texts(folder, len(views) * progress["captions"], encode_captions)
         _write_progress(folder, {**progress, "text": True})
     names = (*_PER_CLIP, "caption", "text", "text_mask")
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
@@ -126,36 +131,67 @@ def _encode_clips(
     params: Params,
     progress: dict[str, Any],
     batch_size: int,
+    views: Sequence[View],
 ) -> None:
     encode = clip_encoder(config)
     arrays: dict[str, np.memmap] = {}
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(progress["done"], len(clips), batch_size):
-            stop = min(start + batch_size, len(clips))
-            # the last batch repeats its last clip: one shape, one compilation
-            indices = np.minimum(np.arange(start, start + batch_size), len(clips) - 1)
-            batch = read_clips(clips, indices, pool)
-            video = jnp.asarray(np.stack([clip["video"] for clip in batch]))
-            encoded = encode(params, video)
-            if start == progress["done"]:
-                _check_first_frame(encode(params, video[:, :1]), encoded)
-            conditions = list(pool.map(lambda c: clip_conditions(c, config), batch))
-            values = {
-                "latents": np.asarray(encoded, np.float16),
-                "camera": np.stack([camera for camera, _ in conditions]),
-                "plucker": np.stack([rays for _, rays in conditions]).astype(np.float16),
-            }
+    starts = range(progress["done"], len(clips), batch_size)
+
+    def prepare(start: int) -> tuple[list[str], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
+        # the last batch repeats its last clip: one shape, one compilation
+        batch = [clips[min(i, len(clips) - 1)] for i in range(start, start + batch_size)]
+        seen = [[view_clip(clip, view) for clip in batch] for view in views]
+        return [clip["caption"] for clip in batch], [_host_arrays(c, config) for c in seen]
+
+    def store(start: int, captions: list[str], encoded: list[dict[str, Any]]) -> None:
+        stop = min(start + batch_size, len(clips))
+        for v, values in enumerate(encoded):
+            values["latents"] = np.asarray(values["latents"], np.float16)
             for name in _PER_CLIP:
                 if name not in arrays:
-                    arrays[name] = _open(folder / f"{name}.npy", values[name], len(clips), start)
-                arrays[name][start:stop] = values[name][: stop - start]
-            progress["captions"] += [clip["caption"] for clip in batch[: stop - start]]
-            if stop == len(clips) or (stop // batch_size) % SAVE_EVERY == 0:
-                for array in arrays.values():
-                    array.flush()
-                progress["done"] = stop
-                _write_progress(folder, progress)
-                logging.info("encoded %d of %d clips", stop, len(clips))
+                    length = len(views) * len(clips)
+                    arrays[name] = _open(folder / f"{name}.npy", values[name], length, start)
+                first = v * len(clips) + start
+                arrays[name][first : first + stop - start] = values[name][: stop - start]
+        progress["captions"] += captions[: stop - start]
+        if stop == len(clips) or (stop // batch_size) % SAVE_EVERY == 0:
+            for array in arrays.values():
+                array.flush()
+            progress["done"] = stop
+            _write_progress(folder, progress)
+            logging.info("encoded %d of %d clips", stop, len(clips))
+
+    pending: tuple | None = None
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start, (captions, prepared) in zip(starts, _ahead(pool, prepare, starts), strict=True):
+            if start == progress["done"] and pending is None:
+                video = prepared[0][0]
+                _check_first_frame(encode(params, video[:, :1]), encode(params, video))
+            encoded = [{**host, "latents": encode(params, video)} for video, host in prepared]
+            if pending is not None:  # fetched while the device encodes the next ones
+                store(*pending)
+            pending = (start, captions, encoded)
+        if pending is not None:
+            store(*pending)
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Sequence) -> Iterator:
+    """`map`, a few items ahead, so that clips of a long set do not pile up in memory."""
+    waiting: collections.deque = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > 2 * _READERS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _host_arrays(clips: list[dict], config: VAEConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    conditions = [clip_conditions(clip, config) for clip in clips]
+    return np.stack([clip["video"] for clip in clips]), {
+        "camera": np.stack([camera for camera, _ in conditions]),
+        "plucker": np.stack([rays for _, rays in conditions]).astype(np.float16),
+    }
 
 
 def _open(path: Path, like: np.ndarray, length: int, start: int) -> np.memmap:

@@ -172,6 +172,7 @@ class DiT(nnx.Module):
         frame_mask: jax.Array | None = None,
         *,
         remat: str = "none",
+        unroll: bool = False,
     ) -> jax.Array:
         """Predicts the velocity of every latent.
 
@@ -184,7 +185,7 @@ class DiT(nnx.Module):
             None switches the camera branch off.
           plucker: (B, F, H, W, 48) Plücker rays of the pixel frames of each latent frame.
           frame_mask: (B, F), 0 for padded frames.
-          remat: see `core.stack.scan_runs`.
+          remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
           (B, F, H, W, c) in the compute dtype.
@@ -225,6 +226,7 @@ class DiT(nnx.Module):
                 x,
                 lambda block, x: block(x, ctx),
                 remat=remat,
+                unroll=unroll,
             )
 
         table = self.final_table[...].astype(jnp.float32) + time[:, :, None]  # B F 2 C

@@ -139,10 +139,12 @@ def apply_ucpe(
       inverse: rotate back.
     """
     first, second = jnp.split(x, 2, -1)
-    groups = rearrange(first, "B F P N (g j) -> B F P N g j", j=4)
-    moved = jnp.einsum(
-        "BFPij,BFPNgj->BFPNgi", matrices, groups.astype(jnp.float32), precision=_HIGHEST
-    )
+    groups = rearrange(first, "B F P N (g j) -> B F P N g j", j=4).astype(jnp.float32)
+    # as multiply-adds it fuses with its neighbours; a batch of 4x4 products cannot
+    columns = matrices[:, :, :, None, None]  # B F P 1 1 i j
+    moved = columns[..., 0] * groups[..., 0, None]
+    for j in range(1, 4):
+        moved = moved + columns[..., j] * groups[..., j, None]
     first = rearrange(moved, "B F P N g i -> B F P N (g i)").astype(x.dtype)
     if angles is not None:
         second = apply_rope(second, angles[:, :, None], inverse=inverse)

@@ -24,6 +24,7 @@ from sanawm_jax.data.latent_cache import (
     read_clips,
     to_signed,
 )
+from sanawm_jax.data.views import ALL_VIEWS
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
@@ -229,6 +230,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
             resident["camera"][batch],
             resident["plucker"][batch].astype(dtype),
             remat=config.remat,
+            unroll=config.unroll,
         )
         return velocity_loss(velocity, example.target, example.mask), {}
 
@@ -274,7 +276,8 @@ def _cached(
         *(text / "text_encoder").glob("*.safetensors"),
     ]
     shape = clips[0]["video"].shape
-    facts = (config.data_dir, len(clips), shape, config.text_length)
+    views = ALL_VIEWS if config.augment else ALL_VIEWS[:1]
+    facts = (config.data_dir, len(clips), shape, config.text_length, views)
     return build_cache(
         workdir / "latents",
         clips,
@@ -283,4 +286,5 @@ def _cached(
         encode,
         fingerprint=fingerprint_of(files, *facts),
         batch_size=config.cache_batch,
+        views=views,
     )

@@ -277,21 +277,21 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(f"VAE: {message}")
 
 
-# 128x128 video of 8k+1 frames <-> (k+1, 8, 8, 48) latents
+# 128x128 video of 8k+1 frames <-> (k+1, 16, 16, 64) latents
 SMALL_WORLD_VAE = VAEConfig(
-    latent_channels=48,
-    block_out_channels=(96, 128, 128),
+    latent_channels=64,
+    block_out_channels=(64, 64, 128),
     down_block_types=(_DOWN_BLOCK,) * 3,
-    layers_per_block=(1, 1, 1, 1),
+    layers_per_block=(2, 2, 1, 1),
     spatio_temporal_scaling=(True,) * 3,
-    downsample_type=("spatiotemporal", "spatiotemporal", "temporal"),
-    decoder_block_out_channels=(64, 64, 128),
-    decoder_layers_per_block=(2, 2, 2, 1),
+    downsample_type=("spatiotemporal", "temporal", "temporal"),
+    decoder_block_out_channels=(96, 96, 96),
+    decoder_layers_per_block=(2, 1, 1, 1),
     decoder_spatio_temporal_scaling=(True,) * 3,
     decoder_inject_noise=(False,) * 4,
-    upsample_type=("temporal", "spatiotemporal", "spatiotemporal"),
+    upsample_type=("temporal", "temporal", "spatiotemporal"),
     upsample_residual=(True,) * 3,
-    upsample_factor=(1, 1, 2),
-    spatial_compression_ratio=16,
+    upsample_factor=(2, 1, 1),
+    spatial_compression_ratio=8,
     temporal_compression_ratio=8,
 )

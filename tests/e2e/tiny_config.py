@@ -22,7 +22,7 @@ def get_config(task: str) -> ConfigDict:
         config.vae.update(
             latent_channels=8,
             block_out_channels=(16, 32, 32),
-            decoder_block_out_channels=(16, 16, 32),
+            decoder_block_out_channels=(16, 16, 16),
             decoder_layers_per_block=(1, 1, 1, 1),
         )
         config.clip_frames = 9

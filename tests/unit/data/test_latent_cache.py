@@ -22,7 +22,7 @@ CONFIG = dataclasses.replace(
     SMALL_WORLD_VAE,
     latent_channels=8,
     block_out_channels=(16, 16, 16),
-    decoder_block_out_channels=(16, 16, 32),
+    decoder_block_out_channels=(16, 16, 16),
     decoder_layers_per_block=(1, 1, 1, 1),
 )
 
@@ -69,12 +69,12 @@ def _build(folder, clips, params, fingerprint="x"):
 
 def test_contents(tmp_path, clips, params):
     cache = _build(tmp_path, clips, params)
-    assert cache["latents"].shape == (5, 2, 2, 2, 8)
+    assert cache["latents"].shape == (5, 2, 4, 4, 8)
     for i, clip in enumerate(clips):
         encoded = clip_encoder(CONFIG)(params, clip["video"][None])[0]
         np.testing.assert_allclose(cache["latents"][i], encoded, atol=5e-3)
         camera, rays = camera_conditions(
-            clip["c2w"], np.tile(clip["intrinsics"], (9, 1)), 32, 32, 8, 16
+            clip["c2w"], np.tile(clip["intrinsics"], (9, 1)), 32, 32, 8, 8
         )
         np.testing.assert_array_equal(cache["camera"][i], camera)
         np.testing.assert_allclose(cache["plucker"][i], rays, atol=1e-3)

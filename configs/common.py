@@ -1,0 +1,38 @@
+"""What the small world's training runs share."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def training(task: str) -> ConfigDict:
+    """Fields that every run has; a configuration adds its own and changes what differs."""
+    config = ConfigDict()
+    config.task = task
+    config.seed = 0
+    config.dtype = "auto"  # bfloat16 on an accelerator, float32 on a CPU
+    config.data_dir = ""  # empty: render the clips below, for a first try
+    config.synthetic = ConfigDict(dict(clips=16, num_frames=17, height=128, width=128))
+
+    config.batch_size = 128
+    config.steps_per_call = 10
+    config.num_steps = 40_000
+    config.max_minutes = 0.0  # stop by the clock, which the cosine follows; 0: no limit
+    config.ema_decay = 0.9995
+    config.optimizer = ConfigDict(
+        dict(
+            learning_rate=6e-4,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            weight_decay=0.0,
+            clip_norm=1.0,
+            warmup_steps=500,
+            schedule="cosine",
+            final_fraction=0.02,
+        )
+    )
+    config.save_every = 2000
+    config.keep_checkpoints = 1
+    config.log_every = 100
+    config.export_dtype = "bfloat16"
+    return config
