@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sanawm_jax.errors import InputError
 from sanawm_jax.media.video import read_mp4
 from sanawm_jax.pipeline.command import sample
-from tests.parity.test_pipeline import make_folder
+from tests.parity.stage1_reference import make_folder
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS: dict[str, Any] = dict(

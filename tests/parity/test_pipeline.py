@@ -11,64 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLLTX2Video,
-    FlowMatchEulerDiscreteScheduler,
-    SanaWMPipeline,
-    SanaWMTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaWMPipeline
 from PIL import Image
 
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.pipeline.generate import SanaWM
 from sanawm_jax.vae.tiling import Tiling
-from tests.parity.compare import float32_attention, randomise, relative
+from tests.parity.compare import float32_attention, relative
+from tests.parity.stage1_reference import make_folder
 
 ROOT = Path(__file__).parents[2]
 STEPS, HEIGHT, WIDTH, FRAMES = 6, 64, 96, 17
 ACTION = "w-6,dj-4,ik-3,s-5"
 INTRINSICS = [90.0, 88.0, 61.0, 40.0]
-
-
-def make_folder(folder: Path) -> None:
-    """A tiny pipeline with random weights, saved by the reference's own classes."""
-    from transformers import Gemma2Model, GemmaTokenizer
-
-    from sanawm_jax.text.small import make_small_text_encoder
-
-    config = make_small_text_encoder(["a red room", "a green street"], folder / "text", hidden=64)
-    vae = AutoencoderKLLTX2Video(
-        latent_channels=8,
-        block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 16, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-        spatial_compression_ratio=32,
-        temporal_compression_ratio=8,
-    )
-    vae = randomise(vae, 1)
-    vae.latents_mean.copy_(torch.linspace(-0.3, 0.4, 8))
-    vae.latents_std.copy_(torch.linspace(0.6, 1.5, 8))
-    SanaWMPipeline(
-        tokenizer=GemmaTokenizer.from_pretrained(folder / "text" / "tokenizer"),
-        text_encoder=Gemma2Model.from_pretrained(
-            folder / "text" / "text_encoder", dtype=torch.float32
-        ),
-        vae=vae,
-        transformer=randomise(
-            SanaWMTransformer3DModel(
-                num_layers=4,
-                hidden_size=48,
-                num_attention_heads=2,
-                linear_head_dim=24,
-                in_channels=8,
-                caption_channels=config.hidden_size,
-            ),
-            2,
-            scale=0.5,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=9.8),
-    ).save_pretrained(folder / "model")
 
 
 @pytest.fixture(scope="module")
