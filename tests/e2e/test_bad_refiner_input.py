@@ -31,7 +31,8 @@ def clip(frames: int = 4, channels: int = CHANNELS) -> np.ndarray:
 
 def check(folder: Path, **over: Any) -> None:
     """What the command does before it loads anything."""
-    given = dict(latents=clip(), prompt="a room", noise=None, options={}) | over
+    given: dict[str, Any] = dict(latents=clip(), prompt="a room", noise=None, options={})
+    given |= over
     refiner = LTX2Refiner.from_pretrained(
         folder, dtype="float32", options=RefineOptions(**given["options"])
     )
@@ -155,6 +156,18 @@ def test_the_command_exits_with_2(folder: Path, tmp_path: Path) -> None:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: latents have 1 frames"), done.stderr
     assert not (tmp_path / "x.npy").exists()
+
+
+def test_no_refiner_wins(tmp_path: Path) -> None:
+    flags = [
+        "--no_refiner",
+        *arguments(tmp_path / "no_such_refiner", tmp_path),
+        "--weights=no/such/w",
+    ]
+    done = subprocess.run(
+        [sys.executable, "sample.py", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "weights no/such/w is neither" in done.stderr, done.stderr
 
 
 def sample(**over: Any) -> None:
