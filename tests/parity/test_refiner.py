@@ -385,6 +385,7 @@ def test_cuts(case: str, clip_model: tuple[Any, ...]) -> None:
     assert relative(ours, channels_last(theirs)) <= 1e-4
 
 
+@pytest.mark.parametrize("folder", ["split"], indirect=True)  # as released
 def test_bfloat16_is_no_worse_than_the_reference(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
