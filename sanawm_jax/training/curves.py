@@ -66,7 +66,7 @@ def draw(runs: dict[str, str | Path], out: str | Path, *, metric: str = "loss") 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A picture of a run's loss.")
     parser.add_argument("runs", nargs="+", help="metrics.jsonl, or TITLE=metrics.jsonl")
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--out", default="loss.png")

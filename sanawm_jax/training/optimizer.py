@@ -20,7 +20,7 @@ def decay_mask(params: Params) -> Params:
     return from_leaves({path: path.endswith("kernel") for path, _ in leaves(params)})
 
 
-def matrix_axes(params: Params) -> Params:
+def matrix_axes(params: Params) -> Any:
     """Which axes of a leaf make the matrix that Muon orthogonalises; None leaves it to AdamW.
 
     A kernel maps all its axes but the last to the last; the axes along which layers are stacked
@@ -67,7 +67,7 @@ def make_optimizer(
             eps=eps,
             weight_decay=weight_decay,
             weight_decay_mask=decay_mask,
-            muon_weight_dimension_numbers=matrix_axes,
+            muon_weight_dimension_numbers=matrix_axes,  # pyright: ignore[reportArgumentType]
             consistent_rms=0.2,
         )
     else:
