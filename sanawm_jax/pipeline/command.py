@@ -53,6 +53,7 @@ def sample(
     refiner_weights: str | None = None,
     refiner_latents: str | None = None,
     refine_options: dict[str, int] | None = None,
+    allow_pickle: bool = False,
 ) -> Path:
     """Runs one command line; the flags are described in `sample.py`.
 
@@ -60,6 +61,7 @@ def sample(
       vae_tiling: see `generate.decode_tiling`.
       refiner_weights: stage 2; None decodes stage 1.
       refine_options: fields of `RefineOptions`.
+      allow_pickle: also read upstream's `model.pt`.
 
     Returns:
       The video's path, or with `latents_only` the latents'.
@@ -85,7 +87,9 @@ def sample(
         dropped = refiner.options.sink_size  # pixel frames before the first refined one
     model = None
     if needs_stage1:
-        model = SanaWM.from_pretrained(str(weights), dtype=dtype, tiling=vae_tiling)
+        model = SanaWM.from_pretrained(
+            str(weights), dtype=dtype, tiling=vae_tiling, allow_pickle=allow_pickle
+        )
     refiner_noise = c2w = held_keys = None
     if stage1_latents:
         final = read_latents(stage1_latents, None)

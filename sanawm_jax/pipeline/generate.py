@@ -19,9 +19,10 @@ from sanawm_jax.camera.npy import load_array
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import Stage1Folder, find_weights
+from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.pipeline.request import Request, make_request
 from sanawm_jax.pipeline.stage1 import Conditions, denoise
+from sanawm_jax.pipeline.upstream_folder import open_stage1
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
 
@@ -104,17 +105,23 @@ class SanaWM:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, dtype: str = "bfloat16", tiling: str | Tiling = "auto"
+        cls,
+        name: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        tiling: str | Tiling = "auto",
+        allow_pickle: bool = False,
     ) -> SanaWM:
-        """Opens a folder in diffusers layout, `small_world`, or a hub name.
+        """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
           dtype, tiling: see the class.
+          allow_pickle: see `upstream_folder.open_stage1`.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
-        return cls(Stage1Folder(find_weights(name)), dtype=dtype, tiling=tiling)
+        return cls(open_stage1(name, allow_pickle=allow_pickle), dtype=dtype, tiling=tiling)
 
     def check(self, *parts: str) -> None:
         """Compares tensor names and shapes of `parts` with the file headers, each once.

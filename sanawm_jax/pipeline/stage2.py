@@ -22,9 +22,9 @@ from flax import nnx
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import find_weights
 from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
+from sanawm_jax.pipeline.upstream_folder import open_refiner
 from sanawm_jax.refiner.connectors import pack_states
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, refine
@@ -88,12 +88,12 @@ class LTX2Refiner:
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
     ) -> LTX2Refiner:
-        """Opens a refiner folder in diffusers layout, or a hub name.
+        """Opens a refiner folder in diffusers layout, upstream's that holds one, or a hub name.
 
         Raises:
           InputError: it cannot be found or is not a refiner folder.
         """
-        return cls(RefinerFolder(find_weights(name)), dtype=dtype, options=options)
+        return cls(open_refiner(name), dtype=dtype, options=options)
 
     def noise_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the refiner's noise for latents (1, C, F, h, w): the sink has none."""

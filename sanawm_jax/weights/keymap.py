@@ -24,6 +24,7 @@ class TensorSource(Protocol):
 
     def keys(self) -> Iterable[str]: ...
     def shape(self, key: str) -> tuple[int, ...]: ...
+    def dtype(self, key: str) -> np.dtype: ...
     def read(self, key: str) -> np.ndarray: ...
 
 
@@ -110,6 +111,11 @@ def _theirs(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     return entry.layout.to_theirs(empty).shape
 
 
+def shapes(entries: list[Entry], abstract: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the source tensors by name, from the shapes of our leaves by dotted path."""
+    return {e.source: _theirs(e, abstract[e.path].shape) for e in entries}
+
+
 def _listed(names: list[str]) -> str:
     head = ", ".join(names[:8])
     return head + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -132,8 +138,7 @@ def check(
     Raises:
       InputError: one line that lists missing, unexpected and mis-shaped tensors.
     """
-    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
-    expected = {e.source: _theirs(e, shapes[e.path]) for e in entries}
+    expected = shapes(entries, dict(leaves(abstract)))
     found = set(source.keys())
     missing = sorted(expected.keys() - found)
     unexpected = sorted(k for k in found - expected.keys() if not ignore(k))
