@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from sanawm_jax.core.params import Params, build
+from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.dit import keys as dit_keys
 from sanawm_jax.dit.config import DiTConfig
@@ -30,6 +32,7 @@ from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 SMALL_WORLD = "small_world"
+Place = Callable[[str, np.ndarray], Any]  # see `keymap.load`
 _SHIPPED = Path(__file__).parent.parent / "assets"
 _VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
@@ -173,8 +176,10 @@ class Stage1Folder(ModelFolder):
             dit_keys.is_ignored,
         )
 
-    def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-        """Configuration, graph definition and parameters of the DiT."""
+    def load_dit(
+        self, dtype: Any, place: Place | None = None
+    ) -> tuple[DiTConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the DiT; `place` as `keymap.load`."""
         config, weights = self.dit_config(), self.dit_weights()
         graphdef, abstract = build(DiT, config)
         params = keymap.load(
@@ -183,6 +188,7 @@ class Stage1Folder(ModelFolder):
             weights.source,
             what=weights.what,
             dtype=dtype,
+            place=place,
             ignore=weights.ignore,
         )
         return config, graphdef, params
@@ -200,7 +206,10 @@ class Stage1Folder(ModelFolder):
         config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype, module=module)
         return config, build(module, config)[0], params
 
-    def load_text(self, dtype: Any) -> tuple[Tower, Tokenizer]:
-        """The compiled text tower and its tokenizer."""
-        config, params = load_text_encoder(self.part("text_encoder"), dtype=dtype)
-        return text_tower(config, params, dtype=dtype), Tokenizer(self.part("tokenizer"))
+    def load_text(
+        self, dtype: Any, place: Place | None = None, run: Runner = call
+    ) -> tuple[Tower, Tokenizer]:
+        """The compiled text tower, called by `run`, and its tokenizer."""
+        folder = self.part("text_encoder")
+        config, params = load_text_encoder(folder, dtype=dtype, place=place)
+        return text_tower(config, params, dtype=dtype, run=run), Tokenizer(self.part("tokenizer"))

@@ -168,6 +168,7 @@ def load(
     what: str,
     dtype: Any = None,
     sharding: Any = None,
+    place: Callable[[str, np.ndarray], Any] | None = None,
     ignore: Callable[[str], bool] = lambda key: False,
 ) -> Params:
     """Reads a parameter tree, one tensor at a time, strictly.
@@ -179,6 +180,7 @@ def load(
       what: name of the weights for messages.
       dtype: dtype of the floating leaves; None keeps the file's.
       sharding: a sharding or a tree of them for `jax.device_put`; None is the default device.
+      place: (dotted path, array) -> leaf, in place of putting it on the device.
       ignore: source names that are left out on purpose.
 
     Raises:
@@ -191,7 +193,7 @@ def load(
     shardings = dict(leaves(sharding)) if isinstance(sharding, dict) else None
     flat = {}
     for path, leaf in leaves(abstract):
-        host = None
+        host: Any = None
         for entry in by_path[path]:
             value = entry.layout.to_ours(source.read(entry.source))
             target = dtype if dtype is not None and _is_float(value) else value.dtype
@@ -201,7 +203,10 @@ def load(
             if host is None:  # the stack is allocated once, in its final dtype
                 host = np.empty(leaf.shape, target)
             host[entry.index] = value
-        flat[path] = jax.device_put(host, shardings[path] if shardings else sharding)
+        if place is not None:
+            flat[path] = place(path, host)
+        else:
+            flat[path] = jax.device_put(host, shardings[path] if shardings else sharding)
     return from_leaves(flat)
 
 
