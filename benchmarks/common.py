@@ -1,0 +1,178 @@
+"""What the benchmarks share: a process a side, medians, peak memory, random weights.
+
+Each script starts itself once for every side, so that one side's memory is never the other's, and
+prints one JSON line a measurement: side, what, seconds (median), seconds of the first call,
+peak_gib, the device. A last line a measurement has the ratio reference / ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+GIB = 2**30
+Measure = Callable[[argparse.Namespace], None]
+
+
+def run_sides(
+    parser: argparse.ArgumentParser,
+    sides: dict[str, Measure],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Runs one side in this process if `--side` names it, else all sides, each in its own.
+
+    Args:
+      parser: of the script's own flags.
+      sides: `ours` first, then what it is compared with.
+      arguments: of the command line.
+    """
+    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
+    parser.add_argument("--repeats", type=int, default=3, help="calls that the median is of")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the reference")
+    parser.add_argument("--side", choices=list(sides), help="only this one, in this process")
+    given = parser.parse_args(arguments)
+    if given.side:
+        sides[given.side](given)
+        return
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    found: dict[str, dict[str, Any]] = {}
+    for side in sides:
+        command = [sys.executable, sys.argv[0], *words, f"--side={side}"]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        for text in done.stdout.splitlines():
+            line = json.loads(text)
+            print(text, flush=True)
+            found.setdefault(line["what"], {})[side] = line
+        if done.returncode:
+            print(json.dumps({"side": side, "error": done.returncode}), flush=True)
+    first = next(iter(sides))
+    for what, lines in found.items():
+        for side, line in lines.items():
+            if side != first and first in lines:
+                ratio = line["seconds"] / lines[first]["seconds"]
+                print(json.dumps({"what": what, "side": side, "ratio": round(ratio, 3)}))
+
+
+def report(side: str, what: str, call: Callable[[], Any], repeats: int, **extra: Any) -> None:
+    """Times a call that waits for its own result, and prints its line.
+
+    Args:
+      side: who is measured.
+      what: name of the measurement.
+      call: runs it once.
+      repeats: calls after the first, which compiles.
+      extra: further fields of the line.
+    """
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    line = {
+        "side": side,
+        "what": what,
+        "seconds": round(statistics.median(times[1:] or times), 4),
+        "first_seconds": round(times[0], 2),
+        **_memory(side),
+        **extra,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def _memory(side: str) -> dict[str, Any]:
+    """Peak of the device's memory, or of the process's where there is no accelerator."""
+    if side == "ours":
+        import jax
+
+        device = jax.devices()[0]
+        stats = device.memory_stats() or {}
+        name, peak = device.device_kind, stats.get("peak_bytes_in_use")
+    else:
+        import torch
+
+        has_gpu = torch.cuda.is_available()
+        name = torch.cuda.get_device_name() if has_gpu else "cpu"
+        peak = torch.cuda.max_memory_allocated() if has_gpu else None
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_gib": round(peak / GIB, 3), "device": name}
+
+
+def random_params(module: Any, config: Any, dtype: Any) -> tuple[Any, Any]:
+    """Graph definition and random parameters on the device, a leaf at a time.
+
+    The sizes are those of the reference's side: `fill_reference`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from sanawm_jax.core.params import build, from_leaves, leaves
+
+    graphdef, abstract = build(module, config)
+    flat = {}
+    for i, (path, leaf) in enumerate(leaves(abstract)):
+        key, name = jax.random.key(i), path.rpartition(".")[2]
+        if name == "decay_rate_log":
+            flat[path] = jax.random.uniform(key, leaf.shape, dtype, -1.0, 2.0)
+        elif name == "decay_step":
+            flat[path] = jax.random.uniform(key, leaf.shape, dtype, -6.0, -2.0)
+        elif name in ("scale", "latents_std"):
+            flat[path] = jnp.ones(leaf.shape, dtype)
+        elif name in ("kernel", "taps") or "table" in name:
+            flat[path] = 0.02 * jax.random.normal(key, leaf.shape, dtype)
+        else:
+            flat[path] = jnp.zeros(leaf.shape, dtype)
+    return graphdef, from_leaves(flat)
+
+
+def fill_reference(model: Any, device: str, dtype: Any) -> Any:
+    """Gives a reference module made on the meta device random weights on a real one."""
+    model = model.to_empty(device=device).to(dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("A_log"):
+            tensor.data.uniform_(-1, 2)
+        elif name.endswith("dt_bias"):
+            tensor.data.uniform_(-6, -2)
+        elif name.endswith("latents_std") or ("norm" in name and name.endswith("weight")):
+            tensor.data.fill_(1.0)
+        elif tensor.ndim >= 2:
+            tensor.data.normal_(0, 0.02)
+        else:
+            tensor.data.zero_()
+    return model.eval()
+
+
+def torch_device(tiny: bool) -> tuple[str, Any]:
+    """The reference's device and dtype: bfloat16 on an accelerator, float32 for `--tiny`."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, torch.float32 if tiny else torch.bfloat16
+
+
+def jax_dtype(tiny: bool) -> Any:
+    """Our dtype, as `torch_device`'s."""
+    import jax.numpy as jnp
+
+    return jnp.float32 if tiny else jnp.bfloat16
+
+
+def wait_torch() -> None:
+    """Waits for the accelerator, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

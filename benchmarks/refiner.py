@@ -1,0 +1,172 @@
+"""The refiner: one forward of the canonical window, and a whole clip; ours and diffusers'.
+
+    python -m benchmarks.refiner
+    python -m benchmarks.refiner --tiny
+
+The window is 1 sink, 7 frames of history and 3 active frames of 22x40, with 1024 text tokens; the
+clip is 1 sink and 120 frames, in blocks of 3. Random weights of the video half, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from benchmarks import common
+
+SINK, HISTORY, ACTIVE, WINDOW = 1, 7, 3, 11
+_AUDIO = ("audio", "av_cross", "video_to_audio", "video_a2v", "a2v", "v2a")
+
+
+def _sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
+    """Configuration, refined frames, latent rows and columns, text tokens."""
+    from sanawm_jax.pipeline.random_weights import RELEASED, TINY
+
+    if given.tiny:
+        return TINY.refiner, 6, (2, 2), 8
+    return RELEASED.refiner, given.frames, (22, 40), 1024
+
+
+def ours(given: argparse.Namespace) -> None:
+    """Measures the transformer with a prefix, and `refiner.sampler.refine`."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from sanawm_jax.core.params import apply
+    from sanawm_jax.refiner.kv_window import KeyValue
+    from sanawm_jax.refiner.model import Prefix, Refiner
+    from sanawm_jax.refiner.rope import frame_window, video_rope
+    from sanawm_jax.refiner.sampler import RefinerText, refine
+
+    config, frames, grid, length = _sizes(given)
+    dtype = common.jax_dtype(given.tiny)
+    graphdef, params = common.random_params(Refiner, config, dtype)
+    rope = video_rope(config, SINK + max(frames, HISTORY + ACTIVE), *grid, 16.0)
+
+    def normal(seed: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+    heads = (config.num_attention_heads, config.attention_head_dim)
+    text = RefinerText(normal(0, 1, length, config.text_width))
+
+    def keys(count: int) -> KeyValue:
+        shape = (config.num_layers, 1, count, grid[0] * grid[1], *heads)
+        return KeyValue(normal(1, *shape), normal(2, *shape))
+
+    prefix = Prefix(keys(SINK), frame_window(rope, 0, SINK), keys(HISTORY), jnp.int32(HISTORY))
+    here = frame_window(rope, SINK + HISTORY, ACTIVE)
+    latents = normal(3, 1, ACTIVE, *grid, config.in_channels)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(graphdef: Any, params: Any, latents: jax.Array, prefix: Prefix) -> jax.Array:
+        times = jnp.full((1, 1, 1), 725.0)
+        return apply(graphdef, params, latents, times, text.embeddings, here, prefix=prefix)[0]
+
+    call = functools.partial(forward, graphdef, params, latents, prefix)
+    common.report(
+        "ours", "forward of the window", lambda: call().block_until_ready(), given.repeats
+    )
+    call = prefix = None  # the clip has a window of its own
+    clip = normal(4, 1, SINK + frames, *grid, config.in_channels).astype(jnp.float32)
+    common.report(
+        "ours",
+        f"refine {frames} frames",
+        lambda: refine(
+            graphdef, params, clip, text, rope, sink_frames=SINK, block_frames=ACTIVE,
+            window_frames=WINDOW, dtype=dtype, progress=False,
+        ).block_until_ready(),
+        1,
+    )  # fmt: skip
+
+
+def reference(given: argparse.Namespace) -> None:
+    """Measures diffusers' transformer with its cache, and `SanaWMLTX2Refiner`."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaWMLTX2Refiner
+    from diffusers.models.transformers.transformer_sana_wm_refiner import (
+        SanaWMLTX2RefinerTransformer3DModel,
+        SanaWMRefinerKVCache,
+    )
+
+    config, frames, grid, length = _sizes(given)
+    device, dtype = common.torch_device(given.tiny)
+    with torch.device("meta"):
+        model = SanaWMLTX2RefinerTransformer3DModel(**dataclasses.asdict(config))
+    # the rotary tables are made anew on every call; the audio half is never run
+    for module in (model, *model.transformer_blocks):
+        for name, _ in list(module.named_children()):
+            if name.startswith(_AUDIO) and not name.endswith("rope"):
+                setattr(module, name, None)
+    model = common.fill_reference(model, device, dtype)
+    if given.compile:
+        for i, block in enumerate(model.transformer_blocks):
+            model.transformer_blocks[i] = torch.compile(block)  # type: ignore[assignment]
+    tokens, width = grid[0] * grid[1], config.width
+
+    def rope(positions: list[int]) -> Any:
+        made = model.build_rotary_emb_for_absolute_positions(
+            1, positions, *grid, torch.device(device), 16.0
+        )
+        return tuple(part.to(device) for part in made)
+
+    options = {"device": device, "dtype": dtype}
+    cache = SanaWMRefinerKVCache(config.num_layers)
+    for i in range(config.num_layers):
+        for store, count in (("store_sink", SINK), ("store_history", HISTORY)):
+            pair = (torch.randn(1, count * tokens, width, **options) for _ in range(2))
+            getattr(cache.get(i), store)(*pair)
+    cache.sink_pe = rope(list(range(SINK)))
+    text = torch.randn(1, length, config.text_width, **options)
+    mask = torch.ones(1, length, **options)
+    inputs = dict(
+        hidden_states=torch.randn(1, ACTIVE * tokens, config.in_channels, **options),
+        encoder_hidden_states=text,
+        timestep=torch.full((1, ACTIVE * tokens), 725.0, device=device),
+        video_rotary_emb=rope(list(range(SINK + HISTORY, SINK + HISTORY + ACTIVE))),
+        encoder_attention_mask=mask,
+        kv_cache=cache,
+        kv_cache_mode="inject",
+        return_dict=False,
+    )
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(**inputs)
+        common.wait_torch()
+
+    common.report("reference", "forward of the window", forward, given.repeats)
+    del cache, inputs["kv_cache"]
+    pipeline: Any = SanaWMLTX2Refiner(
+        transformer=model,
+        connectors=None,  # type: ignore[arg-type]
+        tokenizer=None,  # type: ignore[arg-type]
+        text_encoder=None,  # type: ignore[arg-type]
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline._encode_prompt = lambda *_, **__: (text, mask)
+    clip = torch.randn(1, config.in_channels, SINK + frames, *grid, **options)
+
+    def refine() -> None:
+        with torch.no_grad():
+            pipeline(
+                clip, "", fps=16.0, sink_size=SINK, block_size=ACTIVE, kv_max_frames=WINDOW,
+                output_type="latent",
+            )  # fmt: skip
+        common.wait_torch()
+
+    common.report("reference", f"refine {frames} frames", refine, 1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=120, help="refined latent frames of the clip")
+    common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
+
+
+if __name__ == "__main__":
+    main()

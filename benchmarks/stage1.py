@@ -1,0 +1,123 @@
+"""One denoising step of stage 1 with guidance: ours and diffusers' on the same device.
+
+    python -m benchmarks.stage1 --latent_frames 21 121
+    python -m benchmarks.stage1 --compile        # the reference's blocks through torch.compile
+    python -m benchmarks.stage1 --tiny
+
+Random weights of the released size, 704x1280, bfloat16. A step of ours also makes the Euler update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from benchmarks import common
+
+
+def _sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
+    """Configuration, latent frames, latent rows and columns, text tokens."""
+    from sanawm_jax.pipeline.random_weights import RELEASED, TINY
+
+    if given.tiny:
+        return TINY.dit, [2], (2, 2), 8
+    return RELEASED.dit, given.latent_frames, (22, 40), 300
+
+
+def ours(given: argparse.Namespace) -> None:
+    """Measures `pipeline.stage1.denoise_step`."""
+    import jax
+    import jax.numpy as jnp
+
+    from sanawm_jax.dit.model import DiT
+    from sanawm_jax.pipeline.stage1 import Conditions, denoise_step
+
+    config, lengths, grid, text = _sizes(given)
+    dtype = common.jax_dtype(given.tiny)
+    graphdef, params = common.random_params(DiT, config, dtype)
+    for frames in lengths:
+        keys = iter(jax.random.split(jax.random.key(1), 4))
+
+        def normal(*shape: int, keys: Any = keys) -> jax.Array:
+            return jax.random.normal(next(keys), shape, dtype)
+
+        pose = (
+            jnp.tile(jnp.eye(4).reshape(-1), (frames, 1))
+            .at[:, 11]
+            .set(jnp.linspace(0.0, 3.0, frames))
+        )
+        intrinsics = jnp.tile(jnp.array([25.0, 25.0, grid[1] / 2, grid[0] / 2]), (frames, 1))
+        conditions = Conditions(
+            normal(2, text, config.caption_channels),
+            jnp.ones((2, text), jnp.int32),
+            jnp.concatenate([pose, intrinsics], -1)[None],
+            normal(1, frames, *grid, config.chunk_plucker_channels),
+        )
+        start = jnp.asarray(normal(1, frames, *grid, config.in_channels), jnp.float32)
+
+        def step(start: Any = start, conditions: Any = conditions) -> None:
+            denoise_step(
+                graphdef,
+                params,
+                jnp.array(start),  # the step takes its latents' memory
+                conditions,
+                *map(jnp.float32, (0.7, 0.6, 5.0)),
+                dtype=dtype,
+            ).block_until_ready()
+
+        common.report("ours", f"step of {frames} latent frames", step, given.repeats)
+
+
+def reference(given: argparse.Namespace) -> None:
+    """Measures diffusers' `SanaWMTransformer3DModel` with a batch of two."""
+    import torch
+    from diffusers import SanaWMTransformer3DModel
+    from diffusers.models.transformers.transformer_sana_wm import SanaWMRotaryPosEmbed
+
+    config, lengths, grid, text = _sizes(given)
+    device, dtype = common.torch_device(given.tiny)
+    with torch.device("meta"):
+        model = SanaWMTransformer3DModel(**dataclasses.asdict(config))
+    model = common.fill_reference(model, device, dtype)
+    # a plain attribute, made on the meta device too
+    model.rope = SanaWMRotaryPosEmbed(
+        attention_head_dim=config.linear_head_dim, patch_size=config.patch_size, max_seq_len=1024
+    )
+    if given.compile:
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block, dynamic=False)  # type: ignore[assignment]
+    for frames in lengths:
+        options = {"device": device, "dtype": dtype}
+        x = torch.randn(2, config.in_channels, frames, *grid, **options)
+        times = torch.full((2, 1, frames), 700.0, device=device)
+        times[:, :, 0] = 0
+        prompt = torch.randn(2, 1, text, config.caption_channels, **options)
+        mask = torch.ones(2, text, device=device, dtype=torch.int64)
+        pose = torch.eye(4, device=device).repeat(2, frames, 1, 1)
+        pose[:, :, 2, 3] = torch.linspace(0, 3, frames, device=device)
+        intrinsics = torch.tensor([25.0, 25.0, grid[1] / 2, grid[0] / 2], device=device)
+        camera = torch.cat([pose.flatten(2), intrinsics.repeat(2, frames, 1)], -1).to(dtype)
+        rays = torch.randn(2, config.chunk_plucker_channels, frames, *grid, **options)
+
+        def step(args: Any = (x, times, prompt, mask, camera, rays)) -> None:
+            x, times, prompt, mask, camera, rays = args
+            with torch.no_grad():
+                model(
+                    x, times, prompt, mask=mask, camera_conditions=camera, chunk_plucker=rays,
+                    return_dict=False,
+                )  # fmt: skip
+            common.wait_torch()
+
+        common.report("reference", f"step of {frames} latent frames", step, given.repeats)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--latent_frames", type=int, nargs="+", default=[21, 121])
+    common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
+
+
+if __name__ == "__main__":
+    main()
