@@ -8,10 +8,15 @@ mesh. Axis letters as in docs/architecture.md.
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from sanawm_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -41,3 +46,98 @@ def shard(x: jax.Array, names: str) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, logical_spec(names))
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first `data * fsdp * context * tensor` devices, to enter by `jax.set_mesh`.
+
+    Raises:
+      InputError: more ranks than devices, or on several hosts a mesh that leaves some out.
+    """
+    shape = (data, fsdp, context, tensor)
+    size, devices = math.prod(shape), jax.devices()
+    text = " x ".join(f"{name} {n}" for name, n in zip(AXES, shape, strict=True))
+    if min(shape) < 1 or size > len(devices):
+        raise InputError(f"mesh of {text} needs {size} devices and there are {len(devices)}")
+    if jax.process_count() > 1 and size != len(devices):
+        raise InputError(f"mesh of {text} has to use all {len(devices)} devices of the hosts")
+    # Auto: the compiler propagates shardings between our constraints
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:size])
+
+
+# Where parameters live: the first pattern that is found in a dotted path decides, for optimizer
+# moments and averages too, whose paths end like the parameter's. A spec is of the last axes; the
+# leading ones, along which layers are stacked, stay whole. Kernels into heads or inner widths are
+# split by columns over `tensor`, those out of them by rows, so that each pair costs one reduction.
+_BLOCK = r"layers\."
+PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+    (_BLOCK + r"attn\.(qkv|gate|[qkv]_camera)\.kernel$", P("fsdp", "tensor")),
+    (_BLOCK + r"attn\.(out|out_camera)\.kernel$", P("tensor", "fsdp")),
+    (_BLOCK + r"attn\.(beta|decay)\.kernel$", P("fsdp", None)),
+    (_BLOCK + r"cross_attn\.(q|kv)\.kernel$", P("fsdp", "tensor")),
+    (_BLOCK + r"cross_attn\.out\.kernel$", P("tensor", "fsdp")),
+    (_BLOCK + r"ffn\.(up|fc1)\.kernel$", P("fsdp", "tensor")),
+    (_BLOCK + r"ffn\.(down|fc2)\.kernel$", P("tensor", "fsdp")),
+    (_BLOCK + r"ffn\.depthwise\.kernel$", P(None, "tensor")),
+    (_BLOCK + r"ffn\.temporal\.kernel$", P("fsdp", "tensor")),
+    (_BLOCK + r"plucker\.kernel$", P("fsdp", "tensor")),
+    (_BLOCK + r"attn\.(gate|[qkv]_camera)\.bias$", P("tensor")),
+    (_BLOCK + r"(cross_attn\.(q|kv)|ffn\.(up|fc1|depthwise))\.bias$", P("tensor")),
+    (_BLOCK + r"attn\.([qkv]_norm|[qkv]_norm_camera)\.scale$", P("tensor")),
+    (_BLOCK + r"attn\.[qkv]_conv(_camera)?\.taps$", P(None, "tensor")),
+    # small, or read whole by every rank
+    (_BLOCK + r".*(bias|scale|modulation_table|decay_rate_log|decay_step)$", P()),
+    (r"(patch_embed|plucker_embed)\.conv\.kernel$", P(None, "fsdp")),
+    (r"raymap_embed\.conv\.kernel$", P()),
+    (r"(time_in|time_out|modulation)\.kernel$", P("tensor", "fsdp")),
+    (r"text_embed\.fc1\.kernel$", P("fsdp", "tensor")),
+    (r"text_embed\.fc2\.kernel$", P("tensor", "fsdp")),
+    (r"(^|\.)final\.kernel$", P("fsdp", None)),
+    (r"(_embed(\.conv|\.fc[12])?|time_in|time_out|modulation|final)\.bias$", P()),
+    (r"(text_norm\.scale|final_table)$", P()),
+    # autoencoders are small: every rank holds all of one
+    (r"(encoder|decoder)\.|latents_(mean|std)$", P()),
+    # of the training state
+    (r"(^|\.)(step|count)$", P()),
+)
+
+
+def parameter_spec(path: str, shape: tuple[int, ...]) -> P:
+    """Layout of one leaf by `PARAMETER_RULES`.
+
+    Raises:
+      InputError: no rule knows the path.
+    """
+    for pattern, spec in PARAMETER_RULES:
+        if re.search(pattern, path):
+            return P(*[None] * (len(shape) - len(spec)), *spec)
+    raise InputError(f"no sharding rule matches {path!r}; add one to core/sharding.py")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of every leaf of parameters, optimizer state or a whole training state.
+
+    Args:
+      tree: of arrays or `jax.ShapeDtypeStruct`.
+      mesh: with the axes `AXES`.
+
+    Raises:
+      InputError: a leaf that no rule knows, or an axis that the mesh does not divide.
+    """
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = parameter_spec(name, leaf.shape)
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise InputError(
+                    f"{name} {leaf.shape}: mesh.{axis}={mesh.shape[axis]} does not divide {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over their first axis; frames are split inside the model."""
+    return NamedSharding(mesh, logical_spec("B"))
