@@ -11,7 +11,6 @@ from sanawm_jax.training.flow import (
     drop_captions,
     noise_levels,
     noised_example,
-    sample_steps,
     velocity_loss,
 )
 
@@ -24,15 +23,6 @@ def test_noise_levels():
     assert sigma[0] == timestep[0] == 0
     assert sigma[500] == pytest.approx(0.75) and timestep[500] == 750
     assert np.all(timestep == np.floor(timestep)) and np.all(np.diff(sigma) > 0)
-
-
-def test_steps_are_logit_normal():
-    steps = np.asarray(sample_steps(jax.random.key(0), 20000))
-    assert steps.min() >= 0 and steps.max() <= 999
-    assert np.median(steps) == pytest.approx(500, abs=15)
-    # sigmoid(+-1) are the quantiles of one standard deviation
-    assert np.mean(steps < 268.9) == pytest.approx(0.1587, abs=0.01)
-    assert np.mean(steps < 731.1) == pytest.approx(0.8413, abs=0.01)
 
 
 @pytest.mark.parametrize("image_prob", [0.0, 1.0])
@@ -65,6 +55,28 @@ def test_image_condition_is_drawn_for_each_sample():
         jax.random.key(0), jnp.zeros((2000, 2, 1, 1, 1)), flow_shift=3.0, image_prob=0.9
     )
     assert float(jnp.mean(e.mask[:, 0])) == pytest.approx(0.1, abs=0.03)
+
+
+def test_chunks_have_steps_of_their_own():
+    clean = jax.random.normal(jax.random.key(1), (64, 7, 1, 1, 8))
+    e = noised_example(
+        jax.random.key(0),
+        clean,
+        flow_shift=9.95,
+        image_prob=0.5,
+        chunk_starts=(0, 4),
+        chunk_mixture={"incremental": 1.0},
+    )
+    sigma = np.asarray((e.noisy - clean) / e.target).mean((2, 3, 4))
+    # what the network is told is cut to a whole number, the noise is not
+    np.testing.assert_array_equal(e.timesteps, np.floor(e.timesteps))
+    assert np.all((1000 * sigma - e.timesteps > -0.01) & (1000 * sigma - e.timesteps < 1.01))
+    given = np.asarray(e.mask[:, 0]) == 0
+    assert 15 < given.sum() < 49 and not np.any(e.timesteps[given, 0])
+    # the image is one frame: the others of its chunk keep their step
+    assert np.all(e.timesteps[:, 1] == e.timesteps[:, 3]) and np.any(e.timesteps[given, 1] > 0)
+    assert np.all(e.timesteps[:, 4] >= e.timesteps[:, 3]) and np.all(e.mask[:, 1:] == 1)
+    assert np.any(e.timesteps[:, 4] > e.timesteps[:, 3])
 
 
 def test_captions_are_dropped_whole():
