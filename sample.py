@@ -1,20 +1,25 @@
 """Makes a video from one image, a prompt and a camera path.
 
+    python sample.py
     python sample.py --weights DIR --image room.png --prompt "a room" --action "w-40,dw-20"
 
-Prints the output's path as its last line. Bad input gives one line and exit status 2.
+Alone it runs the small world; with --weights or --refiner_weights the defaults are the released
+model's, see `configs/`. Prints the output's path as its last line. Bad input gives one line and
+exit status 2.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from sanawm_jax.command_line import define_config, fail, parse_flags, show_notes
+from sanawm_jax.command_line import define_config, fail, is_released, parse_flags, show_notes
 
-_CONFIG = define_config(Path(__file__).parent / "configs/sample_sana_wm.py", "sampling defaults")
+_DEFAULTS = "sample_sana_wm" if is_released(sys.argv) else "sample_small_world"
+_CONFIG = define_config(Path(__file__).parent / f"configs/{_DEFAULTS}.py", "sampling defaults")
 # a flag that is not given takes the configuration's value
 _TEXTS = {
     "weights": "stage 1: small_world, a folder in diffusers layout, or a hub name",
@@ -76,6 +81,8 @@ def run() -> Path:
     options = {name: _option(name) for name in names}
     if options["camera"] is not None and flags.FLAGS.action is None:
         options["action"] = None  # a path on the command line replaces the configuration's
+    if flags.FLAGS.image is not None and flags.FLAGS.intrinsics is None:
+        options["intrinsics"] = None  # another picture, another camera
     if flags.FLAGS.no_refiner:
         options["refiner_weights"] = None
     refine = {name: _option(name) for name in _REFINE}

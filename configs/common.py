@@ -21,6 +21,7 @@ def training(task: str) -> ConfigDict:
     config.ema_decay = 0.9995
     config.optimizer = ConfigDict(
         dict(
+            name="adamw",  # or muon
             learning_rate=6e-4,
             betas=(0.9, 0.99),
             eps=1e-8,

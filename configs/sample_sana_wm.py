@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.negative_prompt = ""
     config.action = ""
     config.action_mapping = "sana"
+    config.intrinsics = ""
     config.num_frames = 161
     config.height = 704
     config.width = 1280

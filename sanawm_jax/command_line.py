@@ -33,6 +33,21 @@ def define_config(default: Path, text: str) -> flags.FlagHolder[ConfigDict]:
         fail(f"the configuration has no field {name!r}; --config.FIELD=VALUE takes existing ones")
 
 
+def is_released(argv: list[str]) -> bool:
+    """Whether a command line names a model other than the small world.
+
+    Looked up before the flags are parsed: it decides which configuration they override.
+    """
+    for name in ("weights", "refiner_weights"):
+        for i, word in enumerate(argv):
+            flag, is_assigned, value = word.partition("=")
+            if flag.lstrip("-") == name and flag.startswith("-"):
+                value = value if is_assigned else "".join(argv[i + 1 : i + 2])
+                if value not in ("", "small_world"):
+                    return True
+    return False
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line and loads the configuration; a `flags_parser` of absl."""
     try:

@@ -109,10 +109,11 @@ class GemmaNorm(nnx.Module):
         self.scale = nnx.Param(jnp.zeros((features,)))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x (..., C) to the same in `dtype`, x's by default."""
         x32 = x.astype(jnp.float32)
         y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(dtype or x.dtype)
 
 
 class Attention(nnx.Module):
@@ -165,7 +166,10 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each between two norms and inside a residual."""
+    """Attention and MLP, each between two norms and inside a residual.
+
+    The residual is float32: the reference rounds it to the compute dtype twice a layer.
+    """
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         norm = functools.partial(GemmaNorm, config.hidden_size, eps=config.rms_norm_eps)
@@ -175,10 +179,13 @@ class Layer(nnx.Module):
         self.pre_mlp_norm, self.post_mlp_norm = norm(), norm()
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array]
+        self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array], dtype: Any
     ) -> jax.Array:
-        x = x + self.post_attn_norm(self.attn(self.pre_attn_norm(x), mask, rope))
-        return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        """x (B, L, C) float32 -> the same; attention and MLP run in `dtype`."""
+        y = self.attn(self.pre_attn_norm(x, dtype), mask, rope)
+        x = x + self.post_attn_norm(y, jnp.float32)
+        y = self.mlp(self.pre_mlp_norm(x, dtype))
+        return x + self.post_mlp_norm(y, jnp.float32)
 
 
 class GemmaTower(nnx.Module):
@@ -231,17 +238,19 @@ class GemmaTower(nnx.Module):
         if config.rope_local_theta is not None:
             local = rope_tables(length, head, config.rope_local_theta)
 
+        embedded = self.embed(ids, dtype)
+        dtype = embedded.dtype
+
         def step(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, jax.Array | None]:
             layer, is_sliding = scanned
             choose = functools.partial(jnp.where, is_sliding)
-            y = layer(
-                x, choose(sliding, full), (choose(local[0], rope[0]), choose(local[1], rope[1]))
-            )
-            return y, x if all_states else None
+            turns = choose(local[0], rope[0]), choose(local[1], rope[1])
+            y = layer(x, choose(sliding, full), turns, dtype)
+            return y, x.astype(dtype) if all_states else None
 
         is_sliding = jnp.array([kind == SLIDING for kind in config.layer_types])
-        x, entering = lax.scan(step, self.embed(ids, dtype), (self.layers, is_sliding))
-        x = self.norm(x)
+        x, entering = lax.scan(step, embedded.astype(jnp.float32), (self.layers, is_sliding))
+        x = self.norm(x, dtype)
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 

@@ -41,6 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
     task = make_task(config, workdir)
     optim = config.optimizer
     optimizer = make_optimizer(
+        name=optim.name,
         betas=tuple(optim.betas),
         eps=optim.eps,
         weight_decay=optim.weight_decay,

@@ -1,6 +1,8 @@
-"""AdamW with global-norm clipping, and a learning rate that may follow the clock."""
+"""AdamW or Muon with global-norm clipping, and a learning rate that may follow the clock."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from sanawm_jax.core.params import Params, from_leaves, leaves
 from sanawm_jax.errors import InputError
 
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def decay_mask(params: Params) -> Params:
@@ -17,18 +20,59 @@ def decay_mask(params: Params) -> Params:
     return from_leaves({path: path.endswith("kernel") for path, _ in leaves(params)})
 
 
+def matrix_axes(params: Params) -> Any:
+    """Which axes of a leaf make the matrix that Muon orthogonalises; None leaves it to AdamW.
+
+    A kernel maps all its axes but the last to the last; the axes along which layers are stacked
+    are none of it. Depthwise kernels are no matrices.
+    """
+    from optax.contrib import MuonDimensionNumbers
+
+    def one(path: str, leaf: Any) -> MuonDimensionNumbers | None:
+        # optax also asks about trees from which AdamW's leaves are taken out
+        if not path.endswith("kernel") or not hasattr(leaf, "shape") or leaf.shape[-2] == 1:
+            return None
+        stacked = 2 if ".layers." in path else 0  # see `core.stack.scan_runs`
+        return MuonDimensionNumbers(tuple(range(stacked, leaf.ndim - 1)), (leaf.ndim - 1,))
+
+    return from_leaves({path: one(path, leaf) for path, leaf in leaves(params)})
+
+
 def make_optimizer(
     *,
+    name: str = "adamw",
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW at learning rate 1; the train step scales its updates by `learning_rate`."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(1.0, *betas, eps=eps, weight_decay=weight_decay, mask=decay_mask),
-    )
+    """An optimizer at learning rate 1; the train step scales its updates by `learning_rate`.
+
+    Args:
+      name: adamw; or muon, which orthogonalises the updates of matrices (arXiv 2502.16982, their
+        size matched to AdamW's) and leaves all else to AdamW.
+
+    Raises:
+      InputError: unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(f"optimizer.name={name!r}; use one of {', '.join(OPTIMIZERS)}")
+    if name == "muon":
+        from optax.contrib import muon
+
+        rule = muon(
+            1.0,
+            adam_b1=betas[0],
+            adam_b2=betas[1],
+            eps=eps,
+            weight_decay=weight_decay,
+            weight_decay_mask=decay_mask,
+            muon_weight_dimension_numbers=matrix_axes,  # pyright: ignore[reportArgumentType]
+            consistent_rms=0.2,
+        )
+    else:
+        rule = optax.adamw(1.0, *betas, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
 
 
 def learning_rate(

@@ -124,8 +124,8 @@ def test_prompt_to_text(folder: Path) -> None:
     reference, refiner = load_refiner(folder), LTX2Refiner.from_pretrained(folder, dtype="float32")
     for prompt in PROMPTS:
         with torch.no_grad():
-            theirs, mask = reference._encode_prompt(  # pyright: ignore
-                prompt, device="cpu", dtype=torch.float32
+            theirs, mask = reference._encode_prompt(
+                prompt, device=torch.device("cpu"), dtype=torch.float32
             )
         assert mask.all()  # so that the transformer needs no mask
         assert relative(refiner.encode_prompt(prompt).embeddings, theirs) <= 1e-5

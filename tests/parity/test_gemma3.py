@@ -116,7 +116,8 @@ def test_older_config_file(tmp_path: Path, rng: np.random.Generator) -> None:
     raw["text_config"] = {**text, **older}
     path.write_text(json.dumps(raw))
     loaded = Gemma3ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert loaded.config.text_config.layer_types[:2] == ["sliding_attention", "full_attention"]
+    text_config: Any = loaded.config.text_config
+    assert text_config.layer_types[:2] == ["sliding_attention", "full_attention"]
     check(tmp_path, loaded, rng)
 
 
@@ -153,7 +154,7 @@ def test_names_and_shapes_of_the_12b(tmp_path: Path) -> None:
         GEMMA_3_12B
     )
     assert GemmaConfig.from_json(GEMMA_3_12B.to_json()) == GEMMA_3_12B
-    config = Gemma3Config(text_config=dict(PUBLISHED_12B), vision_config=VISION)
+    config: Any = Gemma3Config(text_config=dict(PUBLISHED_12B), vision_config=VISION)
     config.save_pretrained(tmp_path)
     assert GemmaConfig.from_json(read_config(tmp_path)) == GEMMA_3_12B
     with torch.device("meta"):

@@ -123,3 +123,61 @@ def test_schedule(shift: float, steps: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
     np.testing.assert_array_equal(Schedule(shift=shift).sigmas(steps), scheduler.sigmas.numpy())
+
+
+def test_both_stages_in_one_command(made: Path) -> None:
+    """Stage 1 hands its latents over in memory; the video starts after the refiner's sink."""
+    from tests.parity.refiner_reference import load_refiner, make_refiner
+
+    steps, prompt = 2, "a green street at dusk"
+    folder = make_refiner(made / "refined", in_channels=8, out_channels=8)
+    grid = (HEIGHT // 32, WIDTH // 32)
+    generator = torch.Generator().manual_seed(0)
+    np.save(made / "first.npy", torch.randn(1, 8, 3, *grid, generator=generator).numpy())
+    noise = torch.randn(1, 8, 2, *grid, generator=generator)
+    np.save(made / "second.npy", noise.numpy())
+    common = [
+        *("--weights", str(made / "model"), "--prompt", prompt, "--dtype=float32"),
+        *("--output_dir", str(made / "out")),
+    ]
+    stage1 = [
+        *("--image", str(made / "image.png"), "--action", ACTION, "--action_mapping", "diffusers"),
+        *("--intrinsics", ",".join(map(str, INTRINSICS)), "--num_frames", str(FRAMES)),
+        *(f"--height={HEIGHT}", f"--width={WIDTH}", f"--step={steps}", "--cfg_scale=1"),
+        *("--latents", str(made / "first.npy")),
+    ]
+    refine = [
+        *("--refiner_weights", str(folder), "--refiner_latents", str(made / "second.npy")),
+        *("--save_frames", str(made / "refined.npy"), "--name", "refined"),
+        *("--save_latents", str(made / "refined_latents.npy")),
+    ]
+    command = [sys.executable, str(ROOT / "sample.py"), *common, *stage1, *refine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    pipeline = SanaWMPipeline.from_pretrained(made / "model", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    refiner = load_refiner(folder)
+    refiner.vae = pipeline.vae
+    with float32_attention(), pytest.MonkeyPatch.context() as patch:
+        latents = pipeline(
+            Image.open(made / "image.png").convert("RGB"),
+            prompt,
+            action=ACTION,
+            intrinsics=INTRINSICS,
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).latent
+        patch.setattr("diffusers.pipelines.sana_wm.refiner.randn_tensor", lambda *a, **k: noise)
+        frames = refiner(latents, prompt, fps=16.0)
+    ours = np.load(made / "refined.npy")
+    assert ours.shape == frames.shape == (FRAMES - 1, HEIGHT, WIDTH, 3)
+    assert np.abs(ours - frames).max() <= 2e-3
+    refined = np.load(made / "refined_latents.npy")
+    assert relative(refined[:, :, :1], latents[:, :, :1]) <= 1e-4  # the sink, as stage 1 made it
+    assert relative(refined[:, :, 1:], latents[:, :, 1:]) > 0.1

@@ -45,6 +45,7 @@ from tests.parity.refiner_reference import (
 
 ROOT = Path(__file__).parents[2]
 FPS = 16.0
+CPU = torch.device("cpu")
 FRAMES, HEIGHT, WIDTH = 15, 2, 3  # 1 sink, 4 blocks of 3, a last one of 2
 PER_FRAME = HEIGHT * WIDTH
 WINDOW = 7  # 6 frames of history: trims from the third block on
@@ -100,7 +101,7 @@ def test_forward(case: str, tmp_path: Path) -> None:
     latents, text = draw(2, CHANNELS, 3, HEIGHT, WIDTH), draw(2, 5, config.text_width, seed=1)
     timesteps = 1000 * torch.rand(2, 3 * PER_FRAME, generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    rope = model.build_rotary_emb_for_absolute_positions(2, [4, 5, 6], HEIGHT, WIDTH, "cpu", FPS)
+    rope = model.build_rotary_emb_for_absolute_positions(2, [4, 5, 6], HEIGHT, WIDTH, CPU, FPS)
     with torch.no_grad():
         theirs = model(_pack_latents(latents), text, timesteps, rope, mask, return_dict=False)[0]
     ours, _ = run(
@@ -137,7 +138,7 @@ LTX_FIELDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", LTX_FIELDS)
 def test_forward_of_ltx2(case: str, tmp_path: Path) -> None:
     fields = {**TRANSFORMER, **LTX_FIELDS[case]}
-    model = randomise(LTX2VideoTransformer3DModel(**fields), 4)
+    model: Any = randomise(LTX2VideoTransformer3DModel(**fields), 4)
     model.save_pretrained(tmp_path)
     config, graphdef, params = load(tmp_path)
     audio_text = config.text_width if config.use_prompt_embeddings else 16
@@ -177,17 +178,9 @@ def test_forward_of_ltx2(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_rope_at_full_size(rope_type: str, fps: float) -> None:
     """Cosines and sines of the released width at the end of a minute, rounding for rounding."""
-    model = make_transformer(
-        rope_type=rope_type,
-        num_attention_heads=32,
-        attention_head_dim=128,
-        cross_attention_dim=4096,
-        num_layers=0,
-        base_height=2048,
-        base_width=2048,
-        pos_embed_max_pos=20,
-    )
-    theirs = model.build_rotary_emb_for_absolute_positions(1, [0, 119, 120], 4, 5, "cpu", fps)
+    with torch.device("meta"):
+        model = SanaWMLTX2RefinerTransformer3DModel(rope_type=rope_type, num_layers=0)
+    theirs = model.build_rotary_emb_for_absolute_positions(1, [0, 119, 120], 4, 5, CPU, fps)
     tables = video_rope(RefinerConfig(rope_type=rope_type), 121, 4, 5, fps)
     picked = tables._replace(frames=tables.frames[[0, 119, 120]])
     for ours, reference in zip(rotations(picked, 32, 128), theirs, strict=True):
@@ -236,9 +229,7 @@ def test_captured_keys_and_values_and_a_prefix(rope_type: str, tmp_path: Path) -
 
     def reference(latents: torch.Tensor, first: int, mode: str) -> torch.Tensor:
         positions = list(range(first, first + latents.shape[2]))
-        rope = model.build_rotary_emb_for_absolute_positions(
-            1, positions, HEIGHT, WIDTH, "cpu", FPS
-        )
+        rope = model.build_rotary_emb_for_absolute_positions(1, positions, HEIGHT, WIDTH, CPU, FPS)
         tokens = _pack_latents(latents)
         with torch.no_grad():
             return model(
@@ -261,7 +252,7 @@ def test_captured_keys_and_values_and_a_prefix(rope_type: str, tmp_path: Path) -
     sink_theirs = [layer.get_captured_pre_rope() for layer in layers]
     for layer, pair in zip(layers, sink_theirs, strict=True):
         layer.store_sink(*pair)
-    cache.sink_pe = model.build_rotary_emb_for_absolute_positions(1, [2], HEIGHT, WIDTH, "cpu", FPS)
+    cache.sink_pe = model.build_rotary_emb_for_absolute_positions(1, [2], HEIGHT, WIDTH, CPU, FPS)
     reference(old, 3, "inject_and_capture_post_rope")
     old_theirs = [layer.get_captured_post_rope() for layer in layers]
     for layer, pair in zip(layers, old_theirs, strict=True):
@@ -336,7 +327,8 @@ def reference_clip(
 def test_a_whole_clip(folder: Path) -> None:
     """Prompt to refined latents; the window fills, trims, and the last block is short."""
     latents, noise, theirs = reference_clip(load_refiner(folder), FRAMES, 1, 3, WINDOW)
-    before = refine_block._cache_size()
+    programs: Any = refine_block
+    before = programs._cache_size()
     refiner = LTX2Refiner.from_pretrained(
         folder, dtype="float32", options=RefineOptions(refiner_kv_max_frames=WINDOW)
     )
@@ -344,7 +336,7 @@ def test_a_whole_clip(folder: Path) -> None:
     assert relative(ours, theirs) <= 1e-4
     np.testing.assert_array_equal(ours[:, :, :1], latents[:, :, :1])
     # one program however full the window is, and one for the short block
-    assert refine_block._cache_size() - before == 2
+    assert programs._cache_size() - before == 2
 
 
 # (frames, sink, block, window); block 0 is all frames at once
@@ -365,7 +357,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     folder = make_refiner(tmp_path_factory.mktemp("clip"), rope_type="split", num_layers=2)
     pipeline = load_refiner(folder)
     with torch.no_grad():
-        text, _ = pipeline._encode_prompt(CAPTIONS[0], device="cpu", dtype=torch.float32)  # pyright: ignore
+        text, _ = pipeline._encode_prompt(CAPTIONS[0], device=CPU, dtype=torch.float32)
     return pipeline, *load(folder / "transformer"), RefinerText(jnp.asarray(text.numpy()))
 
 
@@ -393,6 +385,7 @@ def test_cuts(case: str, clip_model: tuple[Any, ...]) -> None:
     assert relative(ours, channels_last(theirs)) <= 1e-4
 
 
+@pytest.mark.parametrize("folder", ["split"], indirect=True)  # as released
 def test_bfloat16_is_no_worse_than_the_reference(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +401,7 @@ def test_bfloat16_is_no_worse_than_the_reference(
         folder, dtype="bfloat16", options=RefineOptions(refiner_kv_max_frames=WINDOW)
     )
     error = allowed = 0.0
-    for prompt in (*CAPTIONS, "trees at dusk", "a window in a brown room with a street"):
+    for prompt in (*CAPTIONS, "trees at dusk"):
         (latents, noise, exact), (_, _, theirs) = (
             reference_clip(p, 10, 1, 3, WINDOW, prompt=prompt) for p in pipelines
         )

@@ -10,8 +10,15 @@ import numpy as np
 import optax
 import pytest
 
+from sanawm_jax.core.params import leaves
 from sanawm_jax.errors import InputError
-from sanawm_jax.training.optimizer import decay_mask, ema_decay, learning_rate, make_optimizer
+from sanawm_jax.training.optimizer import (
+    decay_mask,
+    ema_decay,
+    learning_rate,
+    make_optimizer,
+    matrix_axes,
+)
 from sanawm_jax.training.state import create_state
 from sanawm_jax.training.step import compile_steps
 from sanawm_jax.training.vae_loss import VAELossWeights, edge_loss, vae_loss
@@ -118,3 +125,32 @@ def test_edges_see_every_axis():
         ramp = jnp.moveaxis(jnp.arange(4.0).reshape(1, 4, 1, 1, 1), 1, axis)
         ramp = jnp.broadcast_to(ramp, (1, 4, 4, 4, 3))
         assert float(edge_loss(ramp)) == pytest.approx(1 / 3)
+
+
+def test_muon_takes_matrices_of_every_layer_alone() -> None:
+    """Stacked layers are orthogonalised one by one; depthwise kernels and the rest are AdamW's."""
+    params = {
+        "segments": {"0": {"runs": {"0": {"layers": {"kernel": jnp.ones((2, 3, 8, 4))}}}}},
+        "conv": {"kernel": jnp.ones((3, 3, 4, 6)), "bias": jnp.ones((6,))},
+        "depthwise": {"kernel": jnp.ones((3, 3, 1, 6))},
+    }
+    axes = dict(leaves(matrix_axes(params)))
+    assert axes["segments.0.runs.0.layers.kernel"] == ((2,), (3,))
+    assert axes["conv.kernel"] == ((0, 1, 2), (3,))
+    assert axes["conv.bias"] is None and axes["depthwise.kernel"] is None
+
+    optimizer = make_optimizer(name="muon", clip_norm=1e9)
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    gradients = jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    stacked = np.asarray(dict(leaves(updates))["segments.0.runs.0.layers.kernel"])
+    for matrix in stacked.reshape(6, 8, 4):
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        # five Newton-Schulz steps bring all singular values near one another
+        assert singular.max() / singular.min() < 2.0
+        assert 0.1 < np.sqrt(np.mean(matrix**2)) < 0.3  # as large as an update of AdamW
+
+
+def test_unknown_optimizer() -> None:
+    with pytest.raises(InputError, match=r"optimizer.name='sgd'; use one of adamw, muon"):
+        make_optimizer(name="sgd")

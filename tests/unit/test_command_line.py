@@ -1,0 +1,26 @@
+"""Which defaults a command line of `sample.py` takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from sanawm_jax.command_line import is_released
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], False),
+        (["--action", "w-40"], False),
+        (["--weights", "small_world"], False),
+        (["--weights=small_world"], False),
+        (["--weights", "folder"], True),
+        (["-weights=owner/model"], True),
+        (["--refiner_weights=folder"], True),
+        (["--refiner_weights="], False),
+        (["--prompt", "weights"], False),
+        (["--weights"], False),
+    ],
+)
+def test_is_released(words: list[str], expected: bool) -> None:
+    assert is_released(["sample.py", *words]) == expected
