@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -98,7 +99,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     # autoencoders are small: every rank holds all of one
     (r"(encoder|decoder)\.|latents_(mean|std)$", P()),
     # of the training state
-    (r"(^|\.)(step|count)$", P()),
+    (r"(^|\.)(step|count|ns_coeffs)$", P()),
 )
 
 
@@ -138,6 +139,46 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over their first axis; frames are split inside the model."""
-    return NamedSharding(mesh, logical_spec("B"))
+def batch_sharding(mesh: Mesh, *, steps: bool = False) -> NamedSharding:
+    """Batches are split over their rows, their first axis; frames are split inside the model.
+
+    Args:
+      steps: the batches of several steps are stacked on an axis before that.
+    """
+    return NamedSharding(mesh, logical_spec("K B" if steps else "B"))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process holds, ascending int."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
+
+
+def place_batches(batches: Any, mesh: Mesh, batch_size: int) -> Any:
+    """Global arrays of the batches of some steps.
+
+    Args:
+      batches: arrays (K, rows, ...) of the rows that `local_rows` names.
+      batch_size: rows of all processes together.
+    """
+    sharding = batch_sharding(mesh, steps=True)
+
+    def one(a: np.ndarray) -> jax.Array:
+        shape = (a.shape[0], batch_size, *a.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(a), shape)
+
+    return jax.tree.map(one, batches)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
+    """Every part of a batch has to lie on all replicas alike.
+
+    Raises:
+      InputError: it does not.
+    """
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (replicas * accumulation):
+        raise InputError(
+            f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp x accumulation "
+            f"= {replicas * accumulation}"
+        )

@@ -118,13 +118,21 @@ def drop_captions(
     return text, jnp.where(drop[:, None], null_mask.astype(text_mask.dtype), text_mask)
 
 
-def velocity_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error over the frames whose mask is 1; () float32.
+def frame_weights(mask: jax.Array) -> jax.Array:
+    """Weights that make a mean over rows the mean over all frames whose mask is 1: (B, F).
+
+    They are fixed for the whole batch, so that its parts add up to it whatever each part masks.
+    """
+    return mask * (mask.shape[0] / jnp.maximum(jnp.sum(mask), 1.0))
+
+
+def velocity_loss(prediction: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean over rows of the weighted squared errors of their frames; () float32.
 
     Args:
       prediction, target: (B, F, H, W, c).
-      mask: (B, F).
+      weights: (B, F), see `frame_weights`.
     """
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
     per_frame = jnp.mean(error, axis=(2, 3, 4))
-    return jnp.sum(per_frame * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    return jnp.mean(jnp.sum(per_frame * weights, axis=1))

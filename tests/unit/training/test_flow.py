@@ -9,6 +9,7 @@ import pytest
 
 from sanawm_jax.training.flow import (
     drop_captions,
+    frame_weights,
     noise_levels,
     noised_example,
     velocity_loss,
@@ -93,4 +94,10 @@ def test_masked_loss_is_a_mean_over_what_is_left():
     target = jnp.zeros((2, 3, 2, 2, 5))
     prediction = target.at[:, 0].set(100.0).at[0, 1].set(2.0)
     mask = jnp.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
-    assert float(velocity_loss(prediction, target, mask)) == pytest.approx(4.0 / 4)
+    weights = frame_weights(mask)
+    assert float(velocity_loss(prediction, target, weights)) == pytest.approx(4.0 / 4)
+    # rows that mask different numbers of frames still add up
+    weights = frame_weights(jnp.array([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]))
+    assert float(velocity_loss(prediction, target, weights)) == pytest.approx(4.0 / 3)
+    rows = [velocity_loss(*(a[i : i + 1] for a in (prediction, target, weights))) for i in (0, 1)]
+    assert float(sum(rows) / 2) == pytest.approx(4.0 / 3)
