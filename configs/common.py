@@ -9,6 +9,7 @@ def training(task: str) -> ConfigDict:
     """Fields that every run has; a configuration adds its own and changes what differs."""
     config = ConfigDict()
     config.task = task
+    config.dry_run = False  # print parameters, memory and shardings, and stop
     config.seed = 0
     config.dtype = "auto"  # bfloat16 on an accelerator, float32 on a CPU
     config.data_dir = ""  # empty: render the clips below, for a first try
@@ -20,7 +21,7 @@ def training(task: str) -> ConfigDict:
     config.steps_per_call = 10
     config.steps = 40_000
     config.max_minutes = 0.0  # stop by the clock, which the cosine follows; 0: no limit
-    config.ema_decay = 0.9995
+    config.ema_decay = 0.9995  # 0: no average is kept, and the weights themselves are exported
     config.optimizer = ConfigDict(
         dict(
             name="adamw",  # or muon

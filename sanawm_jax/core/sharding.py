@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sanawm_jax.errors import InputError
@@ -57,13 +57,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -
     """
     shape = (data, fsdp, context, tensor)
     size, devices = math.prod(shape), jax.devices()
+    if min(shape) < 1:
+        raise InputError(f"mesh axes {shape} must each be at least 1")
     text = " x ".join(f"{name} {n}" for name, n in zip(AXES, shape, strict=True))
-    if min(shape) < 1 or size > len(devices):
+    if size > len(devices):
         raise InputError(f"mesh of {text} needs {size} devices and there are {len(devices)}")
     if jax.process_count() > 1 and size != len(devices):
         raise InputError(f"mesh of {text} has to use all {len(devices)} devices of the hosts")
     # Auto: the compiler propagates shardings between our constraints
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:size])
+
+
+def plan_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
+    """The shape of a mesh, whatever devices are here: sizes can be planned, nothing can run."""
+    return AbstractMesh((data, fsdp, context, tensor), AXES)
 
 
 # Where parameters live: the first pattern that is found in a dotted path decides, for optimizer
@@ -115,7 +122,7 @@ def parameter_spec(path: str, shape: tuple[int, ...]) -> P:
     raise InputError(f"no sharding rule matches {path!r}; add one to core/sharding.py")
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of every leaf of parameters, optimizer state or a whole training state.
 
     Args:
@@ -170,7 +177,7 @@ def place_batches(batches: Any, mesh: Mesh, batch_size: int) -> Any:
     return jax.tree.map(one, batches)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulation: int = 1) -> None:
     """Every part of a batch has to lie on all replicas alike.
 
     Raises:
@@ -182,3 +189,13 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation: int = 1) -> None:
             f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp x accumulation "
             f"= {replicas * accumulation}"
         )
+
+
+def check_heads(heads: int, ranks: int) -> None:
+    """Every rank of the axis `tensor` has whole heads.
+
+    Raises:
+      InputError: it has not.
+    """
+    if heads % ranks:
+        raise InputError(f"mesh.tensor={ranks} does not divide the {heads} heads")

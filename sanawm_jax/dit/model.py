@@ -23,7 +23,7 @@ from sanawm_jax.core.layers import Conv, Linear, RMSNorm, kernel_init, modulated
 from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import stack
 from sanawm_jax.core.rope import pair_split, rope_angles
-from sanawm_jax.core.sharding import shard
+from sanawm_jax.core.sharding import axis_size, check_heads, shard
 from sanawm_jax.core.stack import scan_runs
 from sanawm_jax.dit.attention import Context, SelfAttention
 from sanawm_jax.dit.config import DiTConfig, LayerKind
@@ -202,9 +202,10 @@ class DiT(nnx.Module):
           (B, F, H, W, c) in the compute dtype.
 
         Raises:
-          InputError: chunk starts that do not ascend from 0.
+          InputError: chunk starts that do not ascend from 0, heads that the mesh cannot split.
         """
         config, dtype = self.config, latents.dtype
+        check_heads(config.num_heads, axis_size("tensor"))
         _, patch_h, patch_w = config.patch_size
         grid = (latents.shape[2] // patch_h, latents.shape[3] // patch_w)
         layout = layout_of(latents.shape[1], chunk_starts)

@@ -23,7 +23,7 @@ from sanawm_jax.core.sharding import (
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.training.checkpoint import Checkpoints
 from sanawm_jax.training.metrics import MetricsWriter
-from sanawm_jax.training.optimizer import learning_rate, make_optimizer
+from sanawm_jax.training.optimizer import learning_rate, optimizer_of
 from sanawm_jax.training.state import TrainState, create_state
 from sanawm_jax.training.step import compile_steps
 from sanawm_jax.training.tasks import Task, make_task
@@ -52,14 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
     check_batch(mesh, config.batch_size, config.accumulation)
     # what makes the data runs on one device; the mesh is set for what follows
     task = make_task(config, workdir)
-    optim = config.optimizer
-    optimizer = make_optimizer(
-        name=optim.name,
-        betas=tuple(optim.betas),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
-    )
+    optimizer = optimizer_of(config)
     logging.info("%s: %.2f M parameters", config.task, count(task.abstract) / 1e6)
     with jax.set_mesh(mesh):
         return _train_on(mesh, config, workdir, task, optimizer)
@@ -72,7 +65,9 @@ def _train_on(
     task: Task,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    state = create_state(task.init(shardings(task.abstract, mesh)), optimizer, mesh)
+    state = create_state(
+        task.init(shardings(task.abstract, mesh)), optimizer, mesh, average=config.ema_decay > 0
+    )
     loader = Loader(range(task.size), config.batch_size, seed=config.seed)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     seconds = 0.0
@@ -93,7 +88,7 @@ def _train_on(
     finally:
         metrics.close()
         checkpoints.close()
-    task.export(state.ema)
+    task.export(state.best)
     logging.info("exported to %s", workdir / "export")
     return state
 

@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from sanawm_jax.core.frames import chunk_starts
 from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
+from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.training.flow import drop_captions, frame_weights, noised_example, velocity_loss
 from sanawm_jax.training.step import Metrics
 from sanawm_jax.training.timesteps import mixture_probabilities
@@ -53,8 +56,18 @@ class Stage1Objective:
             mixture_probabilities(self.mixture)
 
     def init(self, shardings: Any) -> Params:
-        """Random weights, placed."""
-        return init(DiT, self._model, jax.random.key(self._config.seed), shardings=shardings)
+        """Random weights, or those of `config.weights`, placed.
+
+        Raises:
+          InputError: the folder of `config.weights` is of another network.
+        """
+        folder = self._config.get("weights", "")
+        if not folder:
+            return init(DiT, self._model, jax.random.key(self._config.seed), shardings=shardings)
+        found, _, params = Stage1Folder(folder).load_dit(np.float32)
+        if build(DiT, found)[1] != self.abstract:
+            raise InputError(f"weights={folder} is of another network than config.dit")
+        return jax.device_put(params, shardings)
 
     def prepare(
         self, rows: dict[str, jax.Array], null: tuple[jax.Array, jax.Array], key: jax.Array

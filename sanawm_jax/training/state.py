@@ -23,29 +23,39 @@ class TrainState:
       step: () int32, updates done.
       params: float32 masters.
       opt_state: of the Optax optimizer.
-      ema: float32 moving average of `params`, what is exported.
+      ema: float32 moving average of `params`, what is exported; None in a run that keeps none.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
-    ema: Params
+    ema: Params | None
+
+    @property
+    def best(self) -> Params:
+        """What a run exports: the average, or without one the weights."""
+        return self.params if self.ema is None else self.ema
 
 
 def create_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    average: bool = True,
 ) -> TrainState:
     """A state at step 0; `params` may hold loaded weights.
 
     Args:
       params: on a mesh, already placed.
       optimizer: its moments are placed by the same rules.
+      average: keep a moving average.
       mesh: of `core.sharding.make_mesh`; None is one device and takes parameters of any name.
     """
 
     def make(params: Params) -> TrainState:
         # the step donates its input, so the average must not share buffers with the parameters
-        ema = jax.tree.map(jnp.copy, params)
+        ema = jax.tree.map(jnp.copy, params) if average else None
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
     placed = None if mesh is None else shardings(jax.eval_shape(make, params), mesh)

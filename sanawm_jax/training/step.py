@@ -102,7 +102,9 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     lr = rate(state.step, wall_fraction)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: lr * u, updates))
-    ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay(state.step, decay))
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1.0 - ema_decay(state.step, decay))
     metrics = {
         "loss": value,
         "learning_rate": lr,
