@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     )
     config.remat = "none"
     config.unroll = True
+    config.update(common.chunks())
     config.flow_shift = 3.0
     config.image_prob = 0.9
     config.caption_dropout = 0.1
