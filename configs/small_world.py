@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             patch_size=(1, 2, 2),
             softmax_every_n=4,
             chunk_plucker_post_attn_blocks=8,
-            mlp_ratio=1.875,
+            mlp_ratio=1.5,
         )
     )
     config.remat = "none"
