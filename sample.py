@@ -22,7 +22,7 @@ _DEFAULTS = "sample_sana_wm" if is_released(sys.argv) else "sample_small_world"
 _CONFIG = define_config(Path(__file__).parent / f"configs/{_DEFAULTS}.py", "sampling defaults")
 # a flag that is not given takes the configuration's value
 _TEXTS = {
-    "weights": "stage 1: small_world, a folder in diffusers layout, or a hub name",
+    "weights": "stage 1: small_world, a folder in diffusers or upstream layout, or a hub name",
     "image": "first frame",
     "prompt": "text, or the path of a UTF-8 file",
     "negative_prompt": "text to steer away from, or a file",
@@ -31,9 +31,10 @@ _TEXTS = {
     "action_mapping": "meaning of the keys: sana or diffusers",
     "intrinsics": "a .npy file or fx,fy,cx,cy in pixels of the image",
     "dtype": "bfloat16 or float32",
+    "offload": "what stays on the accelerator: none, model (one network) or block (two layers)",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
     "stage1_latents": "refine or decode these latents: no image, camera or network is needed",
-    "refiner_weights": "stage 2: a refiner folder in diffusers layout, or a hub name",
+    "refiner_weights": "stage 2: a refiner folder, upstream's that holds one, or a hub name",
     "refiner_latents": "the refiner's noise (1, C, T - sink, h, w) in a .npy file",
     "save_latents": "write the final latents (1, C, T, h, w) to this .npy file",
     "save_frames": "write the decoded frames (F, H, W, 3) in [0, 1] to this .npy file",
@@ -61,6 +62,7 @@ for _name, _help in _FLOATS.items():
     flags.DEFINE_float(_name, None, _help)
 flags.DEFINE_bool("no_refiner", False, "decode stage 1 without refining it")
 flags.DEFINE_bool("latents_only", False, "stop at the latents: nothing is decoded")
+flags.DEFINE_bool("allow_pickle", False, "read upstream's model.pt: its tensors, and no code")
 flags.DEFINE_string("output_dir", "outputs", "folder of the video")
 flags.DEFINE_string("name", "sample", "the video is NAME_generated.mp4")
 flags.DEFINE_bool("no_action_overlay", False, "do not draw keys and path on the video")
@@ -77,7 +79,7 @@ def _option(name: str) -> Any:
 def run() -> Path:
     from sanawm_jax.pipeline import command
 
-    names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name"]
+    names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name", "allow_pickle"]
     options = {name: _option(name) for name in names}
     if options["camera"] is not None and flags.FLAGS.action is None:
         options["action"] = None  # a path on the command line replaces the configuration's

@@ -53,6 +53,8 @@ def sample(
     refiner_weights: str | None = None,
     refiner_latents: str | None = None,
     refine_options: dict[str, int] | None = None,
+    offload: str = "none",
+    allow_pickle: bool = False,
 ) -> Path:
     """Runs one command line; the flags are described in `sample.py`.
 
@@ -60,6 +62,8 @@ def sample(
       vae_tiling: see `generate.decode_tiling`.
       refiner_weights: stage 2; None decodes stage 1.
       refine_options: fields of `RefineOptions`.
+      offload: what stays on the accelerator, see `pipeline.offload`.
+      allow_pickle: also read upstream's `model.pt`.
 
     Returns:
       The video's path, or with `latents_only` the latents'.
@@ -80,12 +84,21 @@ def sample(
     refiner, dropped = None, 0
     if refiner_weights:
         refiner = LTX2Refiner.from_pretrained(
-            refiner_weights, dtype=dtype, options=RefineOptions(**refine_options or {})
+            refiner_weights,
+            dtype=dtype,
+            options=RefineOptions(**refine_options or {}),
+            offload=offload,
         )
         dropped = refiner.options.sink_size  # pixel frames before the first refined one
     model = None
     if needs_stage1:
-        model = SanaWM.from_pretrained(str(weights), dtype=dtype, tiling=vae_tiling)
+        model = SanaWM.from_pretrained(
+            str(weights),
+            dtype=dtype,
+            tiling=vae_tiling,
+            offload=offload,
+            allow_pickle=allow_pickle,
+        )
     refiner_noise = c2w = held_keys = None
     if stage1_latents:
         final = read_latents(stage1_latents, None)

@@ -1,17 +1,22 @@
 """A published stage-1 folder in diffusers layout: where its parts are, and how they load.
 
 model_index.json  tokenizer/  text_encoder/  transformer/  vae/  scheduler/
+
+`upstream_folder.py` is the same for NVlabs' own layout.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from sanawm_jax.core.params import Params, build
+from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.dit import keys as dit_keys
 from sanawm_jax.dit.config import DiTConfig
@@ -27,12 +32,23 @@ from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 SMALL_WORLD = "small_world"
+Place = Callable[[str, np.ndarray], Any]  # see `keymap.load`
 _SHIPPED = Path(__file__).parent.parent / "assets"
 _VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
 
-def find_weights(name: str | Path) -> Path:
+# large parts of upstream's folders that belong to the other stage
+_OF_STAGE2 = ["refiner/*", "refiner_diffusers/*", "gemma3_12b/*"]
+_OF_STAGE1 = ["dit/*", "sana_dit/*", "vae/*", "ltx2_causal_vae/*"]
+
+
+def find_weights(name: str | Path, *, stage: int = 0, allow_pickle: bool = False) -> Path:
     """Resolves a local folder, `small_world`, or a hub name `owner/model` to a local folder.
+
+    Args:
+      name: the folder or name.
+      stage: 1 or 2 does not download what only the other stage reads; 0 downloads all.
+      allow_pickle: also download files of `torch.save`.
 
     Raises:
       InputError: none of them, or the hub cannot be reached and its cache lacks the model.
@@ -55,12 +71,23 @@ def find_weights(name: str | Path) -> Path:
             f"weights {name} is no local folder; to download it, pip install 'sanawm-jax[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        patterns = ["*.json", "*.yaml", "*.safetensors", *(["*.pt"] if allow_pickle else [])]
+        skipped = {0: None, 1: _OF_STAGE2, 2: _OF_STAGE1}[stage]
+        return Path(snapshot_download(str(name), allow_patterns=patterns, ignore_patterns=skipped))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"cannot download {name} and it is not in the local cache ({reason})"
         ) from None
+
+
+class Weights(NamedTuple):
+    """A network's published tensors, as `keymap.load` takes them."""
+
+    entries: list[keymap.Entry]
+    source: keymap.TensorSource
+    what: str  # for messages
+    ignore: Callable[[str], bool]  # names that are left out on purpose
 
 
 class ModelFolder:
@@ -74,14 +101,22 @@ class ModelFolder:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        self.index = read_config(self.path, "model_index.json")
+        self.index = self._read_index()
         # a part that the model may have and has not is [null, null]
         self.parts = [k for k, v in self.index.items() if isinstance(v, list) and any(v)]
         absent = [p for p in self.parts if not (self.path / p).is_dir()]
         if absent:
             raise InputError(f"{self.path} lacks {', '.join(absent)}, which model_index.json names")
 
+    def _read_index(self) -> dict[str, Any]:
+        return read_config(self.path, "model_index.json")
+
     def part(self, name: str) -> Path:
+        """The folder of a part.
+
+        Raises:
+          InputError: it is not there.
+        """
         folder = self.path / name
         if not folder.is_dir():
             raise InputError(f"{self.path} has no {name}/; is it a {self.kind} folder?")
@@ -122,26 +157,39 @@ class Stage1Folder(ModelFolder):
         elif part == "text_encoder":
             check_text_encoder(folder)
         else:
-            config = self.dit_config()
+            weights = self.dit_weights()
             keymap.check(
-                dit_keys.key_table(config),
-                build(DiT, config)[1],
-                SafetensorsFolder(folder),
-                what=str(folder),
-                ignore=dit_keys.is_ignored,
+                weights.entries,
+                build(DiT, self.dit_config())[1],
+                weights.source,
+                what=weights.what,
+                ignore=weights.ignore,
             )
 
-    def load_dit(self, dtype: Any) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-        """Configuration, graph definition and parameters of the DiT."""
-        folder, config = self.part("transformer"), self.dit_config()
+    def dit_weights(self) -> Weights:
+        """The DiT's tensors and their names in this layout; only headers are read."""
+        folder = self.part("transformer")
+        return Weights(
+            dit_keys.key_table(self.dit_config()),
+            SafetensorsFolder(folder),
+            str(folder),
+            dit_keys.is_ignored,
+        )
+
+    def load_dit(
+        self, dtype: Any, place: Place | None = None
+    ) -> tuple[DiTConfig, nnx.GraphDef, Params]:
+        """Configuration, graph definition and parameters of the DiT; `place` as `keymap.load`."""
+        config, weights = self.dit_config(), self.dit_weights()
         graphdef, abstract = build(DiT, config)
         params = keymap.load(
-            dit_keys.key_table(config),
+            weights.entries,
             abstract,
-            SafetensorsFolder(folder),
-            what=str(folder),
+            weights.source,
+            what=weights.what,
             dtype=dtype,
-            ignore=dit_keys.is_ignored,
+            place=place,
+            ignore=weights.ignore,
         )
         return config, graphdef, params
 
@@ -158,7 +206,10 @@ class Stage1Folder(ModelFolder):
         config, params = vae_keys.load_vae(self.part("vae"), dtype=dtype, module=module)
         return config, build(module, config)[0], params
 
-    def load_text(self, dtype: Any) -> tuple[Tower, Tokenizer]:
-        """The compiled text tower and its tokenizer."""
-        config, params = load_text_encoder(self.part("text_encoder"), dtype=dtype)
-        return text_tower(config, params, dtype=dtype), Tokenizer(self.part("tokenizer"))
+    def load_text(
+        self, dtype: Any, place: Place | None = None, run: Runner = call
+    ) -> tuple[Tower, Tokenizer]:
+        """The compiled text tower, called by `run`, and its tokenizer."""
+        folder = self.part("text_encoder")
+        config, params = load_text_encoder(folder, dtype=dtype, place=place)
+        return text_tower(config, params, dtype=dtype, run=run), Tokenizer(self.part("tokenizer"))

@@ -19,9 +19,11 @@ from sanawm_jax.camera.npy import load_array
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import Stage1Folder, find_weights
+from sanawm_jax.pipeline.folder import Stage1Folder
+from sanawm_jax.pipeline.offload import check_offload, streaming_of
 from sanawm_jax.pipeline.request import Request, make_request
 from sanawm_jax.pipeline.stage1 import Conditions, denoise
+from sanawm_jax.pipeline.upstream_folder import open_stage1
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
 
@@ -80,41 +82,56 @@ def read_latents(
 class SanaWM:
     """The stage-1 model of a folder, ready to be called.
 
-    Networks are read from disk when first needed and stay on the device.
+    Networks are read from disk when first needed.
 
     Args:
       folder: the opened folder.
       dtype: `bfloat16` or `float32`.
       tiling: how videos are decoded, see `decode_tiling`.
+      offload: what stays on the device, see `pipeline.offload`.
 
     Raises:
-      InputError: an unknown dtype or tiling, or a broken VAE configuration.
+      InputError: an unknown dtype, tiling or offload, or a broken VAE configuration.
     """
 
     def __init__(
-        self, folder: Stage1Folder, *, dtype: str = "bfloat16", tiling: str | Tiling = "auto"
+        self,
+        folder: Stage1Folder,
+        *,
+        dtype: str = "bfloat16",
+        tiling: str | Tiling = "auto",
+        offload: str = "none",
     ):
         self.folder = folder
         self.dtype = resolve_dtype(dtype)
         decode_tiling(tiling, 1)
         self.tiling = tiling
+        self.offload = check_offload(offload)
         self.vae_config = folder.vae_config()
         self._parts: dict[str, Any] = {}
         self._checked: set[str] = set()
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, dtype: str = "bfloat16", tiling: str | Tiling = "auto"
+        cls,
+        name: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        tiling: str | Tiling = "auto",
+        offload: str = "none",
+        allow_pickle: bool = False,
     ) -> SanaWM:
-        """Opens a folder in diffusers layout, `small_world`, or a hub name.
+        """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
-          dtype, tiling: see the class.
+          dtype, tiling, offload: see the class.
+          allow_pickle: see `upstream_folder.open_stage1`.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
-        return cls(Stage1Folder(find_weights(name)), dtype=dtype, tiling=tiling)
+        folder = open_stage1(name, allow_pickle=allow_pickle)
+        return cls(folder, dtype=dtype, tiling=tiling, offload=offload)
 
     def check(self, *parts: str) -> None:
         """Compares tensor names and shapes of `parts` with the file headers, each once.
@@ -130,9 +147,11 @@ class SanaWM:
                 self.folder.check(part)
                 self._checked.add(part)
 
-    def _part(self, name: str, load: Callable[[Any], Any]) -> Any:
+    def _part(self, name: str, load: Callable[..., Any], *how: Any) -> Any:
         if name not in self._parts:
-            self._parts[name] = load(self.dtype)
+            if self.offload != "none":
+                self._parts.clear()  # one network at a time
+            self._parts[name] = load(self.dtype, *how)
         return self._parts[name]
 
     def release(self) -> None:
@@ -204,18 +223,24 @@ class SanaWM:
             noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
         has_guidance = cfg_scale > 1
         conditions = self._conditions(request, prompt, negative_prompt, has_guidance, text_length)
-        _, graphdef, params = self._part("transformer", self.folder.load_dit)
+        first_latent = self._first_latent(request)
+        place, run = streaming_of(self.offload)
+        _, graphdef, params = self._part("transformer", self.folder.load_dit, place)
         sampled = denoise(
             graphdef,
             params,
             rearrange(jnp.asarray(noise), "B C F H W -> B F H W C"),
-            self._first_latent(request),
+            first_latent,
             conditions,
             sigmas,
             guidance=cfg_scale,
             dtype=self.dtype,
             progress=progress,
+            run=run,
         )
+        if self.offload != "none":
+            del params
+            self.release()
         frames = self.decode(sampled) if decode else None
         out = np.asarray(rearrange(sampled, "B F H W C -> B C F H W"), np.float32)
         return Video(out, frames, request)
@@ -223,7 +248,8 @@ class SanaWM:
     def _conditions(
         self, request: Request, prompt: str, negative: str, has_guidance: bool, length: int
     ) -> Conditions:
-        tower, tokenizer = self._part("text", self.folder.load_text)
+        how = streaming_of(self.offload)
+        tower, tokenizer = self._part("text", self.folder.load_text, *how)
         cond, cond_mask, neg, neg_mask = encode_prompt(
             tower, tokenizer, prompt, negative, max_length=length
         )

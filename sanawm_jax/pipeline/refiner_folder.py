@@ -11,9 +11,10 @@ from typing import Any
 from flax import nnx
 
 from sanawm_jax.core.params import Params, build
+from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import ModelFolder
+from sanawm_jax.pipeline.folder import ModelFolder, Place
 from sanawm_jax.refiner import keys
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
@@ -121,7 +122,9 @@ class RefinerFolder(ModelFolder):
         table = keys.connectors_table(self.connectors)
         return table, TextConnectors, self.connectors, "connectors", keys.is_audio_connector
 
-    def _load(self, parts: tuple[Any, ...], dtype: Any) -> tuple[nnx.GraphDef, Params]:
+    def _load(
+        self, parts: tuple[Any, ...], dtype: Any, place: Place | None = None
+    ) -> tuple[nnx.GraphDef, Params]:
         entries, module, config, part, ignore = parts
         folder = self.part(part)
         graphdef, abstract = build(module, config)
@@ -131,22 +134,25 @@ class RefinerFolder(ModelFolder):
             SafetensorsFolder(folder),
             what=str(folder),
             dtype=dtype,
+            place=place,
             ignore=ignore,
         )
         return graphdef, params
 
-    def load_transformer(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
-        """Graph definition and parameters of the transformer's video half."""
-        return self._load(self._transformer_parts(), dtype)
+    def load_transformer(
+        self, dtype: Any, place: Place | None = None
+    ) -> tuple[nnx.GraphDef, Params]:
+        """Graph definition and parameters of the transformer's video half; see `keymap.load`."""
+        return self._load(self._transformer_parts(), dtype, place)
 
     def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
         """Graph definition and parameters of the video connector."""
         return self._load(self._connectors_parts(), dtype)
 
-    def load_text(self, dtype: Any) -> Tower:
-        """The compiled text tower; it gives all hidden states."""
-        config, params = load_text_encoder(self.part("text_encoder"), dtype=dtype)
-        return text_tower(config, params, dtype=dtype, all_states=True)
+    def load_text(self, dtype: Any, place: Place | None = None, run: Runner = call) -> Tower:
+        """The compiled text tower, called by `run`; it gives all hidden states."""
+        config, params = load_text_encoder(self.part("text_encoder"), dtype=dtype, place=place)
+        return text_tower(config, params, dtype=dtype, all_states=True, run=run)
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.part("tokenizer"))

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sanawm_jax.core.params import Params, apply
+from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import euler_step, frame_timesteps, guide
 
 
@@ -85,6 +86,7 @@ def denoise(
     guidance: float,
     dtype: Any,
     progress: bool = True,
+    run: Runner = call,
 ) -> jax.Array:
     """Runs the sampler.
 
@@ -97,6 +99,7 @@ def denoise(
       guidance: classifier-free guidance scale; read only when the conditions have batch 2.
       dtype: compute dtype of the network; the latents stay float32 between steps.
       progress: show a progress bar.
+      run: how the compiled step is called, see `core.streaming`.
 
     Returns:
       (1, F, H, W, C) float32.
@@ -106,7 +109,8 @@ def denoise(
     latents = jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
     pairs = list(zip(sigmas[:-1], next_sigmas(sigmas), strict=True))
     for sigma, next_sigma in tqdm(pairs, desc="sampling", unit="step", disable=not progress):
-        latents = denoise_step(
+        latents = run(
+            denoise_step,
             graphdef,
             params,
             latents,
@@ -114,7 +118,7 @@ def denoise(
             jnp.float32(sigma),
             jnp.float32(next_sigma),
             jnp.float32(guidance),
-            dtype,
+            dtype=dtype,
         )
         latents.block_until_ready()  # the bar shows finished steps, not queued ones
     return latents

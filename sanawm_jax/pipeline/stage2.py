@@ -22,9 +22,10 @@ from flax import nnx
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import find_weights
 from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
+from sanawm_jax.pipeline.offload import check_offload, streaming_of
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
+from sanawm_jax.pipeline.upstream_folder import open_refiner
 from sanawm_jax.refiner.connectors import pack_states
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, refine
@@ -65,7 +66,8 @@ class RefineOptions:
 class LTX2Refiner:
     """The stage-2 model of a folder, ready to be called.
 
-    Its networks are on the device one after the other and are dropped after each call.
+    Its networks are on the device one after the other and are dropped after each call, whatever
+    `offload` says; `block` also keeps their layers in host memory, see `pipeline.offload`.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class LTX2Refiner:
         *,
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
+        offload: str = "none",
     ):
         self.folder = folder
         self.dtype = resolve_dtype(dtype)
         self.options = options or RefineOptions()
+        self.offload = check_offload(offload)
         self._is_checked = False
 
     @classmethod
@@ -87,13 +91,14 @@ class LTX2Refiner:
         *,
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
+        offload: str = "none",
     ) -> LTX2Refiner:
-        """Opens a refiner folder in diffusers layout, or a hub name.
+        """Opens a refiner folder in diffusers layout, upstream's that holds one, or a hub name.
 
         Raises:
           InputError: it cannot be found or is not a refiner folder.
         """
-        return cls(RefinerFolder(find_weights(name)), dtype=dtype, options=options)
+        return cls(open_refiner(name), dtype=dtype, options=options, offload=offload)
 
     def noise_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the refiner's noise for latents (1, C, F, h, w): the sink has none."""
@@ -164,7 +169,8 @@ class LTX2Refiner:
         noise = self.check(latents.shape, prompt, noise)
         options, (frames, height, width) = self.options, latents.shape[2:]
         text = self.encode_prompt(prompt)
-        graphdef, params = self.folder.load_transformer(self.dtype)
+        place, run = streaming_of(self.offload)
+        graphdef, params = self.folder.load_transformer(self.dtype, place)
         refined = refine(
             graphdef,
             params,
@@ -178,6 +184,7 @@ class LTX2Refiner:
             window_frames=options.refiner_kv_max_frames,
             dtype=self.dtype,
             progress=progress,
+            run=run,
         )
         return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
 
@@ -185,7 +192,7 @@ class LTX2Refiner:
         """The prompt as the transformer reads it; each network is dropped after its turn."""
         tokenizer = self.folder.load_tokenizer()
         ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
-        tower = self.folder.load_text(self.dtype)
+        tower = self.folder.load_text(self.dtype, *streaming_of(self.offload))
         states = tower(ids, mask).block_until_ready()
         del tower
         graphdef, params = self.folder.load_connectors(self.dtype)

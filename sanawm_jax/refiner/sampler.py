@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 
 from sanawm_jax.core.params import Params, apply
+from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.refiner.kv_window import KVWindow, append_block, open_window
 from sanawm_jax.refiner.model import POST_ROPE, PRE_ROPE, Prefix
 from sanawm_jax.refiner.rope import VideoRope, frame_window
@@ -210,6 +211,7 @@ def refine(
     sigmas: tuple[float, ...] = SIGMAS,
     dtype: Any,
     progress: bool = True,
+    run: Runner = call,
 ) -> jax.Array:
     """Refines a clip.
 
@@ -225,6 +227,7 @@ def refine(
       sigmas: falling noise levels down to 0.
       dtype: compute dtype of the network.
       progress: show a progress bar.
+      run: how the compiled functions are called, see `core.streaming`.
 
     Returns:
       (B, F, H, W, c) float32; the sink frames are the given ones.
@@ -244,7 +247,8 @@ def refine(
     out = [latents[:, :sink_frames]]
     if block_frames == 0:
         out.append(
-            refine_at_once(
+            run(
+                refine_at_once,
                 graphdef,
                 params,
                 latents,
@@ -257,7 +261,8 @@ def refine(
             )
         )
         return jnp.concatenate(out, 1)
-    window = capture_sink(
+    window = run(
+        capture_sink,
         graphdef,
         params,
         latents[:, :sink_frames],
@@ -268,7 +273,8 @@ def refine(
     )
     cuts = list(blocks(frames, sink_frames, block_frames))
     for first, last in tqdm(cuts, desc="refining", unit="block", disable=not progress):
-        refined, window = refine_block(
+        refined, window = run(
+            refine_block,
             graphdef,
             params,
             window,

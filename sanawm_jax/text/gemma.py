@@ -21,6 +21,7 @@ from jax import lax
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, apply, build, stack
+from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.errors import InputError
 from sanawm_jax.text.config import SLIDING, GemmaConfig
 
@@ -254,7 +255,7 @@ class GemmaTower(nnx.Module):
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "all_states"))
 def _run(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -267,7 +268,12 @@ def _run(
 
 
 def text_tower(
-    config: GemmaConfig, params: Params, *, dtype: Any = None, all_states: bool = False
+    config: GemmaConfig,
+    params: Params,
+    *,
+    dtype: Any = None,
+    all_states: bool = False,
+    run: Runner = call,
 ) -> Tower:
     """The compiled function (ids (B, L), mask (B, L)) -> last hidden state (B, L, C).
 
@@ -275,6 +281,7 @@ def text_tower(
       params: of `GemmaTower`, as `keys.load_text_encoder` returns them.
       dtype: compute dtype; the parameters' by default.
       all_states: give every hidden state, (layers + 1, B, L, C).
+      run: how the compiled function is called, see `core.streaming`.
 
     The function raises InputError for ids that the embedding does not have, which means that
     tokenizer and text encoder are not of one model.
@@ -288,6 +295,7 @@ def text_tower(
                 f"token id {largest} is past the text encoder's {config.vocab_size} embeddings; "
                 "tokenizer/ and text_encoder/ must come from one model"
             )
-        return _run(graphdef, params, jnp.asarray(ids), jnp.asarray(mask), dtype, all_states)
+        arrays = jnp.asarray(ids), jnp.asarray(mask)
+        return run(_run, graphdef, params, *arrays, dtype=dtype, all_states=all_states)
 
     return tower

@@ -83,13 +83,14 @@ def check_text_encoder(folder: str | Path) -> GemmaConfig:
 
 
 def load_text_encoder(
-    folder: str | Path, *, dtype: Any = None, sharding: Any = None
+    folder: str | Path, *, dtype: Any = None, sharding: Any = None, place: Any = None
 ) -> tuple[GemmaConfig, Params]:
     """Reads a `text_encoder/` folder: config.json and safetensors, single or sharded.
 
     Args:
       dtype: of the parameters; None keeps the file's.
       sharding: a sharding or a tree of them for `jax.device_put`.
+      place: see `keymap.load`.
 
     Raises:
       InputError: a file is absent or broken, or the tensors do not fit the configuration.
@@ -103,6 +104,7 @@ def load_text_encoder(
         what=f"{folder} ({config.model_type})",
         dtype=dtype,
         sharding=sharding,
+        place=place,
         ignore=is_ignored,
     )
     return config, params

@@ -65,7 +65,7 @@ def make_small_text_encoder(
     folder = Path(folder)
     # a caption's first word follows a space after the chi prompt, and none without it
     texts = ["\n".join(chi_prompt), *captions, *(f" {caption}" for caption in captions)]
-    vocab_size = _write_tokenizer(texts, folder / "tokenizer", max_vocab)
+    vocab_size = write_tokenizer(texts, folder / "tokenizer", max_vocab)
     config = GemmaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -110,7 +110,8 @@ def _train(texts: Sequence[str], max_vocab: int) -> tuple[dict[str, int], list[t
     return vocab, [tuple(pair) for pair in model["merges"]]
 
 
-def _write_tokenizer(texts: Sequence[str], folder: Path, max_vocab: int) -> int:
+def write_tokenizer(texts: Sequence[str], folder: Path, max_vocab: int) -> int:
+    """Trains a tokenizer on `texts`, writes it to `folder` and returns its number of tokens."""
     from tokenizers import (
         AddedToken,
         Tokenizer,

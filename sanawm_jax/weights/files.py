@@ -7,11 +7,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sanawm_jax.errors import InputError
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+# of a safetensors header
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 
 
 class SafetensorsFolder:
@@ -47,6 +61,9 @@ class SafetensorsFolder:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._handles[key].get_slice(key).get_shape())
 
+    def dtype(self, key: str) -> np.dtype:
+        return DTYPES[self._handles[key].get_slice(key).get_dtype()]
+
     def read(self, key: str) -> np.ndarray:
         return self._handles[key].get_tensor(key)
 
@@ -62,6 +79,9 @@ class Tensors:
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> np.dtype:
+        return self._tensors[key].dtype
 
     def read(self, key: str) -> np.ndarray:
         return self._tensors[key]

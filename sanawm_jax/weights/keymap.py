@@ -24,6 +24,7 @@ class TensorSource(Protocol):
 
     def keys(self) -> Iterable[str]: ...
     def shape(self, key: str) -> tuple[int, ...]: ...
+    def dtype(self, key: str) -> np.dtype: ...
     def read(self, key: str) -> np.ndarray: ...
 
 
@@ -110,6 +111,11 @@ def _theirs(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     return entry.layout.to_theirs(empty).shape
 
 
+def shapes(entries: list[Entry], abstract: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the source tensors by name, from the shapes of our leaves by dotted path."""
+    return {e.source: _theirs(e, abstract[e.path].shape) for e in entries}
+
+
 def _listed(names: list[str]) -> str:
     head = ", ".join(names[:8])
     return head + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -132,8 +138,7 @@ def check(
     Raises:
       InputError: one line that lists missing, unexpected and mis-shaped tensors.
     """
-    shapes = {path: leaf.shape for path, leaf in leaves(abstract)}
-    expected = {e.source: _theirs(e, shapes[e.path]) for e in entries}
+    expected = shapes(entries, dict(leaves(abstract)))
     found = set(source.keys())
     missing = sorted(expected.keys() - found)
     unexpected = sorted(k for k in found - expected.keys() if not ignore(k))
@@ -163,6 +168,7 @@ def load(
     what: str,
     dtype: Any = None,
     sharding: Any = None,
+    place: Callable[[str, np.ndarray], Any] | None = None,
     ignore: Callable[[str], bool] = lambda key: False,
 ) -> Params:
     """Reads a parameter tree, one tensor at a time, strictly.
@@ -174,6 +180,7 @@ def load(
       what: name of the weights for messages.
       dtype: dtype of the floating leaves; None keeps the file's.
       sharding: a sharding or a tree of them for `jax.device_put`; None is the default device.
+      place: (dotted path, array) -> leaf, in place of putting it on the device.
       ignore: source names that are left out on purpose.
 
     Raises:
@@ -186,7 +193,7 @@ def load(
     shardings = dict(leaves(sharding)) if isinstance(sharding, dict) else None
     flat = {}
     for path, leaf in leaves(abstract):
-        host = None
+        host: Any = None
         for entry in by_path[path]:
             value = entry.layout.to_ours(source.read(entry.source))
             target = dtype if dtype is not None and _is_float(value) else value.dtype
@@ -196,7 +203,10 @@ def load(
             if host is None:  # the stack is allocated once, in its final dtype
                 host = np.empty(leaf.shape, target)
             host[entry.index] = value
-        flat[path] = jax.device_put(host, shardings[path] if shardings else sharding)
+        if place is not None:
+            flat[path] = place(path, host)
+        else:
+            flat[path] = jax.device_put(host, shardings[path] if shardings else sharding)
     return from_leaves(flat)
 
 

@@ -1,0 +1,41 @@
+"""Writes random weights with the released names, shapes and dtypes.
+
+    python -m sanawm_jax.weights.random_init --out DIR --part all
+    python -m sanawm_jax.weights.random_init --out DIR --layout upstream --tiny
+
+The released size takes 18 GB of disk for stage 1 and 64 GB for the refiner; `--tiny` takes
+megabytes. The tokenizers are small ones, trained on one prompt. Prints the folders, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from sanawm_jax.command_line import fail
+from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.export import LAYOUTS
+from sanawm_jax.pipeline.random_weights import PARTS, RELEASED, TINY, write_random
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command line."""
+    parser = argparse.ArgumentParser(prog="python -m sanawm_jax.weights.random_init")
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--layout", default="diffusers", choices=LAYOUTS)
+    parser.add_argument("--part", default="stage1", choices=PARTS)
+    parser.add_argument("--tiny", action="store_true", help="networks of a few thousand weights")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    sizes = TINY if given.tiny else RELEASED
+    try:
+        for folder in write_random(
+            given.out, layout=given.layout, part=given.part, sizes=sizes, seed=given.seed
+        ):
+            print(folder)
+    except InputError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
