@@ -25,15 +25,17 @@ CLIPS = {
     "bidirectional_padded": (11, None),
     "chunk_causal": (8, (0, 4, 7)),
     "chunk_causal_padded": (11, (0, 4, 5, 9)),
+    "chunk_causal_masked": (11, (0, 4, 5, 9)),  # padded, and the caller masks frames too
 }
 
 
-# every mesh runs both models, and each of them also with padding
+# every mesh runs both models; padding is tried on each mesh that shares frames out
 CASES = [
     *((mesh, "bidirectional") for mesh in (FSDP, CONTEXT)),
     *((mesh, "bidirectional_padded") for mesh in (BOTH, ALL)),
     *((mesh, "chunk_causal") for mesh in (FSDP, BOTH)),
-    *((mesh, "chunk_causal_padded") for mesh in (CONTEXT, ALL)),
+    (ALL, "chunk_causal_padded"),
+    (CONTEXT, "chunk_causal_masked"),
 ]
 
 
@@ -47,6 +49,8 @@ def _loss(params: Any, inputs: dict[str, Any], starts: tuple[int, ...] | None) -
 def _on_one_device(name: str) -> tuple[Any, Any, Any, Any]:
     frames, starts = CLIPS[name]
     params, inputs = random_params(), random_inputs(BATCH, frames)
+    if name == "chunk_causal_masked":
+        inputs["frame_mask"] = jnp.ones((BATCH, frames)).at[0, 6:].set(0).at[1, 10:].set(0)
     step = jax.jit(jax.value_and_grad(_loss), static_argnums=2)
     return (params, inputs, *step(params, inputs, starts))
 
