@@ -1,6 +1,9 @@
 """A published refiner folder in diffusers layout: where its parts are, and how they load.
 
-model_index.json  tokenizer/  text_encoder/  connectors/  transformer/  scheduler/
+model_index.json  tokenizer/  text_encoder/  connectors/  transformer/  scheduler/  [lora/]
+
+Adapters in `lora/` are merged into the transformer as it loads. A folder of adapters alone stands
+for the folder that its `base_model_name_or_path` names, with these adapters.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from typing import Any
 
 from flax import nnx
 
+from sanawm_jax.core.lora import LoraConfig, merge_lora
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import ModelFolder
+from sanawm_jax.pipeline.folder import ModelFolder, find_weights
 from sanawm_jax.refiner import keys
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
@@ -23,12 +27,14 @@ from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.weights import keymap
+from sanawm_jax.weights.adapters import adapter_config, is_adapter_folder, load_adapters
 from sanawm_jax.weights.files import SafetensorsFolder, class_name, read_config
 
 # LTX-2's own transformer has the same tensors
 _TRANSFORMERS = ("SanaWMLTX2RefinerTransformer3DModel", "LTX2VideoTransformer3DModel")
 _CONNECTORS = ("LTX2TextConnectors",)
 _TEXT_LENGTH = 1024
+LORA = "lora"
 
 
 class RefinerFolder(ModelFolder):
@@ -43,7 +49,8 @@ class RefinerFolder(ModelFolder):
     kind = "refiner"
 
     def __init__(self, folder: str | Path):
-        super().__init__(folder)
+        base, self.lora = _split_adapters(Path(folder))
+        super().__init__(base)
         self._expect("transformer", _TRANSFORMERS)
         self._expect("connectors", _CONNECTORS)
         self.config = RefinerConfig.from_json(read_config(self.part("transformer")))
@@ -112,6 +119,8 @@ class RefinerFolder(ModelFolder):
                 what=str(folder),
                 ignore=ignore,
             )
+        if self.lora is not None:
+            self.load_lora()
 
     def _transformer_parts(self) -> tuple[Any, ...]:
         table = keys.refiner_table(self.config)
@@ -136,8 +145,27 @@ class RefinerFolder(ModelFolder):
         return graphdef, params
 
     def load_transformer(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
-        """Graph definition and parameters of the transformer's video half."""
+        """Graph definition and parameters of the transformer's video half, adapters merged."""
+        graphdef, params = self.load_base(dtype)
+        if self.lora is not None:
+            lora, adapters = self.load_lora()
+            params = merge_lora(params, adapters, lora.scale)
+        return graphdef, params
+
+    def load_base(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
+        """`load_transformer` without adapters."""
         return self._load(self._transformer_parts(), dtype)
+
+    def load_lora(self) -> tuple[LoraConfig, Params]:
+        """The transformer's adapters, float32.
+
+        Raises:
+          InputError: there are none, or they do not fit the transformer.
+        """
+        if self.lora is None:
+            raise InputError(f"{self.path} has no {LORA}/")
+        table = keys.refiner_table(self.config)
+        return load_adapters(self.lora, build(Refiner, self.config)[1], table)
 
     def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
         """Graph definition and parameters of the video connector."""
@@ -150,3 +178,17 @@ class RefinerFolder(ModelFolder):
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.part("tokenizer"))
+
+
+def _split_adapters(folder: Path) -> tuple[Path, Path | None]:
+    """The folder of the whole model, and that of its adapters if it has some."""
+    if is_adapter_folder(folder) and not (folder / "model_index.json").is_file():
+        base = adapter_config(folder).get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                f"{folder} holds adapters alone and its adapter_config.json names no "
+                f"base_model_name_or_path; put it into a refiner folder as {LORA}/"
+            )
+        return find_weights(base), folder
+    inside = folder / LORA
+    return folder, inside if inside.is_dir() else None
