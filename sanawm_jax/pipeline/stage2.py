@@ -190,7 +190,7 @@ class LTX2Refiner:
         del tower
         graphdef, params = self.folder.load_connectors(self.dtype)
         # the connectors' mask shows everything: registers stand where padding was
-        return RefinerText(_connect(graphdef, params, states, jnp.asarray(mask), self.dtype))
+        return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
 
 
 def _channels_last(latents: np.ndarray) -> jax.Array:
@@ -198,7 +198,8 @@ def _channels_last(latents: np.ndarray) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _connect(
+def connect_text(
     graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
 ) -> jax.Array:
+    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
     return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

@@ -19,7 +19,10 @@ StepFunction = Callable[..., tuple[TrainState, Metrics]]
 
 
 class Loss(Protocol):
-    """(params, resident data, batch, key) -> loss, further metrics; all () float32."""
+    """(params, resident data, batch, key) -> loss, further metrics; all () float32.
+
+    A loss that changes during the run has a method `at_step`: () int32 -> the loss of that step.
+    """
 
     def __call__(
         self, params: Params, resident: Any, batch: Any, key: jax.Array
@@ -55,7 +58,9 @@ def train_step(
       the state after, and float32 scalars: loss, learning_rate, grad_norm and the loss's own.
     """
     step_key = jax.random.fold_in(key, state.step)
-    (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(
+    at_step = getattr(loss, "at_step", None)
+    objective = at_step(state.step) if at_step else loss
+    (value, aux), gradients = jax.value_and_grad(objective, has_aux=True)(
         state.params, resident, batch, step_key
     )
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

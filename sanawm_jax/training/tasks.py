@@ -63,12 +63,14 @@ class Task:
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
-    """The task that `config.task` names, "vae" or "dit"; see `configs/`.
+    """The task that `config.task` names, "vae", "dit" or "refiner"; see `configs/`.
 
     Raises:
       InputError: unknown task, missing data or weights.
     """
-    makers = {"vae": vae_task, "dit": dit_task}
+    from sanawm_jax.training.refiner_task import refiner_task  # which builds on this module
+
+    makers = {"vae": vae_task, "dit": dit_task, "refiner": refiner_task}
     if config.task not in makers:
         raise InputError(f"task={config.task!r}; use one of {', '.join(makers)}")
     return makers[config.task](config, workdir)
@@ -190,7 +192,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
     folder = workdir / "export"
     clips = open_source(config)
-    cache = _cached(config, workdir, clips)
+    cache = cached_clips(config, workdir, clips)
     resident = {name: jax.device_put(np.asarray(a)) for name, a in cache.items()}
     size = len(cache["latents"])
     logging.info(
@@ -248,13 +250,20 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     return Task(params, resident, size, loss, export)
 
 
+def cache_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    """Where encoded clips are; a run may take those of another one."""
+    given = config.get("cache_dir", "")
+    return Path(given).expanduser().absolute() if given else workdir / "latents"
+
+
 def _text_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     return Path(config.text_dir) if config.text_dir else workdir / "export"
 
 
-def _cached(
+def cached_clips(
     config: ml_collections.ConfigDict, workdir: Path, clips: Sequence
 ) -> dict[str, np.ndarray]:
+    """The clips as stage 1 sees them, see `data.latent_cache`, in `config.cache_dir` if given."""
     vae_config, vae_params = load_vae(config.vae_dir, dtype=np.float32)
     text = _text_folder(config, workdir)
     if not (text / "text_encoder" / "config.json").is_file():
@@ -279,7 +288,7 @@ def _cached(
     views = ALL_VIEWS if config.augment else ALL_VIEWS[:1]
     facts = (config.data_dir, len(clips), shape, config.text_length, views)
     return build_cache(
-        workdir / "latents",
+        cache_folder(config, workdir),
         clips,
         vae_config,
         vae_params,
