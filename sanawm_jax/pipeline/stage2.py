@@ -65,7 +65,8 @@ class RefineOptions:
 class LTX2Refiner:
     """The stage-2 model of a folder, ready to be called.
 
-    Its networks are on the device one after the other and are dropped after each call.
+    Its networks are on the device one after the other and are dropped after each call, unless
+    `keep` is set: then they stay, for many clips of a small model.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class LTX2Refiner:
         *,
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
+        keep: bool = False,
     ):
         self.folder = folder
+        self._kept: dict[str, Any] | None = {} if keep else None
         self.dtype = resolve_dtype(dtype)
         self.options = options or RefineOptions()
         self._is_checked = False
@@ -87,13 +90,23 @@ class LTX2Refiner:
         *,
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
+        keep: bool = False,
     ) -> LTX2Refiner:
         """Opens a refiner folder in diffusers layout, or a hub name.
 
         Raises:
           InputError: it cannot be found or is not a refiner folder.
         """
-        return cls(RefinerFolder(find_weights(name)), dtype=dtype, options=options)
+        return cls(RefinerFolder(find_weights(name)), dtype=dtype, options=options, keep=keep)
+
+    def _part(self, name: str) -> Any:
+        """A network of the folder by the name of its `load_*`."""
+        load = getattr(self.folder, f"load_{name}")
+        if self._kept is None:
+            return load(self.dtype)
+        if name not in self._kept:
+            self._kept[name] = load(self.dtype)
+        return self._kept[name]
 
     def noise_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the refiner's noise for latents (1, C, F, h, w): the sink has none."""
@@ -164,7 +177,7 @@ class LTX2Refiner:
         noise = self.check(latents.shape, prompt, noise)
         options, (frames, height, width) = self.options, latents.shape[2:]
         text = self.encode_prompt(prompt)
-        graphdef, params = self.folder.load_transformer(self.dtype)
+        graphdef, params = self._part("transformer")
         refined = refine(
             graphdef,
             params,
@@ -185,10 +198,10 @@ class LTX2Refiner:
         """The prompt as the transformer reads it; each network is dropped after its turn."""
         tokenizer = self.folder.load_tokenizer()
         ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
-        tower = self.folder.load_text(self.dtype)
+        tower = self._part("text")
         states = tower(ids, mask).block_until_ready()
         del tower
-        graphdef, params = self.folder.load_connectors(self.dtype)
+        graphdef, params = self._part("connectors")
         # the connectors' mask shows everything: registers stand where padding was
         return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
 
