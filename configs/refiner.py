@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 1
     config.steps_per_call = 1
-    config.num_steps = 10_000
+    config.steps = 10_000
     config.optimizer.update(
         learning_rate=1e-5,
         betas=(0.9, 0.999),

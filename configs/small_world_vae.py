@@ -26,5 +26,5 @@ def get_config() -> ConfigDict:
     config.batch_size = 32
     config.max_minutes = 7.0
     config.ema_decay = 0.998
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=300)
+    config.optimizer.update(name="muon", learning_rate=2e-3, warmup_steps=300)
     return config

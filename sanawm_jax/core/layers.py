@@ -118,6 +118,9 @@ class Conv(nnx.Module):
             # torch's symmetric padding; "SAME" differs on even kernels
             padding = [(k // 2, k // 2) for k in kernel.shape[:rank]]
         letters = "DHW"[3 - rank :]
+        # One rounding, after the bias, as in a fused convolution; a CPU has none and rounds twice
+        # unless it is asked for float32.
+        is_wide = jax.default_backend() == "cpu" and x.dtype != jnp.float32
         y = lax.conv_general_dilated(
             x,
             kernel,
@@ -125,8 +128,11 @@ class Conv(nnx.Module):
             padding,
             dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
             feature_group_count=groups,
+            preferred_element_type=jnp.float32 if is_wide else None,
         )
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype).astype(y.dtype)
+        return y.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -56,15 +56,20 @@ def build_with(
     return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
-def init(module: type[nnx.Module], config: Any, key: jax.Array) -> Params:
-    """Random float32 parameters of `module(config)`, made by one compiled function."""
+def init(module: type[nnx.Module], config: Any, key: jax.Array, *, shardings: Any = None) -> Params:
+    """Random float32 parameters of `module(config)`, made by one compiled function.
 
-    @jax.jit
+    Args:
+      module, config: see `build`.
+      key: decides the values, whatever the shardings.
+      shardings: where each leaf is made; by default all on one device.
+    """
+
     def make(key: jax.Array) -> Params:
         _, state = nnx.split(module(config, rngs=nnx.Rngs(key)))  # pyright: ignore
         return _string_keys(nnx.to_pure_dict(state))
 
-    return make(key)
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def apply(

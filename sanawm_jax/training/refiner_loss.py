@@ -1,4 +1,4 @@
-"""The loss of a training step of the refiner: which frames, which noise, which history.
+"""`prepare` and `loss` of the refiner, see `training.step`: which frames, noise, history.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
 tokens, C text width.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from sanawm_jax.training.refiner_flow import (
     LEVELS,
     START_SIGMA,
     ChunkLayout,
+    Sequence,
     augment_stage1,
     chunk_layouts,
     clip_sequence,
@@ -96,170 +96,196 @@ def make_objective(config: ConfigDict, frames: int) -> Objective:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RefinerLoss:
-    """See `training.step.Loss`; a batch is rows of `resident["stage1"]`.
+class PrepareRefiner:
+    """Rows of `resident["stage1"]` to examples, with all that is random about them.
 
-    `resident` holds latents (n, F, H, W, c), stage1 (s n, F, H, W, c), caption (n,), refiner_text
-    (U, L, C) and, if adapters are trained, the frozen base.
+    `resident` holds latents (n, F, H, W, c), stage1 (s n, F, H, W, c), caption (n,) and
+    refiner_text (U, L, C).
+
+    Attributes:
+      objective: what an example is.
+      clips: n.
+      step: () int32, which the mixture of a stream's history depends on.
+    """
+
+    objective: Objective
+    clips: int
+    step: jax.Array | int = 0
+
+    def at_step(self, step: jax.Array) -> PrepareRefiner:
+        return dataclasses.replace(self, step=step)
+
+    def __call__(
+        self, resident: dict[str, Any], batch: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        sigma_key, noise_key, augment_key, *stream_keys = jax.random.split(key, 7)
+        objective, clip = self.objective, batch % self.clips
+        stage1 = resident["stage1"][batch].astype(jnp.float32)
+        truth = resident["latents"][clip].astype(jnp.float32)
+        text = resident["refiner_text"][resident["caption"][clip]]
+        sink = objective.sink_frames
+        augmented = augment_stage1(augment_key, stage1, *objective.augment)
+        rows, frames, height, width, _ = truth.shape
+        noise = jax.random.normal(noise_key, truth.shape)
+        if not objective.layouts:
+            tokens = (frames - sink) * height * width
+            # what sampling gives as it is stays as it is
+            stage1 = jnp.concatenate([stage1[:, :sink], augmented[:, sink:]], 1)
+            sigma = sample_sigmas(sigma_key, rows, tokens, objective.levels)
+            sequence = clip_sequence(stage1, truth, noise, sigma, sink)
+            return {
+                "latents": sequence.latents,
+                "sigma": sequence.sigma,
+                "target": sequence.target,
+                "text": text,
+            }
+        layout_key, kind_key, steps_key, seed_key = stream_keys
+        tokens = objective.chunk * height * width
+        # one draw for all rows: positions have no batch axis, and a rollout is for all or none
+        shared = {
+            "layout": jax.random.randint(layout_key, (), 0, len(objective.layouts)),
+            "history": history.draw_history_kind(
+                kind_key, jnp.asarray(self.step), objective.curriculum
+            ),
+            "rollout_steps": history.draw_rollout_steps(steps_key),
+        }
+        return {
+            **{name: jnp.broadcast_to(value, (rows,)) for name, value in shared.items()},
+            "stage1": stage1,
+            "augmented": augmented,
+            "truth": truth,
+            "noise": noise,
+            "sigma": sample_sigmas(sigma_key, rows, tokens, objective.levels),
+            "text": text,
+            # a row's own randomness for what happens to its history
+            "seed": jax.random.key_data(jax.random.split(seed_key, rows)),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RefinerLoss:
+    """Mean squared error of the velocity on the noised frames of `PrepareRefiner`'s examples.
 
     Attributes:
       graphdef: of the `Refiner`, adapted if adapters are trained.
       rope: tables of the whole clip.
-      clips: n.
+      objective: what an example is.
       dtype, remat: see `refiner_flow.predict_velocity`.
+      base: frozen weights under the adapters, if adapters are trained.
     """
 
     graphdef: nnx.GraphDef
     rope: VideoRope
     objective: Objective
-    clips: int
     dtype: Any
     remat: str = "none"
+    base: Params | None = None
 
-    def __call__(
-        self, params: Params, resident: dict[str, Any], batch: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """The loss of step 0."""
-        return self.at_step(jnp.int32(0))(params, resident, batch, key)
+    def given(self, resident: dict[str, Any]) -> RefinerLoss:
+        return dataclasses.replace(self, base=resident.get("base"))
 
-    def at_step(self, step: jax.Array) -> Callable[..., tuple[jax.Array, Metrics]]:
-        """The loss of a step, on which a stream's history depends."""
+    def __call__(self, params: Params, examples: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        if self.base is not None:
+            params = combine(self.base, params)
+        if self.objective.layouts:
+            return self._stream(params, examples), {}
+        latents = examples["latents"]
+        positions = jnp.arange(latents.shape[1])
+        sequence = Sequence(latents, examples["sigma"], examples["target"], positions)
+        return self._loss(params, sequence, examples["text"]), {}
 
-        def loss(
-            params: Params, resident: dict[str, Any], batch: jax.Array, key: jax.Array
-        ) -> tuple[jax.Array, Metrics]:
-            if "base" in resident:
-                params = combine(resident["base"], params)
-            clip = batch % self.clips
-            example = _Example(
-                params,
-                resident["stage1"][batch].astype(jnp.float32),
-                resident["latents"][clip].astype(jnp.float32),
-                resident["refiner_text"][resident["caption"][clip]],
-            )
-            run = self._stream if self.objective.layouts else self._clip
-            return run(example, key, step), {}
-
-        return loss
-
-    def _sigmas(self, key: jax.Array, noised: jax.Array) -> jax.Array:
-        batch, frames, height, width, _ = noised.shape
-        return sample_sigmas(key, batch, frames * height * width, self.objective.levels)
-
-    def _clip(self, example: _Example, key: jax.Array, step: jax.Array) -> jax.Array:
-        del step
-        sigma_key, noise_key, augment_key = jax.random.split(key, 3)
-        sink, truth = self.objective.sink_frames, example.truth
-        stage1 = augment_stage1(augment_key, example.stage1, *self.objective.augment)
-        # what is given at sampling is not augmented
-        stage1 = jnp.concatenate([example.stage1[:, :sink], stage1[:, sink:]], 1)
-        sequence = clip_sequence(
-            stage1,
-            truth,
-            jax.random.normal(noise_key, truth.shape),
-            self._sigmas(sigma_key, truth[:, sink:]),
-            sink,
-        )
+    def _loss(self, params: Params, sequence: Sequence, text: jax.Array) -> jax.Array:
         return sequence_loss(
             self.graphdef,
-            example.params,
+            params,
             sequence,
-            example.text,
+            text,
             self.rope,
             dtype=self.dtype,
             remat=self.remat,
         )
 
-    def _stream(self, example: _Example, key: jax.Array, step: jax.Array) -> jax.Array:
-        """One chunk, drawn uniformly for the whole batch: positions have no batch axis."""
-        draw_key, *keys = jax.random.split(key, 5)
-        drawn = jax.random.randint(draw_key, (), 0, len(self.objective.layouts))
-        # layouts of one length share a program
-        lengths = [tuple(map(len, layout)) for layout in self.objective.layouts]
+    def _stream(self, params: Params, examples: dict[str, jax.Array]) -> jax.Array:
+        """The loss of the chunk that was drawn; layouts of one length share a program."""
+        layouts = self.objective.layouts
+        lengths = [(len(layout.context), len(layout.current)) for layout in layouts]
         kinds = sorted(set(lengths))
+        drawn = examples["layout"][0]
         branches = []
         for kind in kinds:
             rows = [i for i, length in enumerate(lengths) if length == kind]
-            place = np.searchsorted(rows, np.arange(len(lengths))).clip(0, len(rows) - 1)
-            context, current = (
-                np.array([self.objective.layouts[i][part] for i in rows], np.int32)
-                for part in range(2)
+            # where a layout is among those of its kind; others never come here
+            place = np.searchsorted(rows, np.arange(len(layouts))).clip(0, len(rows) - 1)
+            tables = (
+                np.array([layouts[i].context for i in rows]),
+                np.array([layouts[i].current for i in rows]),
             )
 
             def branch(
-                example: _Example,
-                context: np.ndarray = context,
-                current: np.ndarray = current,
+                params: Params,
+                examples: dict[str, jax.Array],
                 place: np.ndarray = place,
+                tables: tuple[np.ndarray, np.ndarray] = tables,
             ) -> jax.Array:
                 row = jnp.asarray(place)[drawn]
-                frames = jnp.asarray(context)[row], jnp.asarray(current)[row]
-                return self._chunk(example, *frames, step, keys)
+                context, current = (jnp.asarray(table)[row] for table in tables)
+                return self._chunk(params, examples, context, current)
 
             branches.append(branch)
         which = jnp.asarray([kinds.index(length) for length in lengths])[drawn]
-        return lax.switch(which, branches, example)
+        return lax.switch(which, branches, params, examples)
 
     def _chunk(
         self,
-        example: _Example,
+        params: Params,
+        examples: dict[str, jax.Array],
         context: jax.Array,
         current: jax.Array,
-        step: jax.Array,
-        keys: list[jax.Array],
     ) -> jax.Array:
         """The loss of one chunk; context and current are absolute frames, (F,) and (f,)."""
-        sigma_key, noise_key, augment_key, history_key = keys
-        truth = example.truth[:, current]
+        parts = (examples[name][:, current] for name in ("augmented", "truth", "noise"))
         sequence = stream_sequence(
-            self._history(example, context, step, history_key),
-            augment_stage1(augment_key, example.stage1[:, current], *self.objective.augment),
-            truth,
-            jax.random.normal(noise_key, truth.shape),
-            self._sigmas(sigma_key, truth),
-            jnp.concatenate([context, current]),
+            self._history(params, examples, context),
+            *parts,
+            sigma=examples["sigma"],
+            positions=jnp.concatenate([context, current]),
         )
-        return sequence_loss(
-            self.graphdef,
-            example.params,
-            sequence,
-            example.text,
-            self.rope,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
+        return self._loss(params, sequence, examples["text"])
 
     def _history(
-        self, example: _Example, context: jax.Array, step: jax.Array, key: jax.Array
+        self, params: Params, examples: dict[str, jax.Array], context: jax.Array
     ) -> jax.Array:
-        """Latents of the context: the sink as it is, then history of the kind that is drawn."""
+        """Latents of the context: the sink as it is, then history of the kind that was drawn."""
         objective, first = self.objective, self.objective.first
-        true = example.truth[:, context]
+        true = examples["truth"][:, context]
         if len(context) <= first:
             return true
-        kind_key, strength_key, damage_key, rollout_key = jax.random.split(key, 4)
+        keys = jax.vmap(jax.random.wrap_key_data)(examples["seed"])
 
         def damaged() -> jax.Array:
-            strength = jax.random.uniform(strength_key, (len(true),))
+            def one(key: jax.Array, frames: jax.Array) -> jax.Array:
+                strength_key, damage_key = jax.random.split(key)
+                strength = jax.random.uniform(strength_key, (1,))
+                return history.corrupt(damage_key, frames[None], strength, objective.corruption)[0]
+
             # sampling gives the sink exactly, so it is never damaged
-            rest = history.corrupt(damage_key, true[:, first:], strength, objective.corruption)
-            return jnp.concatenate([true[:, :first], rest], 1)
+            return jnp.concatenate([true[:, :first], jax.vmap(one)(keys, true[:, first:])], 1)
 
         kinds = [lambda: true, damaged]
         if objective.curriculum.has_rollouts:
-            kinds.append(lambda: self._rollout(example, context, rollout_key))
-        kind = history.draw_history_kind(kind_key, step, objective.curriculum)
-        return lax.stop_gradient(lax.switch(jnp.minimum(kind, len(kinds) - 1), kinds))
+            kinds.append(lambda: self._rollout(params, examples, context, keys))
+        kind = jnp.minimum(examples["history"][0], len(kinds) - 1)
+        return lax.stop_gradient(lax.switch(kind, kinds))
 
-    def _rollout(self, example: _Example, context: jax.Array, key: jax.Array) -> jax.Array:
+    def _rollout(
+        self, params: Params, examples: dict[str, jax.Array], context: jax.Array, keys: jax.Array
+    ) -> jax.Array:
         """History chunk by chunk as the present weights sample it, without a gradient."""
-        example = lax.stop_gradient(example)
-        steps_key, noise_key = jax.random.split(key)
-        steps, first = history.draw_rollout_steps(steps_key), self.objective.first
-        stage1 = example.stage1[:, context]
-        noise = jax.random.normal(noise_key, stage1.shape)
+        params, first = lax.stop_gradient(params), self.objective.first
+        stage1 = examples["stage1"][:, context]
+        noise = jax.vmap(lambda key: jax.random.normal(key, stage1.shape[1:]))(keys)
         start = (1 - START_SIGMA) * stage1 + START_SIGMA * noise
-        given = example.truth[:, context[:first]]
+        given = examples["truth"][:, context[:first]]
         cuts = [*range(first, len(context), self.objective.chunk), len(context)]
         for begin, end in itertools.pairwise(cuts):
 
@@ -268,27 +294,17 @@ class RefinerLoss:
             ) -> jax.Array:
                 return predict_velocity(
                     self.graphdef,
-                    example.params,
+                    params,
                     jnp.concatenate([given, x], 1),
                     sigma,
-                    example.text,
+                    examples["text"],
                     self.rope,
                     context[:end],
                     context_frames=given.shape[1],
                     dtype=self.dtype,
                 )
 
+            steps = examples["rollout_steps"][0]
             sampled = history.euler_rollout(velocity, start[:, begin:end], steps)
             given = jnp.concatenate([given, sampled], 1)
         return given
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Example:
-    """Weights and data of one batch."""
-
-    params: Params
-    stage1: jax.Array  # B F H W c
-    truth: jax.Array  # B F H W c
-    text: jax.Array  # B L C

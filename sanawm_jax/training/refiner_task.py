@@ -41,12 +41,12 @@ from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.export import export_connectors, export_refiner, write_refiner_index
-from sanawm_jax.training.refiner_loss import RefinerLoss, make_objective
+from sanawm_jax.training.objective import compute_dtype
+from sanawm_jax.training.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
 from sanawm_jax.training.tasks import (
     Task,
     cache_folder,
     cached_clips,
-    compute_dtype,
     open_source,
 )
 from sanawm_jax.weights import keymap
@@ -80,24 +80,28 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
         )
     objective = make_objective(config, frames)
     data["refiner_text"] = _text(config, workdir, base)
-    resident: dict[str, Any] = {k: jax.device_put(np.asarray(a)) for k, a in data.items()}
+    resident: dict[str, Any] = {name: np.asarray(a) for name, a in data.items()}
     logging.info("%d pairs of %d clips", len(data["stage1"]), clips)
     dtype, key = compute_dtype(config.dtype), jax.random.key(config.seed)
-    graphdef, _ = build(Refiner, model)
+    graphdef, abstract = build(Refiner, model)
     if lora and base:
         graphdef, abstract = build_adapted(Refiner, model, lora)
-        params = init_adapters(abstract, key)
         # frozen, so the compute dtype is all that it needs
         _, resident["base"] = base.load_transformer(dtype)
-    elif base:
-        _, params = base.load_transformer(jnp.float32)
-    else:
-        params = init(Refiner, model, key)
+
+    def make(shardings: Any) -> Params:
+        if lora:
+            params = init_adapters(abstract, key)
+        elif base:
+            _, params = base.load_transformer(jnp.float32)
+        else:
+            return init(Refiner, model, key, shardings=shardings)
+        return params if shardings is None else jax.device_put(params, shardings)
+
     loss = RefinerLoss(
         graphdef=graphdef,
         rope=video_rope(model, frames, height, width, config.fps),
         objective=objective,
-        clips=clips,
         dtype=dtype,
         remat=config.remat,
     )
@@ -108,7 +112,8 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
         else:
             _export_whole(config, model, params, base, workdir / "export")
 
-    return Task(params, resident, len(data["stage1"]), loss, export)
+    prepare = PrepareRefiner(objective, clips)
+    return Task(abstract, make, resident, len(data["stage1"]), prepare, loss, export)
 
 
 def _base(config: ConfigDict) -> RefinerFolder | None:

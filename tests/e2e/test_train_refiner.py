@@ -134,9 +134,9 @@ def test_the_export_is_a_refiner_that_sample_py_takes(
 
 def test_resume_is_bit_equal_and_keeps_the_pairs(stage1: Path, base: Path, tmp_path: Path) -> None:
     stamp = (base / "latents" / "stage1.npy").stat().st_mtime_ns
-    config = config_of(stage1, base, num_steps=2)
+    config = config_of(stage1, base, steps=2)
     train(config, tmp_path)
-    config.num_steps = 4
+    config.steps = 4
     train(config, tmp_path)
     # history is drawn by the step, which a resumed run goes on with
     assert [r["loss"] for r in rows(tmp_path)] == [r["loss"] for r in rows(base)]
@@ -170,7 +170,7 @@ def test_lora_run(stage1: Path, base: Path, tmp_path: Path) -> None:
 
 def test_whole_clips_with_the_other_levels(stage1: Path, base: Path, tmp_path: Path) -> None:
     """All weights from a base on, on whole clips."""
-    config = config_of(stage1, base, base_dir=str(base / "export"), num_steps=2, save_every=2)
+    config = config_of(stage1, base, base_dir=str(base / "export"), steps=2, save_every=2)
     config.update(objective="clip", levels="shifted_logit_normal", stage1_noise=(0.0, 0.2))
     state = train(config, tmp_path)
     assert "blocks.ffn.up.kernel" in dict(leaves(state.params))
@@ -180,7 +180,7 @@ def test_whole_clips_with_the_other_levels(stage1: Path, base: Path, tmp_path: P
 def test_pairs_of_other_settings_are_made_anew(stage1: Path, base: Path, tmp_path: Path) -> None:
     before = np.load(base / "latents" / "stage1.npy")
     shutil.copytree(base / "latents", tmp_path / "latents")
-    config = config_of(stage1, tmp_path, num_steps=1, save_every=1)
+    config = config_of(stage1, tmp_path, steps=1, save_every=1)
     config.pairs.seeds = 2
     train(config, tmp_path)
     pairs = np.load(tmp_path / "latents" / "stage1.npy")

@@ -19,7 +19,7 @@ def get_config(task: str) -> ConfigDict:
     }[task]
     config = runpy.run_path(str(_CONFIGS / file))["get_config"]()
     config.synthetic.update(clips=4, num_frames=9, height=32, width=32)
-    config.update(batch_size=2, steps_per_call=2, num_steps=4, max_minutes=0.0, save_every=4)
+    config.update(batch_size=2, steps_per_call=2, steps=4, max_minutes=0.0, save_every=4)
     config.update(log_every=1)
     config.optimizer.update(schedule="constant", warmup_steps=1)
     if task == "vae":
