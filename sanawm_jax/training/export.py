@@ -33,7 +33,7 @@ _INDEX = {
 
 _REFINER_INDEX = {
     "_class_name": "SanaWMLTX2Refiner",
-    "connectors": ["diffusers", "LTX2TextConnectors"],
+    "connectors": ["ltx2", "LTX2TextConnectors"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Gemma3TextModel"],
     "tokenizer": ["transformers", "GemmaTokenizer"],

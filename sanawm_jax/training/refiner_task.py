@@ -72,7 +72,7 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
     stage1 = Stage1Folder(find_weights(config.stage1_dir))
     data = _clips_and_pairs(config, workdir, stage1)
     clips, frames, height, width, channels = data["latents"].shape
-    model = base.config if base else _new_model(config, channels)
+    model = base.config if base else new_model(config, channels)
     if model.in_channels != channels:
         raise InputError(
             f"{config.base_dir} refines latents of {model.in_channels} channels, stage 1's have "
@@ -120,7 +120,7 @@ def _base(config: ConfigDict) -> RefinerFolder | None:
     return RefinerFolder(find_weights(config.base_dir)) if config.base_dir else None
 
 
-def _new_model(config: ConfigDict, channels: int) -> RefinerConfig:
+def new_model(config: ConfigDict, channels: int) -> RefinerConfig:
     if "refiner" not in config:
         raise InputError("base_dir is empty, and the configuration describes no new refiner")
     sizes = config.refiner.to_dict()
@@ -209,7 +209,7 @@ def _weights(*folders: Path) -> list[Path]:
     return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 
-def _make_text_path(config: ConfigDict, captions: Sequence[str], folder: Path) -> None:
+def make_text_path(config: ConfigDict, captions: Sequence[str], folder: Path) -> None:
     """A tiny random tower with a trained tokenizer, and random connectors; both stay frozen."""
     if (folder / "connectors" / "config.json").is_file():
         return
@@ -263,7 +263,7 @@ def _text(config: ConfigDict, workdir: Path, base: RefinerFolder | None) -> np.n
     _, captions = cache_facts(cache_folder(config, workdir))
     if base is None:
         folder, length = workdir / "export", config.text.length
-        _make_text_path(config, captions, folder)
+        make_text_path(config, captions, folder)
     else:
         folder, length = base.path, base.text_length
     tower_folder, connectors = folder / "text_encoder", folder / "connectors"

@@ -12,22 +12,27 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers import transformer_sana_wm_refiner as reference_module
+from diffusers.pipelines.sana_wm import refiner as reference_pipeline
 from diffusers.pipelines.sana_wm.refiner import _pack_latents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sanawm_jax.core.lora import LoraConfig, build_adapted, combine, init_adapters
-from sanawm_jax.core.params import Params, apply, build
+from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
+from sanawm_jax.pipeline.stage2 import LTX2Refiner
 from sanawm_jax.refiner.keys import is_audio, refiner_table
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.training import refiner_flow as flow
+from sanawm_jax.training.export import export_refiner, write_refiner_index
+from sanawm_jax.training.refiner_task import make_text_path, new_model
 from sanawm_jax.weights import keymap
 from sanawm_jax.weights.adapters import load_adapters, save_adapters
+from tests.e2e.tiny_config import get_config
 from tests.parity.compare import relative
-from tests.parity.refiner_reference import CHANNELS, make_refiner, make_transformer
+from tests.parity.refiner_reference import CHANNELS, load_refiner, make_refiner, make_transformer
 from tests.parity.test_refiner import FPS, channels_last, draw, load
 
 CPU = torch.device("cpu")
@@ -292,3 +297,26 @@ def test_adapters_that_do_not_fit_are_one_line(case: str, good: Path) -> None:
 def test_adapters_alone_without_a_base_are_one_line(good: Path) -> None:
     with pytest.raises(InputError, match="names no base_model_name_or_path"):
         RefinerFolder(good / "lora")
+
+
+def test_the_reference_runs_an_exported_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder as a training run leaves it: its text path, its weights, a refined clip."""
+    config = get_config("refiner")
+    config.export_dtype = "float32"
+    model = new_model(config, CHANNELS)
+    make_text_path(config, ["a green house", "a yellow tree by the lake"], tmp_path)
+    params = init(Refiner, model, jax.random.key(0))
+    export_refiner(model, params, tmp_path / "transformer", "float32")
+    write_refiner_index(tmp_path, config.text.length)
+
+    noises = [draw(1, CHANNELS, 3, HEIGHT, WIDTH, seed=s) for s in (6, 7)]
+    queue = iter(noises)
+    monkeypatch.setattr(reference_pipeline, "randn_tensor", lambda *args, **options: next(queue))
+    clip, prompt = draw(1, CHANNELS, 7, HEIGHT, WIDTH, seed=5), "a green tree"
+    theirs = load_refiner(tmp_path)(clip, prompt, fps=FPS, output_type="latent")
+    ours = LTX2Refiner.from_pretrained(tmp_path, dtype="float32")(
+        clip.numpy(), prompt, fps=FPS, noise=torch.cat(noises, 2).numpy(), progress=False
+    )
+    assert relative(ours, theirs) <= 1e-4
