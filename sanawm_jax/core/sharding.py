@@ -103,6 +103,16 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (r"(^|\.)final\.kernel$", P("fsdp", None)),
     (r"(_embed(\.conv|\.fc[12])?|time_in|time_out|modulation|final)\.bias$", P()),
     (r"(text_norm\.scale|final_table)$", P()),
+    # the refiner's blocks, and adapters of any model
+    (r"(^|\.)lora_[ab]$", P()),
+    (r"blocks\.((cross_)?attn\.[qkv]|ffn\.up)\.kernel$", P("fsdp", "tensor")),
+    (r"blocks\.((cross_)?attn\.out|ffn\.down)\.kernel$", P("tensor", "fsdp")),
+    (r"blocks\.(cross_)?attn\.gate\.kernel$", P("fsdp", None)),
+    (r"blocks\..*(bias|scale|modulation_table)$", P()),
+    (r"(^|\.)caption\.linear_1\.kernel$", P("fsdp", "tensor")),
+    (r"(^|\.)caption\.linear_2\.kernel$", P("tensor", "fsdp")),
+    (r"(^|\.)embed\.kernel$", P(None, "fsdp")),
+    (r"(^|\.)(embed|caption\.linear_[12])\.bias$", P()),
     # autoencoders are small: every rank holds all of one
     (r"(encoder|decoder)\.|latents_(mean|std)$", P()),
     # of the training state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,35 @@ class Prepare(Protocol):
     """(resident data, batch, key) -> examples, arrays with the batch's rows on axis 0.
 
     All randomness of a step is drawn here, for the whole batch: a row's noise then depends neither
-    on how many parts the batch is accumulated in nor on how many devices it lies on.
+    on how many parts the batch is accumulated in nor on how many devices it lies on. One that
+    changes over the run has a method `at_step`: () int32 -> what prepares that step.
     """
 
     def __call__(self, resident: Any, batch: Any, key: jax.Array) -> Any: ...
 
 
 class Loss(Protocol):
-    """(params, examples) -> loss and further metrics, () float32, each a mean over the rows."""
+    """(params, examples) -> loss and further metrics, () float32, each a mean over the rows.
+
+    One that reads more than what is trained, a frozen base, has a method `given`: resident data ->
+    the loss with them.
+    """
 
     def __call__(self, params: Params, examples: Any) -> tuple[jax.Array, Metrics]: ...
+
+
+@runtime_checkable
+class ChangingPrepare(Protocol):
+    """See `Prepare`."""
+
+    def at_step(self, step: jax.Array) -> Prepare: ...
+
+
+@runtime_checkable
+class LossOnResident(Protocol):
+    """See `Loss`."""
+
+    def given(self, resident: Any) -> Loss: ...
 
 
 def accumulated_gradients(
@@ -97,6 +116,10 @@ def train_step(
       the state after, and float32 scalars: loss, learning_rate, grad_norm and the loss's own.
     """
     step_key = jax.random.fold_in(key, state.step)
+    if isinstance(prepare, ChangingPrepare):
+        prepare = prepare.at_step(state.step)
+    if isinstance(loss, LossOnResident):
+        loss = loss.given(resident)
     examples = prepare(resident, batch, step_key)
     (value, aux), gradients = accumulated_gradients(loss, state.params, examples, accumulation)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

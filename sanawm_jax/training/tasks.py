@@ -73,9 +73,10 @@ def make_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     Raises:
       InputError: unknown task, missing data or weights.
     """
+    from sanawm_jax.training.refiner_task import refiner_task
     from sanawm_jax.training.stage1 import stage1_task
 
-    makers = {"vae": vae_task, "dit": dit_task, "stage1": stage1_task}
+    makers = {"vae": vae_task, "dit": dit_task, "stage1": stage1_task, "refiner": refiner_task}
     if config.task not in makers:
         raise InputError(f"task={config.task!r}; use one of {', '.join(makers)}")
     return makers[config.task](config, workdir)
@@ -201,7 +202,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
     folder = workdir / "export"
     clips = open_source(config)
-    cache = _cached(config, workdir, clips)
+    cache = cached_clips(config, workdir, clips)
     resident = {name: np.asarray(a) for name, a in cache.items()}
     size = len(cache["latents"])
     logging.info(
@@ -235,13 +236,20 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     return Task(objective.abstract, objective.init, resident, size, prepare, objective.loss, export)
 
 
+def cache_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    """Where encoded clips are; a run may take those of another one."""
+    given = config.get("cache_dir", "")
+    return Path(given).expanduser().absolute() if given else workdir / "latents"
+
+
 def _text_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     return Path(config.text_dir) if config.text_dir else workdir / "export"
 
 
-def _cached(
+def cached_clips(
     config: ml_collections.ConfigDict, workdir: Path, clips: Sequence
 ) -> dict[str, np.ndarray]:
+    """The clips as stage 1 sees them, see `data.latent_cache`, in `config.cache_dir` if given."""
     vae_config, vae_params = load_vae(config.vae_dir, dtype=np.float32)
     text = _text_folder(config, workdir)
     if not (text / "text_encoder" / "config.json").is_file():
@@ -266,7 +274,7 @@ def _cached(
     views = ALL_VIEWS if config.augment else ALL_VIEWS[:1]
     facts = (config.data_dir, len(clips), shape, config.text_length, views)
     return build_cache(
-        workdir / "latents",
+        cache_folder(config, workdir),
         clips,
         vae_config,
         vae_params,
