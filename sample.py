@@ -77,8 +77,10 @@ def _option(name: str) -> Any:
 
 
 def run() -> Path:
+    from sanawm_jax.compilation_cache import use_compilation_cache
     from sanawm_jax.pipeline import command
 
+    use_compilation_cache()
     names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name", "allow_pickle"]
     options = {name: _option(name) for name in names}
     if options["camera"] is not None and flags.FLAGS.action is None:
@@ -95,12 +97,19 @@ def run() -> Path:
 
 def main(_: list[str]) -> None:
     from sanawm_jax.errors import InputError
+    from sanawm_jax.failures import INTERRUPTED, explain
 
     show_notes()
     try:
         print(run())
     except InputError as error:
         fail(str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ Runner = Callable[..., Any]  # `call`, or a `Streamer`
 _STACKED = {"segments.": 2, "blocks.": 1, "layers.": 1}
 
 
+def stacked_axes(path: str) -> int:
+    """Leading stacked axes of a leaf of any of the models, 0 outside of their layers."""
+    return next((d for start, d in _STACKED.items() if path.startswith(start)), 0)
+
+
 def keep_layers(path: str, array: np.ndarray) -> Any:
     """Places a leaf: stacked layers stay in host memory, all else goes to the device.
 
@@ -48,7 +53,7 @@ def keep_layers(path: str, array: np.ndarray) -> Any:
       path: dotted path of the leaf.
       array: the leaf.
     """
-    depth = next((d for start, d in _STACKED.items() if path.startswith(start)), 0)
+    depth = stacked_axes(path)
     return HostStack(array, depth) if depth else jax.device_put(array)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from sanawm_jax.errors import InputError
 from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
 from sanawm_jax.pipeline.generate import SanaWM, read_latents
+from sanawm_jax.pipeline.memory_plan import Need, check_fits
+from sanawm_jax.pipeline.request import Request
 from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
 from sanawm_jax.text.prompts import read_prompt
 
@@ -99,7 +103,7 @@ def sample(
             offload=offload,
             allow_pickle=allow_pickle,
         )
-    refiner_noise = c2w = held_keys = None
+    refiner_noise = c2w = held_keys = kept = None
     if stage1_latents:
         final = read_latents(stage1_latents, None)
         if model:
@@ -107,6 +111,8 @@ def sample(
             model.check("decoder")
         if refiner:
             refiner_noise = refiner.check(final.shape, prompt, refiner_latents)
+        decoded = None if latents_only else model
+        check_fits(lambda: _later_needs(refiner, decoded, final.shape), offload)
     else:
         assert model is not None
         if not image:
@@ -127,6 +133,10 @@ def sample(
             refiner_noise = refiner.check(model.latent_shape(request), prompt, refiner_latents)
         if not latents_only:
             model.check("decoder")
+        check_fits(
+            lambda: _needs(model, refiner, request, text_length, cfg_scale > 1, not latents_only),
+            offload,
+        )
         final = model(
             request,
             prompt,
@@ -140,28 +150,80 @@ def sample(
             decode=False,
         ).latents
         c2w, held_keys = request.c2w, request.held_keys
-    if refiner:
-        if model:
-            model.release()
-        final = refiner(final, str(prompt), fps=fps, noise=refiner_noise)
-    if save_latents:
-        write_npy(save_latents, final)
-    if folder is None or model is None:
-        return Path(str(save_latents))
-    # the sink stays unrefined: it steers the refiner and is not part of the video
-    windows = model.decode_stream(jnp.asarray(rearrange(final, "B C F H W -> B F H W C")))
-    windows = _drop_frames(windows, dropped)
-    if save_frames:
-        frames = np.concatenate(list(windows))
-        write_npy(save_frames, frames)
-        windows = iter([frames])
-    # frame by frame from here on: the video is never whole in memory
-    pictures = itertools.chain.from_iterable(map(to_uint8, windows))
-    if overlay and c2w is not None:
-        held_keys = held_keys[dropped:] if held_keys else held_keys
-        painter = OverlayPainter(c2w[dropped:], held_keys, height, width, action_mapping)
-        pictures = painter.paint_all(pictures)
-    return write_mp4(folder / f"{name}_generated.mp4", pictures, fps)
+        if refiner or not latents_only:
+            kept = (folder or Path(str(save_latents)).parent) / f"{name}_stage1_latents.npy"
+            kept = _keep(kept, final)
+    with _going_on_from(kept):
+        if refiner:
+            if model:
+                model.release()
+            final = refiner(final, str(prompt), fps=fps, noise=refiner_noise)
+        if save_latents:
+            write_npy(save_latents, final)
+        if folder is None or model is None:
+            return Path(str(save_latents))
+        # the sink stays unrefined: it steers the refiner and is not part of the video
+        windows = model.decode_stream(jnp.asarray(rearrange(final, "B C F H W -> B F H W C")))
+        windows = _drop_frames(windows, dropped)
+        if save_frames:
+            frames = np.concatenate(list(windows))
+            write_npy(save_frames, frames)
+            windows = iter([frames])
+        # frame by frame from here on: the video is never whole in memory
+        pictures = itertools.chain.from_iterable(map(to_uint8, windows))
+        if overlay and c2w is not None:
+            held_keys = held_keys[dropped:] if held_keys else held_keys
+            painter = OverlayPainter(c2w[dropped:], held_keys, height, width, action_mapping)
+            pictures = painter.paint_all(pictures)
+        return write_mp4(folder / f"{name}_generated.mp4", pictures, fps)
+
+
+def _needs(
+    model: SanaWM,
+    refiner: LTX2Refiner | None,
+    request: Request,
+    text_length: int,
+    has_guidance: bool,
+    decode: bool,
+) -> list[list[Need]]:
+    """What a run from an image needs; a refiner finds stage 1's networks gone."""
+    shape = model.latent_shape(request)
+    needs = model.needs(
+        shape, text_length=text_length, has_guidance=has_guidance, decode=decode and not refiner
+    )
+    return [needs, *_later_needs(refiner, model if decode else None, shape)]
+
+
+def _later_needs(
+    refiner: LTX2Refiner | None, model: SanaWM | None, shape: tuple[int, ...]
+) -> list[list[Need]]:
+    """What comes after stage 1, each network alone on the device."""
+    needs = refiner.needs(shape) if refiner else []
+    return [[need] for need in (*needs, *([model.decoder_need(shape)] if model else []))]
+
+
+def _keep(file: Path, latents: np.ndarray) -> Path | None:
+    """Writes stage 1's latents for a run that fails later; not being able to is no failure."""
+    try:
+        write_npy(file, latents)
+    except OSError as error:
+        warnings.warn(f"stage 1 is not kept: {file} cannot be written ({error})", stacklevel=2)
+        return None
+    warnings.warn(
+        f"stage 1 is kept: --stage1_latents={file} refines or decodes it again", stacklevel=2
+    )
+    return file
+
+
+@contextlib.contextmanager
+def _going_on_from(kept: Path | None) -> Iterator[None]:
+    """Adds to whatever fails how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if kept is not None:
+            error.add_note(f"--stage1_latents={kept} goes on from the end of stage 1")
+        raise
 
 
 def _drop_frames(windows: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:

@@ -20,12 +20,15 @@ from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Stage1Folder
+from sanawm_jax.pipeline.memory_plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.pipeline.offload import check_offload, streaming_of
 from sanawm_jax.pipeline.request import Request, make_request
 from sanawm_jax.pipeline.stage1 import Conditions, denoise
 from sanawm_jax.pipeline.upstream_folder import open_stage1
+from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
+from sanawm_jax.weights.files import read_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -173,6 +176,34 @@ class SanaWM:
         frames = (request.num_frames - 1) // config.temporal_ratio + 1
         rows, columns = (size // config.spatial_ratio for size in (request.height, request.width))
         return 1, config.latent_channels, frames, rows, columns
+
+    def needs(
+        self, shape: tuple[int, ...], *, text_length: int, has_guidance: bool, decode: bool
+    ) -> list[Need]:
+        """What a call needs of the device's memory, network by network; see `memory_plan`.
+
+        Args:
+          shape: (1, C, F, h, w) of the latents.
+        """
+        config, dtype = self.vae_config, np.dtype(self.dtype)
+        pixels = config.video_shape(*shape[2:])
+        text = GemmaConfig.from_json(read_config(self.folder.part("text_encoder")))
+        dit, batch = self.folder.dit_config(), 1 + has_guidance
+        found = [
+            text_need(text, dtype),
+            vae_need(config, dtype, half="encoder", tile=(1, *pixels[1:])),
+            dit_need(dit, shape, batch, text_length, dtype),
+        ]
+        return [*found, self.decoder_need(shape)] if decode else found
+
+    def decoder_need(self, shape: tuple[int, ...]) -> Need:
+        """What decoding latents (1, C, F, h, w) needs of the device's memory."""
+        frames, *size = self.vae_config.video_shape(*shape[2:])
+        tiling = decode_tiling(self.tiling, frames)
+        if tiling.use_framewise:
+            frames = min(frames, tiling.tile_sample_min_num_frames + 1)
+        dtype = np.dtype(self.dtype)
+        return vae_need(self.vae_config, dtype, half="decoder", tile=(frames, *size))
 
     def __call__(
         self,

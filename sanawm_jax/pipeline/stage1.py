@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from sanawm_jax.core.params import Params, apply
+from sanawm_jax.core.programs import INDEX_LIMIT
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import euler_step, frame_timesteps, guide
 
@@ -49,22 +51,37 @@ def denoise_step(
     batch = conditions.text.shape[0]
     conditioned = jnp.arange(latents.shape[1]) == 0
 
-    def repeat(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(a, (batch, *a.shape[1:]))
+    def predict(text: jax.Array, text_mask: jax.Array) -> jax.Array:
+        def repeat(a: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(a, (len(text), *a.shape[1:]))
 
-    velocity = apply(
-        graphdef,
-        params,
-        repeat(latents).astype(dtype),
-        frame_timesteps(sigma, conditioned, batch),
-        conditions.text,
-        conditions.text_mask,
-        repeat(conditions.camera),
-        repeat(conditions.plucker),
-    )
+        return apply(
+            graphdef,
+            params,
+            repeat(latents).astype(dtype),
+            frame_timesteps(sigma, conditioned, len(text)),
+            text,
+            text_mask,
+            repeat(conditions.camera),
+            repeat(conditions.plucker),
+        )
+
+    text, text_mask = conditions.text, conditions.text_mask
+    if batch * widest_elements(params, latents) > INDEX_LIMIT:
+        # a long clip fills the device alone, and its widest layer would outgrow 32-bit indices
+        pairs = (text[:, None], text_mask[:, None])
+        velocity = lax.map(lambda pair: predict(*pair)[0], pairs)
+    else:
+        velocity = predict(text, text_mask)
     if batch == 2:
         velocity = guide(velocity, guidance)
     return euler_step(latents, velocity, sigma, next_sigma, conditioned)
+
+
+def widest_elements(params: Params, latents: jax.Array) -> int:
+    """Elements of the widest layer's output for one clip (1, F, H, W, C)."""
+    width = max(a.shape[-1] for a in jax.tree.leaves(params) if a.ndim > 1)
+    return latents.size // latents.shape[-1] * width
 
 
 def next_sigmas(sigmas: np.ndarray) -> np.ndarray:

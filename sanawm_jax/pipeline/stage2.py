@@ -23,6 +23,7 @@ from flax import nnx
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
+from sanawm_jax.pipeline.memory_plan import Need, refiner_need, text_need
 from sanawm_jax.pipeline.offload import check_offload, streaming_of
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
 from sanawm_jax.pipeline.upstream_folder import open_refiner
@@ -154,6 +155,23 @@ class LTX2Refiner:
             self.folder.load_tokenizer()
             self._is_checked = True
         return noise
+
+    def needs(self, shape: tuple[int, ...]) -> list[Need]:
+        """What refining latents (1, C, F, h, w) needs, network by network; see `memory_plan`.
+
+        They never share the device, so each is a stage of its own.
+        """
+        folder, options, dtype = self.folder, self.options, np.dtype(self.dtype)
+        transformer = refiner_need(
+            folder.config,
+            shape,
+            sink=options.sink_size,
+            block=options.refiner_block_size,
+            window=options.refiner_kv_max_frames,
+            text_length=folder.text_length,
+            dtype=dtype,
+        )
+        return [text_need(folder.text_config, dtype), transformer]
 
     def __call__(
         self,
