@@ -133,7 +133,8 @@ def _run(
         metrics.drain()  # a diverged state is never saved
         checkpoints.save(state, {"loader": loader.state(), "seconds": metrics.seconds})
 
-    while step < config.steps and not (limit and metrics.seconds >= limit):
+    # a new run makes a step however short its time is, so that it has something to export
+    while step < config.steps and (step == 0 or not limit or metrics.seconds < limit):
         # calls end on multiples of save_every, so that a resumed run makes the same calls
         to_save = config.save_every - step % config.save_every
         k = min(config.steps_per_call, config.steps - step, to_save)

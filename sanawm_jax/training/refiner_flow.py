@@ -6,9 +6,9 @@ s = 0.909375 on it. With stage 1's latents z, the true ones r, noise e and a lev
     x1 = (1 - s) z + s e      alpha = sigma / s      x_t = (1 - alpha) r + alpha x1
     target v* = (x1 - r) / s  so that  x_t = r + sigma v*
 
-NVlabs/Sana's helper predicts the clean clip x0 and takes v = (x_t - x0) / sigma. Our network, as
-LTX-2's, predicts v itself, from which the sampler takes x0 = x_t - sigma v; put into the helper's
-formula that gives v back, so both have the same loss.
+NVlabs/Sana predicts the clean clip x0 and takes v = (x_t - x0) / sigma. Our network, as LTX-2's,
+predicts v itself, from which the sampler takes x0 = x_t - sigma v; put into that formula it gives v
+back, so both have the same loss.
 
 Levels are drawn as u in [0, 1] and scaled by s, sigma = s u, so that alpha = u: u = 1 is the level
 at which sampling starts. NVlabs/Sana's loss clamps sigma to [1e-6, s]; who calls it is not

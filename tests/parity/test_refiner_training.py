@@ -54,7 +54,7 @@ def reference_loss(
 ) -> torch.Tensor:
     """The formula as it is published, on the reference's module, which predicts v.
 
-    The clean prediction is taken from it as the sampler does, and the helper's v from that.
+    The clean prediction is taken from it as the sampler does, and the published loss's v from that.
     """
     sigma = SIGMA[:, None, None, None, None]
     first = (1 - S) * stage1 + S * noise
