@@ -3,6 +3,7 @@
     python train.py --config=configs/small_world_vae.py --workdir=DIR [--config.key=value]
 
 Writes DIR/metrics.jsonl, DIR/checkpoints/ and, at the end, DIR/export/ in the diffusers layout.
+`--config.dry_run` prints parameter count, memory and shardings instead, and trains nothing.
 Exit status 0 with the exported folder as the last line; 2 and one clear line on bad input; 1 if
 the loss diverged.
 """
@@ -24,12 +25,16 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     from sanawm_jax.errors import InputError
+    from sanawm_jax.training.dry_run import describe
     from sanawm_jax.training.loop import train
     from sanawm_jax.training.metrics import TrainingDiverged
 
     logging.set_verbosity(logging.INFO)
     show_notes()
     try:
+        if _CONFIG.value.dry_run:
+            print(describe(_CONFIG.value))
+            return
         train(_CONFIG.value, _WORKDIR.value)
     except InputError as error:
         fail(str(error))

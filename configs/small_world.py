@@ -29,11 +29,12 @@ def get_config() -> ConfigDict:
             patch_size=(1, 2, 2),
             softmax_every_n=4,
             chunk_plucker_post_attn_blocks=8,
-            mlp_ratio=1.875,
+            mlp_ratio=1.5,
         )
     )
     config.remat = "none"
     config.unroll = True
+    config.update(common.chunks())
     config.flow_shift = 3.0
     config.image_prob = 0.9
     config.caption_dropout = 0.1

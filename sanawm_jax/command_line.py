@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -68,6 +69,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def show_notes() -> None:
     """From here on this package's warnings are lines that begin with `note:`."""
+    # jax reports every kind of accelerator that is not there
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     show = warnings.showwarning
 
     def show_note(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:

@@ -12,6 +12,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # nearly all of the time is compilation of tiny programs, which run once
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -28,3 +30,10 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def hash_of(text: str) -> int:
     """A hash that does not change from process to process."""
     return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "little")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out tests of several devices, whose count is fixed for a process, unless asked for."""
+    if collection_path.name == "multi_device" and collection_path.is_dir():
+        return True if not any("multi_device" in arg for arg in config.args) else None
+    return None

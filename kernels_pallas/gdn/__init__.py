@@ -3,6 +3,7 @@
 from kernels_pallas.gdn.reference import (
     Transition,
     bidirectional_states,
+    compose_states,
     frame_transitions,
     normaliser_transitions,
     read_out,
@@ -12,6 +13,7 @@ from kernels_pallas.gdn.reference import (
 __all__ = [
     "Transition",
     "bidirectional_states",
+    "compose_states",
     "frame_transitions",
     "normaliser_transitions",
     "read_out",

@@ -7,7 +7,8 @@ A frame updates a D x D state by an affine map, S_f = S_{f-1} W_f + U_f, with
 (all P tokens of a frame enter at once; g is the frame's decay). The normaliser's state is a
 vector, s_f = W_f s_{f-1} + u_f with u_f = K_f^T beta_f. Building the maps and reading the states
 out is parallel over frames; only `scan_states` is sequential. Chunk-causal runs, streaming with a
-carried state and context parallelism are all ways to call `scan_states` on the same maps.
+carried state and context parallelism are all ways to call `scan_states` on the same maps: frames
+that are shared out over ranks need no second pass, because a rank's maps compose to one.
 
 Axis letters: B batch, F latent frames, P tokens a frame, N heads, D key and value size.
 Everything is float32 at the highest matmul precision: the recurrence amplifies rounding, and a
@@ -18,7 +19,7 @@ Reference: diffusers `torch_chunk_sana_gdn`, `torch_chunk_cam_single_path_delta_
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def scan_states(
     reverse: bool = False,
     exclusive: bool = False,
     reset: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the recurrence over frames.
 
@@ -77,10 +79,16 @@ def scan_states(
       exclusive: report the state before the frame's own map instead of after it.
       reset: (F,) bool; where true the incoming state is dropped before the frame is run, so a
         chunk sees nothing of the one that ran before it.
+      axis_name: mesh axis over which frames are shared out in order, for a call under
+        `jax.shard_map`; the other arguments are this rank's frames, `initial` is the clip's.
 
     Returns:
-      states (B, F, N, V, D) in frame order, and the final state (B, N, V, D).
+      states (B, F, N, V, D) in frame order, and the final state (B, N, V, D) of the whole clip.
     """
+    if axis_name is not None:
+        return _scan_ranks(
+            transition, initial, axis_name, reverse=reverse, exclusive=exclusive, reset=reset
+        )
     if initial is None:
         initial = jnp.zeros_like(transition.u[:, 0])
     if reset is None:
@@ -97,11 +105,56 @@ def scan_states(
     return jnp.moveaxis(states, 0, 1), final
 
 
+def compose_states(composites: Transition, incoming: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """States before each of a few composed maps, and after the last.
+
+    Args:
+      composites: maps with their order on axis 0, (R, B, N, D, D) and (R, B, N, V, D).
+      incoming: (B, N, V, D).
+
+    Returns:
+      (R, B, N, V, D) and (B, N, V, D).
+    """
+    before, state = [], incoming
+    for w, u in zip(*composites, strict=True):
+        before.append(state)
+        state = _einsum("bnvd,bnde->bnve", state, w) + u
+    return jnp.stack(before), state
+
+
+def _scan_ranks(
+    transition: Transition, initial: jax.Array | None, axis_name: str, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`scan_states` over ranks: scan from zero, compose the ranks' maps, correct."""
+    w, u = transition
+    values, size = u.shape[-2:]
+    # Rows of the identity, run without input, become the product of the maps so far; that is what
+    # carries a state of other ranks to every frame. Resets and exclusiveness apply to it alike.
+    rows = jnp.concatenate([u, jnp.zeros_like(u, shape=(*u.shape[:-2], size, size))], -2)
+    start = jnp.zeros_like(rows[:, 0]).at[..., values:, :].set(jnp.eye(size, dtype=u.dtype))
+    states, final = scan_states(Transition(w, rows), start, **options)
+    local, through = states[..., :values, :], states[..., values:, :]
+
+    order = lax.axis_index(axis_name)
+    composites = lax.all_gather(
+        Transition(final[..., values:, :], final[..., :values, :]), axis_name
+    )
+    if options["reverse"]:
+        composites = Transition(*(a[::-1] for a in composites))
+        order = lax.axis_size(axis_name) - 1 - order
+    if initial is None:
+        initial = jnp.zeros_like(u[:, 0])
+    before, last = compose_states(composites, initial)
+    incoming = lax.dynamic_index_in_dim(before, order, keepdims=False)
+    return local + _einsum("bnvd,bfnde->bfnve", incoming, through), last
+
+
 def bidirectional_states(
     transition: Transition,
     initial: jax.Array | None = None,
     *,
-    chunk_starts: jax.Array | None = None,
+    chunk_ends: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the inclusive forward and the exclusive backward states.
 
@@ -110,16 +163,18 @@ def bidirectional_states(
 
     Args:
       initial: carried-in state of the forward run.
-      chunk_starts: (F,) bool, true on the first frame of a chunk: the backward run is then
+      chunk_ends: (F,) bool, true on the last frame of a chunk: the backward run is then
         isolated in each chunk (chunk-causal model), the forward run is not.
+      axis_name: see `scan_states`.
 
     Returns:
       states (B, F, N, V, D), and the forward run's final state.
     """
-    forward, final = scan_states(transition, initial)
-    # backwards, a chunk is entered at its last frame: the one before the next chunk's first
-    reset = None if chunk_starts is None else jnp.roll(chunk_starts, -1).at[-1].set(True)
-    backward, _ = scan_states(transition, reverse=True, exclusive=True, reset=reset)
+    forward, final = scan_states(transition, initial, axis_name=axis_name)
+    # backwards, a chunk is entered at its last frame
+    backward, _ = scan_states(
+        transition, reverse=True, exclusive=True, reset=chunk_ends, axis_name=axis_name
+    )
     return forward + backward, final
 
 

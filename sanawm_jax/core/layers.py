@@ -47,7 +47,15 @@ _affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias` on the last axis; kernel (in, out)."""
+    """`x @ kernel + bias` on the last axis; kernel (in, out).
+
+    `core.lora.build_adapted` adds `lora_a` (in, R), `lora_b` (R, out) and `lora_scale`.
+    """
+
+    # of adapted layers alone
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+    lora_scale: float
 
     def __init__(
         self,
@@ -66,8 +74,13 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         if self.bias is None:
-            return x @ kernel
-        return _affine(x, kernel, self.bias[...].astype(x.dtype))
+            y = x @ kernel
+        else:
+            y = _affine(x, kernel, self.bias[...].astype(x.dtype))
+        if not hasattr(self, "lora_a"):
+            return y
+        a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+        return y + self.lora_scale * ((x @ a) @ b)  # two thin products, never a @ b
 
 
 class Conv(nnx.Module):
@@ -105,6 +118,9 @@ class Conv(nnx.Module):
             # torch's symmetric padding; "SAME" differs on even kernels
             padding = [(k // 2, k // 2) for k in kernel.shape[:rank]]
         letters = "DHW"[3 - rank :]
+        # One rounding, after the bias, as in a fused convolution; a CPU has none and rounds twice
+        # unless it is asked for float32.
+        is_wide = jax.default_backend() == "cpu" and x.dtype != jnp.float32
         y = lax.conv_general_dilated(
             x,
             kernel,
@@ -112,8 +128,11 @@ class Conv(nnx.Module):
             padding,
             dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
             feature_group_count=groups,
+            preferred_element_type=jnp.float32 if is_wide else None,
         )
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype).astype(y.dtype)
+        return y.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -39,20 +39,37 @@ def build(module: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, Params]:
       module: a class built as `module(config, rngs=nnx.Rngs(...))`.
       config: its frozen, hashable configuration.
     """
-    abstract = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))  # pyright: ignore
-    graphdef, state = nnx.split(abstract)
+    return build_with(module, config, lambda model: None)
+
+
+def build_with(
+    module: type[nnx.Module], config: Any, change: Callable[[nnx.Module], None]
+) -> tuple[nnx.GraphDef, Params]:
+    """`build` of a model to which `change` adds parameters; it sees shapes, no numbers."""
+
+    def make() -> nnx.Module:
+        model = module(config, rngs=nnx.Rngs(0))  # pyright: ignore
+        change(model)
+        return model
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
-def init(module: type[nnx.Module], config: Any, key: jax.Array) -> Params:
-    """Random float32 parameters of `module(config)`, made by one compiled function."""
+def init(module: type[nnx.Module], config: Any, key: jax.Array, *, shardings: Any = None) -> Params:
+    """Random float32 parameters of `module(config)`, made by one compiled function.
 
-    @jax.jit
+    Args:
+      module, config: see `build`.
+      key: decides the values, whatever the shardings.
+      shardings: where each leaf is made; by default all on one device.
+    """
+
     def make(key: jax.Array) -> Params:
         _, state = nnx.split(module(config, rngs=nnx.Rngs(key)))  # pyright: ignore
         return _string_keys(nnx.to_pure_dict(state))
 
-    return make(key)
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def apply(

@@ -102,6 +102,12 @@ def build_cache(
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
+def cache_facts(folder: str | Path) -> tuple[str, list[str]]:
+    """Fingerprint of a finished cache, and its distinct captions in the order of their numbers."""
+    progress = json.loads((Path(folder) / "progress.json").read_text(encoding="utf-8"))
+    return progress["fingerprint"], sorted(set(progress["captions"]))
+
+
 def fingerprint_of(files: Sequence[Path], *facts: Any) -> str:
     """A hash of the files' bytes and of plain values."""
     digest = hashlib.sha256(repr(facts).encode())

@@ -17,9 +17,10 @@ from einops import rearrange
 from flax import nnx
 
 from kernels_pallas import gdn
-from sanawm_jax.core.attention import attention
+from sanawm_jax.core.frames import FrameLayout, frame_attention, neighbours, recurrent_states
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
 from sanawm_jax.core.rope import apply_rope
+from sanawm_jax.core.sharding import shard
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.ucpe import RayTransforms, apply_ucpe, bounded_rms
 
@@ -36,29 +37,30 @@ class Context(NamedTuple):
     rays: RayTransforms | None
     plucker: jax.Array | None  # B F P C
     frame_mask: jax.Array | None  # B F, 1 for a real frame and 0 for padding
+    key_mask: jax.Array | None  # B F bool, frames that the caller hides
     grid: tuple[int, int]  # token rows, columns
+    layout: FrameLayout  # chunks, and padding to the size of a mesh
 
 
 class ShortConv(nnx.Module):
     """Depthwise convolution over frames, the same kernel towards the past and the future.
 
-    Kernel (K, C); its last tap is the centre. Reference: `SanaWMTemporalShortConvolution`.
+    Kernel (K, C); its last tap is the centre. The past crosses chunks, the future does not.
+    Reference: `SanaWMTemporalShortConvolution`.
     """
 
     def __init__(self, width: int, kernel_size: int):
         centre = jnp.zeros((kernel_size, width)).at[-1].set(1.0)
         self.taps = nnx.Param(centre)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, layout: FrameLayout) -> jax.Array:
         """x (B, F, P, C) -> the same."""
         taps = self.taps[...].astype(x.dtype).astype(jnp.float32)
-        frames, reach = x.shape[1], taps.shape[0] - 1
+        reach = min(taps.shape[0] - 1, layout.frames - 1)
+        seen = neighbours(x, reach, layout, "B F P (N D)")
         y = x * taps[-1]  # sums in float32, as a convolution's are
-        for distance in range(1, min(reach, frames - 1) + 1):
-            pad = [(0, 0)] * x.ndim
-            pad[1] = (distance, distance)
-            padded = jnp.pad(x, pad)
-            past, future = padded[:, :frames], padded[:, 2 * distance :]
+        for distance in range(1, reach + 1):
+            past, future = seen[reach - distance], seen[reach + distance]
             y = y + past * taps[-1 - distance] + future * taps[-1 - distance]
         return y.astype(x.dtype)
 
@@ -96,14 +98,14 @@ class SelfAttention(nnx.Module):
         gates = None if self.softmax else self._gates(x, ctx)
         seen = x if mask is None else x * mask
         q, k, v = jnp.split(self.qkv(seen), 3, -1)
-        q, k, v = self._prepare(q, k, v, mask, suffix="")
+        q, k, v = self._prepare(q, k, v, mask, ctx.layout, suffix="")
         if gates is None:
             y = _softmax_main(q, k, v, ctx)
         else:
             y = _gdn_main(q, k, v, gates, ctx)
         if ctx.rays is not None:
             q, k, v = self.q_camera(seen), self.k_camera(seen), self.v_camera(seen)
-            q, k, v = self._prepare(q, k, v, mask, suffix="_camera")
+            q, k, v = self._prepare(q, k, v, mask, ctx.layout, suffix="_camera")
             if gates is None:
                 z = _softmax_camera(q, k, v, ctx, ctx.rays)
             else:
@@ -114,7 +116,14 @@ class SelfAttention(nnx.Module):
         return self.out((y.astype(jnp.float32) * gate).astype(x.dtype))
 
     def _prepare(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, suffix: str
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array | None,
+        layout: FrameLayout,
+        *,
+        suffix: str,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Mask, short convolution, norm over all heads, ReLU kernel: -> B F P N D each."""
         named = {"q": q, "k": k, "v": v}
@@ -123,13 +132,14 @@ class SelfAttention(nnx.Module):
                 value = value * mask
             conv = getattr(self, f"{name}_conv{suffix}", None)
             if conv is not None:
-                value = conv(value)
+                value = conv(value, layout)
             norm = getattr(self, f"{name}_norm{suffix}", None)
             if norm is not None:
                 value = norm(value)
             if name != "v" and not self.softmax:
                 value = jax.nn.relu(value)
-            named[name] = rearrange(value, "B F P (N D) -> B F P N D", N=self.heads)
+            value = rearrange(value, "B F P (N D) -> B F P N D", N=self.heads)
+            named[name] = shard(value, "B F P N D")
         return named["q"], named["k"], named["v"]
 
     def _gates(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
@@ -178,8 +188,8 @@ def _gdn_main(
         q_rot = apply_rope(q, ctx.angles[:, :, None])
         k_rot = apply_rope(k, ctx.angles[:, :, None])
     q, k, v, q_rot, k_rot = _f32(q, k, v, q_rot, k_rot)
-    states, _ = gdn.bidirectional_states(gdn.frame_transitions(k_rot, v, beta, decay))
-    normaliser, _ = gdn.bidirectional_states(gdn.normaliser_transitions(k, beta, decay))
+    states = recurrent_states(gdn.frame_transitions(k_rot, v, beta, decay), ctx.layout)
+    normaliser = recurrent_states(gdn.normaliser_transitions(k, beta, decay), ctx.layout)
     y = gdn.read_out(states, q_rot) / (gdn.read_out(normaliser, q) + GDN_EPS)
     y = rearrange(y.astype(dtype), "B F P N D -> B F P (N D)")
     mask = _mask(ctx, dtype)
@@ -232,7 +242,7 @@ def _gdn_camera(
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
     q, k, v = _f32(q, k, v)
-    states, _ = gdn.bidirectional_states(gdn.frame_transitions(k, v, beta, decay))
+    states = recurrent_states(gdn.frame_transitions(k, v, beta, decay), ctx.layout)
     return _from_ray_space(gdn.read_out(states, q).astype(dtype), ctx, rays)
 
 
@@ -244,8 +254,7 @@ def _softmax_main(q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context) -> jax
         # padded keys are zeroed, not hidden, in the reference's main branch
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
-    y = attention(*(rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v)))
-    return rearrange(y, "B (F P) N D -> B F P (N D)", F=q.shape[1])
+    return rearrange(frame_attention(q, k, v, ctx.layout), "B F P N D -> B F P (N D)")
 
 
 def _camera_scale(head_dim: int) -> float:
@@ -259,14 +268,10 @@ def _camera_scale(head_dim: int) -> float:
 def _softmax_camera(
     q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context, rays: RayTransforms
 ) -> jax.Array:
-    frames, tokens = q.shape[1:3]
     q, k, v = _to_ray_space(q, k, v, rays)
-    key_mask = None
     if ctx.frame_mask is not None:
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, v = q * real, v * real
-        key_mask = jnp.repeat(ctx.frame_mask > 0, tokens, axis=1)  # B T
-    q, k, v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v))
-    y = attention(q, k, v, key_mask=key_mask, scale=_camera_scale(q.shape[-1]))
-    y = rearrange(y, "B (F P) N D -> B F P N D", F=frames)
+    scale = _camera_scale(q.shape[-1])
+    y = frame_attention(q, k, v, ctx.layout, key_mask=ctx.key_mask, scale=scale)
     return _from_ray_space(y, ctx, rays)

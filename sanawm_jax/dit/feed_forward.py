@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from sanawm_jax.core.frames import FrameLayout, neighbours
 from sanawm_jax.core.layers import Conv, Linear, activation, zeros_init
 from sanawm_jax.dit.config import DiTConfig
 
@@ -90,7 +91,7 @@ class GatedConvFeedForward(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    def __call__(self, x: jax.Array, grid: tuple[int, int], layout: FrameLayout) -> jax.Array:
         """x (B, F, P, C) on a token grid (H, W) -> the same shape."""
         up_act, gate_act, down_act = (activation(name) for name in self.acts)
         y = rearrange(up_act(self.up(x)), "B F (H W) C -> B F H W C", H=grid[0])
@@ -100,17 +101,15 @@ class GatedConvFeedForward(nnx.Module):
         value, gate = jnp.split(y, 2, -1)
         y = rearrange(value * gate_act(gate), "B F H W C -> B F (H W) C")
         y = down_act(self.down(y))
-        return y + _over_frames(y, self.temporal.kernel[...])
+        return y + _over_frames(y, self.temporal.kernel[...], layout)
 
 
-def _over_frames(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _over_frames(x: jax.Array, kernel: jax.Array, layout: FrameLayout) -> jax.Array:
     """Convolution over axis 1, one matrix product a tap: x (B, F, P, C), kernel (K, C, C)."""
-    taps, frames = kernel.shape[0], x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (taps // 2, taps // 2), (0, 0), (0, 0)))
     kernel = kernel.astype(x.dtype)
     parts = [
-        jnp.matmul(padded[:, i : i + frames], kernel[i], preferred_element_type=jnp.float32)
-        for i in range(taps)
+        jnp.matmul(seen, tap, preferred_element_type=jnp.float32)
+        for seen, tap in zip(neighbours(x, len(kernel) // 2, layout), kernel, strict=True)
     ]
     return sum(parts[1:], parts[0]).astype(x.dtype)
 
@@ -122,6 +121,8 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(in_features, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, out_features, rngs=rngs)
 
-    def __call__(self, x: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
-        del grid
+    def __call__(
+        self, x: jax.Array, grid: tuple[int, int] | None = None, layout: FrameLayout | None = None
+    ) -> jax.Array:
+        del grid, layout
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

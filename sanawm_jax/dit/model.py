@@ -18,10 +18,12 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.attention import attention
+from sanawm_jax.core.frames import FrameLayout, layout_of
 from sanawm_jax.core.layers import Conv, Linear, RMSNorm, kernel_init, modulated_norm, zeros_init
 from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import stack
 from sanawm_jax.core.rope import pair_split, rope_angles
+from sanawm_jax.core.sharding import axis_size, check_heads, shard
 from sanawm_jax.core.stack import scan_runs
 from sanawm_jax.dit.attention import Context, SelfAttention
 from sanawm_jax.dit.config import DiTConfig, LayerKind
@@ -31,6 +33,12 @@ from sanawm_jax.dit.ucpe import RayTransforms, inverse_rigid, ray_matrices, up_l
 
 def _table_init(key: jax.Array, rows: int, width: int) -> jax.Array:
     return jax.random.normal(key, (rows, width)) / width**0.5
+
+
+def _padded(a: jax.Array, layout: FrameLayout, mode: str = "constant") -> jax.Array:
+    """Fills the frame axis (B, F, ...) up to the layout's size."""
+    extra = layout.padded - layout.frames
+    return jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2), mode=mode)
 
 
 class PatchEmbed(nnx.Module):
@@ -101,12 +109,12 @@ class Block(nnx.Module):
         )  # B F 1 C each
         x = masked(x)
         y = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx)
-        x = x + masked((gate1 * y).astype(x.dtype))
+        x = shard(x + masked((gate1 * y).astype(x.dtype)), "B F P C")
         if ctx.plucker is not None and hasattr(self, "plucker"):
             x = x + self.plucker(ctx.plucker)
         x = masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
-        y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid)
-        return x + masked((gate2 * y).astype(x.dtype))
+        y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid, ctx.layout)
+        return shard(x + masked((gate2 * y).astype(x.dtype)), "B F P C")
 
 
 class Run(nnx.Module):
@@ -171,6 +179,7 @@ class DiT(nnx.Module):
         plucker: jax.Array | None = None,
         frame_mask: jax.Array | None = None,
         *,
+        chunk_starts: tuple[int, ...] | None = None,
         remat: str = "none",
         unroll: bool = False,
     ) -> jax.Array:
@@ -185,16 +194,33 @@ class DiT(nnx.Module):
             None switches the camera branch off.
           plucker: (B, F, H, W, 48) Plücker rays of the pixel frames of each latent frame.
           frame_mask: (B, F), 0 for padded frames.
+          chunk_starts: first frame of every chunk of the chunk-causal model, see
+            `core.frames.chunk_starts`; None is the bidirectional model.
           remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
           (B, F, H, W, c) in the compute dtype.
+
+        Raises:
+          InputError: chunk starts that do not ascend from 0, heads that the mesh cannot split.
         """
         config, dtype = self.config, latents.dtype
+        check_heads(config.num_heads, axis_size("tensor"))
         _, patch_h, patch_w = config.patch_size
         grid = (latents.shape[2] // patch_h, latents.shape[3] // patch_w)
-        frames = latents.shape[1]
-        x = self.patch_embed(latents)
+        layout = layout_of(latents.shape[1], chunk_starts)
+        frames = layout.padded
+        key_mask = None if frame_mask is None else _padded(frame_mask, layout) > 0
+        if frames > layout.frames:
+            if frame_mask is None:
+                frame_mask = jnp.ones(latents.shape[:2], dtype)
+            latents, timesteps, frame_mask = (
+                _padded(a, layout) for a in (latents, timesteps, frame_mask)
+            )
+            plucker = None if plucker is None else _padded(plucker, layout)
+            # a camera that repeats is valid; zeros are none
+            camera = None if camera is None else _padded(camera, layout, mode="edge")
+        x = shard(self.patch_embed(latents), "B F P C")
         if camera is not None and not config.use_chunk_plucker_post_attn:
             maps = up_latitude_map(camera, (grid[0] * patch_h, grid[1] * patch_w))
             x = x + self.raymap_embed(maps.astype(dtype))
@@ -218,7 +244,9 @@ class DiT(nnx.Module):
                 else None
             ),
             frame_mask=frame_mask,
+            key_mask=key_mask,
             grid=grid,
+            layout=layout,
         )
         for segment in self.segments:
             x = scan_runs(
@@ -231,6 +259,7 @@ class DiT(nnx.Module):
 
         table = self.final_table[...].astype(jnp.float32) + time[:, :, None]  # B F 2 C
         y = self.final(modulated_norm(x, table[:, :, 1, None], table[:, :, 0, None]))
+        y = y[:, : layout.frames]
         return rearrange(
             y,
             "B F (H W) (p q c) -> B F (H p) (W q) c",

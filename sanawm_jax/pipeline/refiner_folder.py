@@ -1,6 +1,9 @@
 """A published refiner folder in diffusers layout: where its parts are, and how they load.
 
-model_index.json  tokenizer/  text_encoder/  connectors/  transformer/  scheduler/
+model_index.json  tokenizer/  text_encoder/  connectors/  transformer/  scheduler/  [lora/]
+
+Adapters in `lora/` are merged into the transformer as it loads. A folder of adapters alone stands
+for the folder that its `base_model_name_or_path` names, with these adapters.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from typing import Any
 
 from flax import nnx
 
+from sanawm_jax.core.lora import LoraConfig, merge_lora
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import ModelFolder, Place
+from sanawm_jax.pipeline.folder import ModelFolder, Place, find_weights
 from sanawm_jax.refiner import keys
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
@@ -24,12 +28,14 @@ from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.weights import keymap
+from sanawm_jax.weights.adapters import adapter_config, is_adapter_folder, load_adapters
 from sanawm_jax.weights.files import SafetensorsFolder, class_name, read_config
 
 # LTX-2's own transformer has the same tensors
 _TRANSFORMERS = ("SanaWMLTX2RefinerTransformer3DModel", "LTX2VideoTransformer3DModel")
 _CONNECTORS = ("LTX2TextConnectors",)
 _TEXT_LENGTH = 1024
+LORA = "lora"
 
 
 class RefinerFolder(ModelFolder):
@@ -44,7 +50,8 @@ class RefinerFolder(ModelFolder):
     kind = "refiner"
 
     def __init__(self, folder: str | Path):
-        super().__init__(folder)
+        base, self.lora = _split_adapters(Path(folder))
+        super().__init__(base)
         self._expect("transformer", _TRANSFORMERS)
         self._expect("connectors", _CONNECTORS)
         self.config = RefinerConfig.from_json(read_config(self.part("transformer")))
@@ -113,6 +120,8 @@ class RefinerFolder(ModelFolder):
                 what=str(folder),
                 ignore=ignore,
             )
+        if self.lora is not None:
+            self.load_lora()
 
     def _transformer_parts(self) -> tuple[Any, ...]:
         table = keys.refiner_table(self.config)
@@ -142,8 +151,33 @@ class RefinerFolder(ModelFolder):
     def load_transformer(
         self, dtype: Any, place: Place | None = None
     ) -> tuple[nnx.GraphDef, Params]:
-        """Graph definition and parameters of the transformer's video half; see `keymap.load`."""
+        """Graph definition and parameters of the transformer's video half, adapters merged.
+
+        Raises:
+          InputError: adapters, and `place`: a stack in host memory cannot be merged into.
+        """
+        if self.lora is None:
+            return self.load_base(dtype, place)
+        if place is not None:
+            raise InputError("--offload block cannot run adapters; use --offload model")
+        graphdef, params = self.load_base(dtype)
+        lora, adapters = self.load_lora()
+        return graphdef, merge_lora(params, adapters, lora.scale)
+
+    def load_base(self, dtype: Any, place: Place | None = None) -> tuple[nnx.GraphDef, Params]:
+        """`load_transformer` without adapters; see `keymap.load` for `place`."""
         return self._load(self._transformer_parts(), dtype, place)
+
+    def load_lora(self) -> tuple[LoraConfig, Params]:
+        """The transformer's adapters, float32.
+
+        Raises:
+          InputError: there are none, or they do not fit the transformer.
+        """
+        if self.lora is None:
+            raise InputError(f"{self.path} has no {LORA}/")
+        table = keys.refiner_table(self.config)
+        return load_adapters(self.lora, build(Refiner, self.config)[1], table)
 
     def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
         """Graph definition and parameters of the video connector."""
@@ -156,3 +190,17 @@ class RefinerFolder(ModelFolder):
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.part("tokenizer"))
+
+
+def _split_adapters(folder: Path) -> tuple[Path, Path | None]:
+    """The folder of the whole model, and that of its adapters if it has some."""
+    if is_adapter_folder(folder) and not (folder / "model_index.json").is_file():
+        base = adapter_config(folder).get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                f"{folder} holds adapters alone and its adapter_config.json names no "
+                f"base_model_name_or_path; put it into a refiner folder as {LORA}/"
+            )
+        return find_weights(base), folder
+    inside = folder / LORA
+    return folder, inside if inside.is_dir() else None

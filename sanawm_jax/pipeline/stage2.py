@@ -67,8 +67,9 @@ class RefineOptions:
 class LTX2Refiner:
     """The stage-2 model of a folder, ready to be called.
 
-    Its networks are on the device one after the other and are dropped after each call, whatever
-    `offload` says; `block` also keeps their layers in host memory, see `pipeline.offload`.
+    Its networks are on the device one after the other and are dropped after each call, unless
+    `keep` is set: then they stay, for many clips of a small model. `offload` block also keeps their
+    layers in host memory, see `pipeline.offload`.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class LTX2Refiner:
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
         offload: str = "none",
+        keep: bool = False,
     ):
         self.folder = folder
+        self._kept: dict[str, Any] | None = {} if keep else None
         self.dtype = resolve_dtype(dtype)
         self.options = options or RefineOptions()
         self.offload = check_offload(offload)
@@ -93,13 +96,23 @@ class LTX2Refiner:
         dtype: str = "bfloat16",
         options: RefineOptions | None = None,
         offload: str = "none",
+        keep: bool = False,
     ) -> LTX2Refiner:
         """Opens a refiner folder in diffusers layout, upstream's that holds one, or a hub name.
 
         Raises:
           InputError: it cannot be found or is not a refiner folder.
         """
-        return cls(open_refiner(name), dtype=dtype, options=options, offload=offload)
+        return cls(open_refiner(name), dtype=dtype, options=options, offload=offload, keep=keep)
+
+    def _part(self, name: str, *where: Any) -> Any:
+        """A network of the folder by the name of its `load_*`."""
+        load = getattr(self.folder, f"load_{name}")
+        if self._kept is None:
+            return load(self.dtype, *where)
+        if name not in self._kept:
+            self._kept[name] = load(self.dtype, *where)
+        return self._kept[name]
 
     def noise_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the refiner's noise for latents (1, C, F, h, w): the sink has none."""
@@ -188,7 +201,7 @@ class LTX2Refiner:
         options, (frames, height, width) = self.options, latents.shape[2:]
         text = self.encode_prompt(prompt)
         place, run = streaming_of(self.offload)
-        graphdef, params = self.folder.load_transformer(self.dtype, place)
+        graphdef, params = self._part("transformer", place)
         refined = refine(
             graphdef,
             params,
@@ -210,12 +223,12 @@ class LTX2Refiner:
         """The prompt as the transformer reads it; each network is dropped after its turn."""
         tokenizer = self.folder.load_tokenizer()
         ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
-        tower = self.folder.load_text(self.dtype, *streaming_of(self.offload))
+        tower = self._part("text", *streaming_of(self.offload))
         states = tower(ids, mask).block_until_ready()
         del tower
-        graphdef, params = self.folder.load_connectors(self.dtype)
+        graphdef, params = self._part("connectors")
         # the connectors' mask shows everything: registers stand where padding was
-        return RefinerText(_connect(graphdef, params, states, jnp.asarray(mask), self.dtype))
+        return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
 
 
 def _channels_last(latents: np.ndarray) -> jax.Array:
@@ -223,7 +236,8 @@ def _channels_last(latents: np.ndarray) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _connect(
+def connect_text(
     graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
 ) -> jax.Array:
+    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
     return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

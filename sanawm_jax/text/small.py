@@ -1,6 +1,6 @@
 """A tiny Gemma-style text encoder for small worlds: trained tokenizer, random frozen tower.
 
-The folder it writes has the published layout, so everything that loads a Gemma-2 loads it. The
+The folder it writes has the published layout, so everything that loads a Gemma loads it. The
 tower is a featuriser: word embeddings are nearly orthogonal, the first layer sees `WINDOW` words
 (a noun gets its adjectives), the second the whole text, and both add less than the word itself.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from sanawm_jax.core.params import Params, build, from_leaves, leaves
 from sanawm_jax.errors import InputError
-from sanawm_jax.text.config import GemmaConfig
+from sanawm_jax.text.config import GEMMA2, GEMMA3, GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower
 from sanawm_jax.text.keys import key_table
 from sanawm_jax.text.prompts import CHI_PROMPT
@@ -28,6 +28,7 @@ WINDOW = 4
 # Each of the sublayers adds half the embedding's size. More, and a word is lost in its context;
 # less, and a noun no longer shows its colour.
 POST_NORM_SCALE = -0.5
+_ARCHITECTURES = {GEMMA2: "Gemma2Model", GEMMA3: "Gemma3TextModel"}
 _PRINTABLE = [chr(c) for c in range(32, 127)]
 
 
@@ -39,12 +40,14 @@ def make_small_text_encoder(
     layers: int = 2,
     max_vocab: int = 2048,
     chi_prompt: Sequence[str] = CHI_PROMPT,
+    model_type: str = GEMMA2,
     seed: int = 0,
 ) -> GemmaConfig:
     """Writes `folder/tokenizer/` and `folder/text_encoder/`.
 
     In a pipeline's model_index.json they are `["transformers", "GemmaTokenizer"]` and
-    `["transformers", "Gemma2Model"]`. The same arguments write the same bytes.
+    `["transformers", "Gemma2Model"]`, or `"Gemma3TextModel"`. The same arguments write the same
+    bytes.
 
     Args:
       captions: what the tokenizer is trained on, with the chi prompt; a word of either is one
@@ -53,6 +56,7 @@ def make_small_text_encoder(
       layers: sliding and full attention in turn.
       max_vocab: most tokens; special tokens, bytes and printable characters take about 360.
       chi_prompt: its lines, see `prompts.encode_texts`.
+      model_type: `config.GEMMA2`, which stage 1 reads, or `config.GEMMA3`, which the refiner does.
       seed: of the tower's weights.
 
     Raises:
@@ -76,6 +80,8 @@ def make_small_text_encoder(
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=WINDOW,
+        model_type=model_type,
+        attn_logit_softcapping=50.0 if model_type == GEMMA2 else None,
     )
     _write_tower(config, folder / "text_encoder", seed)
     return config
@@ -181,8 +187,8 @@ def _write_tower(config: GemmaConfig, folder: Path, seed: int) -> None:
     _write_json(
         folder / "config.json",
         {
-            "architectures": ["Gemma2Model"],
-            "model_type": "gemma2",
+            "architectures": [_ARCHITECTURES[config.model_type]],
+            "model_type": config.model_type,
             "dtype": "bfloat16",
             "pad_token_id": SPECIAL_TOKENS.index("<pad>"),
             "eos_token_id": SPECIAL_TOKENS.index("<eos>"),

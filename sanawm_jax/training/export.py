@@ -14,6 +14,8 @@ from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors
 from sanawm_jax.dit.keys import key_table as dit_table
+from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
+from sanawm_jax.refiner.keys import connectors_table, refiner_table
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import key_table as vae_table
 from sanawm_jax.weights import keymap
@@ -27,6 +29,15 @@ _INDEX = {
     "tokenizer": ["transformers", "GemmaTokenizer"],
     "transformer": ["diffusers", "SanaWMTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLLTX2Video"],
+}
+
+_REFINER_INDEX = {
+    "_class_name": "SanaWMLTX2Refiner",
+    "connectors": ["ltx2", "LTX2TextConnectors"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Gemma3TextModel"],
+    "tokenizer": ["transformers", "GemmaTokenizer"],
+    "transformer": ["diffusers", "SanaWMLTX2RefinerTransformer3DModel"],
 }
 
 
@@ -47,7 +58,31 @@ def export_transformer(config: DiTConfig, params: Params, folder: str | Path, dt
     _write(folder, "SanaWMTransformer3DModel", config, tensors)
 
 
-def write_index(folder: str | Path, flow_shift: float) -> None:
+def export_refiner(config: RefinerConfig, params: Params, folder: str | Path, dtype: str) -> None:
+    """Writes config.json and weights of the refiner's transformer, its video half alone.
+
+    diffusers fills the audio half, which no refiner runs, with random numbers and says so.
+    """
+    tensors = keymap.export(refiner_table(config), params)
+    tensors = {k: _cast(v, dtype) for k, v in tensors.items()}
+    _write(folder, "SanaWMLTX2RefinerTransformer3DModel", config, tensors)
+
+
+def export_connectors(
+    config: ConnectorsConfig, params: Params, folder: str | Path, dtype: str
+) -> None:
+    """Writes config.json and weights of the text connectors."""
+    tensors = keymap.export(connectors_table(config), params)
+    tensors = {k: _cast(v, dtype) for k, v in tensors.items()}
+    _write(folder, "LTX2TextConnectors", config, tensors)
+
+
+def write_refiner_index(folder: str | Path, text_length: int) -> None:
+    """Writes model_index.json and scheduler/ of a refiner folder."""
+    write_index(folder, 1.0, {**_REFINER_INDEX, "text_max_sequence_length": text_length})
+
+
+def write_index(folder: str | Path, flow_shift: float, index: dict[str, Any] = _INDEX) -> None:
     """Writes model_index.json and scheduler/ of a folder that holds the other components."""
     folder = Path(folder)
     scheduler = {
@@ -57,7 +92,7 @@ def write_index(folder: str | Path, flow_shift: float) -> None:
     }
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", _INDEX)
+    _write_json(folder / "model_index.json", index)
 
 
 def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
@@ -65,7 +100,10 @@ def _cast(value: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _write(
-    folder: str | Path, name: str, config: DiTConfig | VAEConfig, tensors: dict[str, np.ndarray]
+    folder: str | Path,
+    name: str,
+    config: DiTConfig | VAEConfig | RefinerConfig | ConnectorsConfig,
+    tensors: dict[str, np.ndarray],
 ) -> None:
     from safetensors.numpy import save_file
 

@@ -1,21 +1,22 @@
 """The flow-matching objective of stage 1, as pure functions of arrays.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
-tokens, C text width. Source: NVlabs/Sana, stage-1 training with one timestep a sample.
+tokens, C text width. Source: NVlabs/Sana, stage-1 training.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sanawm_jax.core.frames import FrameLayout
 from sanawm_jax.diffusion.euler import shift_sigma
-
-NUM_STEPS = 1000
+from sanawm_jax.training.timesteps import NUM_STEPS, sample_chunk_steps, sample_steps
 
 
 @jax.tree_util.register_dataclass
@@ -50,28 +51,37 @@ def noise_levels(flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
     return sigma.astype(np.float32), timestep.astype(np.float32)
 
 
-def sample_steps(key: jax.Array, batch: int) -> jax.Array:
-    """Logit-normal integer steps in 0..999, (B,) int32."""
-    u = jax.nn.sigmoid(jax.random.normal(key, (batch,)))
-    return jnp.minimum(jnp.floor(NUM_STEPS * u), NUM_STEPS - 1).astype(jnp.int32)
-
-
 def noised_example(
-    key: jax.Array, latents: jax.Array, *, flow_shift: float, image_prob: float
+    key: jax.Array,
+    latents: jax.Array,
+    *,
+    flow_shift: float,
+    image_prob: float,
+    chunk_starts: tuple[int, ...] | None = None,
+    chunk_mixture: Mapping[str, float] | None = None,
 ) -> FlowExample:
-    """Noises a batch of clean latents.
+    """Noises a batch of clean latents, each at one step or, with a mixture, at one a chunk.
 
     Args:
       latents: (B, F, H, W, c) normalised.
       flow_shift: larger puts more of the training on high noise.
       image_prob: chance of a sample to keep its first frame clean, at timestep 0 and out of the
         loss: the condition of image-to-video. Otherwise the sample is text-to-video.
+      chunk_starts: of the chunk-causal model.
+      chunk_mixture: weights of the modes of `training.timesteps`; None is one step a sample.
+
+    Raises:
+      InputError: bad starts or weights.
     """
     batch, frames = latents.shape[:2]
     latents = latents.astype(jnp.float32)
     step_key, noise_key, image_key = jax.random.split(key, 3)
     sigma_table, timestep_table = (jnp.asarray(a) for a in noise_levels(float(flow_shift)))
-    step = jnp.broadcast_to(sample_steps(step_key, batch)[:, None], (batch, frames))
+    if chunk_mixture is None:
+        step = jnp.broadcast_to(sample_steps(step_key, batch)[:, None], (batch, frames))
+    else:
+        layout = FrameLayout(frames, chunk_starts or (0,))
+        step = sample_chunk_steps(step_key, batch, layout, chunk_mixture)
     has_image = jax.random.bernoulli(image_key, image_prob, (batch, 1))
     given = has_image & (jnp.arange(frames) == 0)  # B F
     step = jnp.where(given, 0, step)
@@ -108,13 +118,21 @@ def drop_captions(
     return text, jnp.where(drop[:, None], null_mask.astype(text_mask.dtype), text_mask)
 
 
-def velocity_loss(prediction: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error over the frames whose mask is 1; () float32.
+def frame_weights(mask: jax.Array) -> jax.Array:
+    """Weights that make a mean over rows the mean over all frames whose mask is 1: (B, F).
+
+    They are fixed for the whole batch, so that its parts add up to it whatever each part masks.
+    """
+    return mask * (mask.shape[0] / jnp.maximum(jnp.sum(mask), 1.0))
+
+
+def velocity_loss(prediction: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean over rows of the weighted squared errors of their frames; () float32.
 
     Args:
       prediction, target: (B, F, H, W, c).
-      mask: (B, F).
+      weights: (B, F), see `frame_weights`.
     """
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
     per_frame = jnp.mean(error, axis=(2, 3, 4))
-    return jnp.sum(per_frame * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    return jnp.mean(jnp.sum(per_frame * weights, axis=1))

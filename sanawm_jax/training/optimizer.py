@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params, from_leaves, leaves
 from sanawm_jax.errors import InputError
@@ -73,6 +74,18 @@ def make_optimizer(
     else:
         rule = optax.adamw(1.0, *betas, eps=eps, weight_decay=weight_decay, mask=decay_mask)
     return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer that the fields of `config.optimizer` name."""
+    optim = config.optimizer
+    return make_optimizer(
+        name=optim.name,
+        betas=tuple(optim.betas),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm,
+    )
 
 
 def learning_rate(

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from sanawm_jax.core.params import Params
+from sanawm_jax.core.sharding import shardings
 
 
 @jax.tree_util.register_dataclass
@@ -21,17 +23,42 @@ class TrainState:
       step: () int32, updates done.
       params: float32 masters.
       opt_state: of the Optax optimizer.
-      ema: float32 moving average of `params`, what is exported.
+      ema: float32 moving average of `params`, what is exported; None in a run that keeps none.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
-    ema: Params
+    ema: Params | None
+
+    @property
+    def best(self) -> Params:
+        """What a run exports: the average, or without one the weights."""
+        return self.params if self.ema is None else self.ema
 
 
-def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0; `params` may hold loaded weights."""
-    # the step donates its input, so the average must not share buffers with the parameters
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), ema)
+def create_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    average: bool = True,
+) -> TrainState:
+    """A state at step 0; `params` may hold loaded weights.
+
+    Args:
+      params: on a mesh, already placed.
+      optimizer: its moments are placed by the same rules.
+      average: keep a moving average.
+      mesh: of `core.sharding.make_mesh`; None is one device and takes parameters of any name.
+    """
+
+    def make(params: Params) -> TrainState:
+        # the step donates its input, so the average must not share buffers with the parameters
+        ema = jax.tree.map(jnp.copy, params) if average else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+    placed = None if mesh is None else shardings(jax.eval_shape(make, params), mesh)
+    # without shardings of its outputs a jit puts zeros, which depend on nothing, on one device
+    made = jax.jit(make, out_shardings=placed)(params)
+    return dataclasses.replace(made, params=params)

@@ -26,7 +26,6 @@ from sanawm_jax.data.latent_cache import (
 )
 from sanawm_jax.data.views import ALL_VIEWS
 from sanawm_jax.dit.config import DiTConfig
-from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
 from sanawm_jax.text.gemma import text_tower
 from sanawm_jax.text.keys import load_text_encoder
@@ -34,8 +33,8 @@ from sanawm_jax.text.prompts import CHI_PROMPT, encode_texts
 from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.export import export_transformer, export_vae, write_index
-from sanawm_jax.training.flow import drop_captions, noised_example, velocity_loss
-from sanawm_jax.training.step import Loss, Metrics
+from sanawm_jax.training.objective import Stage1Objective, compute_dtype
+from sanawm_jax.training.step import Loss, Metrics, Prepare
 from sanawm_jax.training.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import load_vae
@@ -48,37 +47,39 @@ class Task:
     """Everything that differs between one training run and another.
 
     Attributes:
-      params: initial weights.
-      resident: data that stay on the device; a batch is indices into their first axis.
+      abstract: shapes of the weights.
+      init: shardings or None -> initial weights.
+      resident: data that stay on the device.
       size: number of examples.
-      loss: see `training.step.Loss`.
+      prepare, loss: see `training.step`.
       export: averaged weights -> files.
+      read: (K, B) indices -> arrays (K, B, ...) of the host, what `prepare` gets as its batch;
+        None gives it the indices themselves, into `resident`.
     """
 
-    params: Params
+    abstract: Params
+    init: Callable[[Any], Params]
     resident: Any
     size: int
+    prepare: Prepare
     loss: Loss
     export: Callable[[Params], None]
+    read: Callable[[np.ndarray], Any] | None = None
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
-    """The task that `config.task` names, "vae" or "dit"; see `configs/`.
+    """The task that `config.task` names; see `configs/`.
 
     Raises:
       InputError: unknown task, missing data or weights.
     """
-    makers = {"vae": vae_task, "dit": dit_task}
+    from sanawm_jax.training.refiner_task import refiner_task
+    from sanawm_jax.training.stage1 import stage1_task
+
+    makers = {"vae": vae_task, "dit": dit_task, "stage1": stage1_task, "refiner": refiner_task}
     if config.task not in makers:
         raise InputError(f"task={config.task!r}; use one of {', '.join(makers)}")
     return makers[config.task](config, workdir)
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """`auto` is bfloat16 on an accelerator and float32 on a CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def open_source(config: ml_collections.ConfigDict) -> Sequence:
@@ -127,24 +128,32 @@ def vae_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     """Trains the autoencoder on random runs of frames; measures the latents before export."""
     model = VAEConfig(**config.vae.to_dict())
     clips = open_source(config)
-    packed = jax.device_put(pack_clips(clips))
+    packed = pack_clips(clips)
     frames, total = config.clip_frames, packed.shape[1]
     if frames > total:
         raise InputError(f"clip_frames={frames} is more than the {total} frames of a clip")
     logging.info("%d clips, %.2f GiB on the device", len(packed), packed.nbytes / 2**30)
-    graphdef, _ = build(VideoVAE, model)
+    graphdef, abstract = build(VideoVAE, model)
     dtype = compute_dtype(config.dtype)
     weights = VAELossWeights(**config.loss.to_dict())
 
-    def loss(
-        params: Params, resident: jax.Array, batch: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def prepare(
+        resident: jax.Array, batch: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         crop_key, noise_key = jax.random.split(key)
         starts = jax.random.randint(crop_key, batch.shape, 0, total - frames + 1)
         video = to_signed(crop_clips(resident, batch, starts, frames))
+        latent = jax.eval_shape(encode, abstract, video)[0].shape
+        return video, jax.random.normal(noise_key, latent)
+
+    def encode(params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, logvar = apply(graphdef, params, video.astype(dtype), method="encode")
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-        latents = sample_posterior(mean, logvar, jax.random.normal(noise_key, mean.shape))
+        return mean.astype(jnp.float32), logvar.astype(jnp.float32)
+
+    def loss(params: Params, examples: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
+        video, noise = examples
+        mean, logvar = encode(params, video)
+        latents = sample_posterior(mean, logvar, noise)
         decoded = apply(graphdef, params, latents.astype(dtype), method="decode")
         return vae_loss(decoded, video, mean, logvar, weights)
 
@@ -152,11 +161,13 @@ def vae_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         params = with_statistics(model, params, packed, config.statistics_clips)
         export_vae(model, params, workdir / "export" / "vae", config.export_dtype)
 
-    params = init(VideoVAE, model, jax.random.key(config.seed))
-    return Task(params, packed, len(packed), loss, export)
+    def make(shardings: Any) -> Params:
+        return init(VideoVAE, model, jax.random.key(config.seed), shardings=shardings)
+
+    return Task(abstract, make, packed, len(packed), prepare, loss, export)
 
 
-def with_statistics(config: VAEConfig, params: Params, packed: jax.Array, clips: int) -> Params:
+def with_statistics(config: VAEConfig, params: Params, packed: np.ndarray, clips: int) -> Params:
     """`params` with latents_mean and latents_std, (C,), measured on up to `clips` whole clips."""
     # the encoder normalises with what it is given: the identity measures the bare latents
     channels = config.latent_channels
@@ -169,8 +180,9 @@ def with_statistics(config: VAEConfig, params: Params, packed: jax.Array, clips:
     size = min(8, len(packed))
     count, first, second = 0, 0.0, 0.0
     for start in range(0, min(clips, len(packed)) - size + 1, size):
-        indices = jnp.arange(start, start + size)
-        video = crop_clips(packed, indices, jnp.zeros_like(indices), packed.shape[1])
+        indices = jnp.arange(size)
+        part = jnp.asarray(packed[start : start + size])
+        video = crop_clips(part, indices, jnp.zeros_like(indices), packed.shape[1])
         latents = np.asarray(encode(bare, video), np.float64)
         count += latents[..., 0].size
         first += latents.sum((0, 1, 2, 3))
@@ -190,8 +202,8 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
     folder = workdir / "export"
     clips = open_source(config)
-    cache = _cached(config, workdir, clips)
-    resident = {name: jax.device_put(np.asarray(a)) for name, a in cache.items()}
+    cache = cached_clips(config, workdir, clips)
+    resident = {name: np.asarray(a) for name, a in cache.items()}
     size = len(cache["latents"])
     logging.info(
         "%d clips, %.2f GiB on the device", size, sum(a.nbytes for a in resident.values()) / 2**30
@@ -202,37 +214,14 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         chunk_plucker_channels=cache["plucker"].shape[-1],
         **config.dit.to_dict(),
     )
-    graphdef, _ = build(DiT, model)
-    dtype = compute_dtype(config.dtype)
+    objective = Stage1Objective(config, model, cache["latents"].shape[1])
 
-    def loss(
-        params: Params, resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        noise_key, drop_key = jax.random.split(key)
-        example = noised_example(
-            noise_key,
-            resident["latents"][batch],
-            flow_shift=config.flow_shift,
-            image_prob=config.image_prob,
-        )
+    def prepare(resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> Any:
+        rows = {name: resident[name][batch] for name in ("latents", "camera", "plucker")}
         caption = resident["caption"][batch]
         text, mask = resident["text"], resident["text_mask"]
-        shown, shown_mask = drop_captions(
-            drop_key, text[caption], mask[caption], text[-1], mask[-1], config.caption_dropout
-        )
-        velocity = apply(
-            graphdef,
-            params,
-            example.noisy.astype(dtype),
-            example.timesteps,
-            shown.astype(dtype),
-            shown_mask,
-            resident["camera"][batch],
-            resident["plucker"][batch].astype(dtype),
-            remat=config.remat,
-            unroll=config.unroll,
-        )
-        return velocity_loss(velocity, example.target, example.mask), {}
+        rows = {**rows, "text": text[caption], "text_mask": mask[caption]}
+        return objective.prepare(rows, (text[-1], mask[-1]), key)
 
     def export(params: Params) -> None:
         export_transformer(model, params, folder / "transformer", config.export_dtype)
@@ -244,17 +233,23 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
                 )
         write_index(folder, config.flow_shift)
 
-    params = init(DiT, model, jax.random.key(config.seed))
-    return Task(params, resident, size, loss, export)
+    return Task(objective.abstract, objective.init, resident, size, prepare, objective.loss, export)
+
+
+def cache_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    """Where encoded clips are; a run may take those of another one."""
+    given = config.get("cache_dir", "")
+    return Path(given).expanduser().absolute() if given else workdir / "latents"
 
 
 def _text_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     return Path(config.text_dir) if config.text_dir else workdir / "export"
 
 
-def _cached(
+def cached_clips(
     config: ml_collections.ConfigDict, workdir: Path, clips: Sequence
 ) -> dict[str, np.ndarray]:
+    """The clips as stage 1 sees them, see `data.latent_cache`, in `config.cache_dir` if given."""
     vae_config, vae_params = load_vae(config.vae_dir, dtype=np.float32)
     text = _text_folder(config, workdir)
     if not (text / "text_encoder" / "config.json").is_file():
@@ -279,7 +274,7 @@ def _cached(
     views = ALL_VIEWS if config.augment else ALL_VIEWS[:1]
     facts = (config.data_dir, len(clips), shape, config.text_length, views)
     return build_cache(
-        workdir / "latents",
+        cache_folder(config, workdir),
         clips,
         vae_config,
         vae_params,

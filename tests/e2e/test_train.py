@@ -78,13 +78,13 @@ def test_dit_run_resumes_bit_equal(vae_dir, tmp_path):
     assert weights.vae_config().latent_channels == 8
     weights.load_dit(np.float32)
 
-    config.num_steps = 2
+    config.steps = 2
     train(config, tmp_path / "parts")
     # lines that a killed run wrote after its last checkpoint
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
     stamp = (tmp_path / "parts" / "latents" / "latents.npy").stat().st_mtime_ns
-    config.num_steps = 4
+    config.steps = 4
     parts = train(config, tmp_path / "parts")
     assert (tmp_path / "parts" / "latents" / "latents.npy").stat().st_mtime_ns == stamp
 
@@ -97,7 +97,7 @@ def test_dit_run_resumes_bit_equal(vae_dir, tmp_path):
 def test_stops_by_the_clock_and_exports(vae_dir, tmp_path):
     config = get_config("dit")
     config.vae_dir = str(vae_dir / "export" / "vae")
-    config.update(num_steps=100_000, save_every=1000, max_minutes=1e-4)
+    config.update(steps=100_000, save_every=1000, max_minutes=1e-4)
     state = train(config, tmp_path)
     assert 0 < int(state.step) < 1000
     assert (tmp_path / "checkpoints" / str(int(state.step))).is_dir()

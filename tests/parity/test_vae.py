@@ -107,7 +107,7 @@ def test_small_world(pair, rng):
     video = draw_video(rng, (9, 64, 64), batch=1)
     expected = p.reference.encode(to_torch(video)).latent_dist
     mean, logvar = p.encode(video)
-    assert mean.shape == (1, 2, 8, 8, 64)
+    assert mean.shape == (1, 2, 8, 8, 48)
     assert relative(mean, from_torch(expected.mean)) <= 1e-5
     assert relative(logvar, from_torch(expected.logvar)) <= 1e-5
     decoded = p.reference.decode(expected.mean).sample
@@ -305,17 +305,23 @@ def test_posterior(rng):
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_close_as_the_reference(pair, rng):
+def test_bfloat16_is_no_worse(pair):
+    """Ours in bfloat16 against the reference in float32: no further than the reference's own."""
     p = pair(PUBLISHED)
-    latents = rng.standard_normal((1, 2, 2, 3, 8)).astype(np.float32)
-    exact = from_torch(p.reference.decode(to_torch(latents)).sample)
     half = AutoencoderKLLTX2Video(**dataclasses.asdict(p.cfg))
     half.load_state_dict(p.reference.state_dict())
-    theirs = from_torch(half.to(torch.bfloat16).eval().decode(to_torch(latents).bfloat16()).sample)
-    ours = p.decode(jnp.asarray(latents, jnp.bfloat16))
-    assert ours.dtype == jnp.bfloat16
-    budget = relative(theirs.float().numpy(), exact)
-    assert relative(np.asarray(ours, np.float32), exact) <= max(1.25 * budget, 1e-3)
+    half = half.to(torch.bfloat16).eval()
+    ours, theirs = 0.0, 0.0
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        latents = rng.standard_normal((1, 2, 3, 3, 8)).astype(np.float32)
+        exact = from_torch(p.reference.decode(to_torch(latents)).sample)
+        rounded = half.decode(to_torch(latents).bfloat16()).sample
+        decoded = p.decode(jnp.asarray(latents, jnp.bfloat16))
+        assert decoded.dtype == jnp.bfloat16
+        theirs += relative(from_torch(rounded.float()), exact)
+        ours += relative(np.asarray(decoded, np.float32), exact)
+    assert ours <= theirs
 
 
 def test_round_trip_is_exact(pair):

@@ -50,7 +50,10 @@ class SmallWorld(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First.", "1.1.0": "Patterns at half the contrast."}
+    RELEASE_NOTES: ClassVar = {
+        "1.0.0": "First.",
+        "1.1.0": "Patterns at half the contrast, seen through a lens of 0.7 pixels.",
+    }
     BUILDER_CONFIGS: ClassVar = [SmallWorldConfig(name="tiny", num_scenes=16, num_held_out=4)]
     on_clip: Callable[[], None] | None = None
 

@@ -72,7 +72,7 @@ def test_missing_sets_are_named(data_dir, tmp_path):
         open_clips(tmp_path, "train")
     with pytest.raises(InputError, match="no split 'test'"):
         open_clips(data_dir, "test")
-    folder = tmp_path / "small_world" / "part_000_of_003" / "1.0.0"
+    folder = tmp_path / "small_world" / "part_000_of_003" / "1.1.0"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text("{}")
     with pytest.raises(InputError, match="1 of 3 parts"):

@@ -9,9 +9,9 @@ import pytest
 
 from sanawm_jax.training.flow import (
     drop_captions,
+    frame_weights,
     noise_levels,
     noised_example,
-    sample_steps,
     velocity_loss,
 )
 
@@ -24,15 +24,6 @@ def test_noise_levels():
     assert sigma[0] == timestep[0] == 0
     assert sigma[500] == pytest.approx(0.75) and timestep[500] == 750
     assert np.all(timestep == np.floor(timestep)) and np.all(np.diff(sigma) > 0)
-
-
-def test_steps_are_logit_normal():
-    steps = np.asarray(sample_steps(jax.random.key(0), 20000))
-    assert steps.min() >= 0 and steps.max() <= 999
-    assert np.median(steps) == pytest.approx(500, abs=15)
-    # sigmoid(+-1) are the quantiles of one standard deviation
-    assert np.mean(steps < 268.9) == pytest.approx(0.1587, abs=0.01)
-    assert np.mean(steps < 731.1) == pytest.approx(0.8413, abs=0.01)
 
 
 @pytest.mark.parametrize("image_prob", [0.0, 1.0])
@@ -67,6 +58,28 @@ def test_image_condition_is_drawn_for_each_sample():
     assert float(jnp.mean(e.mask[:, 0])) == pytest.approx(0.1, abs=0.03)
 
 
+def test_chunks_have_steps_of_their_own():
+    clean = jax.random.normal(jax.random.key(1), (64, 7, 1, 1, 8))
+    e = noised_example(
+        jax.random.key(0),
+        clean,
+        flow_shift=9.95,
+        image_prob=0.5,
+        chunk_starts=(0, 4),
+        chunk_mixture={"incremental": 1.0},
+    )
+    sigma = np.asarray((e.noisy - clean) / e.target).mean((2, 3, 4))
+    # what the network is told is cut to a whole number, the noise is not
+    np.testing.assert_array_equal(e.timesteps, np.floor(e.timesteps))
+    assert np.all((1000 * sigma - e.timesteps > -0.01) & (1000 * sigma - e.timesteps < 1.01))
+    given = np.asarray(e.mask[:, 0]) == 0
+    assert 15 < given.sum() < 49 and not np.any(e.timesteps[given, 0])
+    # the image is one frame: the others of its chunk keep their step
+    assert np.all(e.timesteps[:, 1] == e.timesteps[:, 3]) and np.any(e.timesteps[given, 1] > 0)
+    assert np.all(e.timesteps[:, 4] >= e.timesteps[:, 3]) and np.all(e.mask[:, 1:] == 1)
+    assert np.any(e.timesteps[:, 4] > e.timesteps[:, 3])
+
+
 def test_captions_are_dropped_whole():
     text, mask = jnp.ones((1000, 4, 3)), jnp.ones((1000, 4), bool)
     null, null_mask = jnp.full((4, 3), -1.0), jnp.array([True, False, False, False])
@@ -81,4 +94,10 @@ def test_masked_loss_is_a_mean_over_what_is_left():
     target = jnp.zeros((2, 3, 2, 2, 5))
     prediction = target.at[:, 0].set(100.0).at[0, 1].set(2.0)
     mask = jnp.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
-    assert float(velocity_loss(prediction, target, mask)) == pytest.approx(4.0 / 4)
+    weights = frame_weights(mask)
+    assert float(velocity_loss(prediction, target, weights)) == pytest.approx(4.0 / 4)
+    # rows that mask different numbers of frames still add up
+    weights = frame_weights(jnp.array([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]))
+    assert float(velocity_loss(prediction, target, weights)) == pytest.approx(4.0 / 3)
+    rows = [velocity_loss(*(a[i : i + 1] for a in (prediction, target, weights))) for i in (0, 1)]
+    assert float(sum(rows) / 2) == pytest.approx(4.0 / 3)

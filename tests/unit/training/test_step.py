@@ -24,16 +24,27 @@ from sanawm_jax.training.step import compile_steps
 from sanawm_jax.training.vae_loss import VAELossWeights, edge_loss, vae_loss
 
 
-def _loss(params, resident, batch, key):
-    noise = jax.random.normal(key, batch.shape)
-    error = resident[batch] * params["a"]["kernel"] + params["a"]["bias"] + 0.1 * noise - 1.0
-    return jnp.mean(error**2), {"noise": noise[0]}
+def _prepare(resident, batch, key):
+    return resident[batch], jax.random.normal(key, batch.shape)
 
 
-def _setup(rate=lambda step, wall: 0.01, **kwargs):
+def _loss(params, examples):
+    x, noise = examples
+    error = x * params["a"]["kernel"] + params["a"]["bias"] + 0.1 * noise - 1.0
+    return jnp.mean(error**2), {"noise": jnp.mean(noise)}
+
+
+def _setup(rate=lambda step, wall: 0.01, accumulation=1, **kwargs):
     params = {"a": {"kernel": jnp.array(2.0), "bias": jnp.array(0.5)}}
     optimizer = make_optimizer(**kwargs)
-    steps = compile_steps(loss=_loss, optimizer=optimizer, rate=rate, decay=0.9)
+    steps = compile_steps(
+        prepare=_prepare,
+        loss=_loss,
+        optimizer=optimizer,
+        rate=rate,
+        decay=0.9,
+        accumulation=accumulation,
+    )
     return params, create_state(params, optimizer), steps
 
 
@@ -50,9 +61,8 @@ def test_equals_optax_adamw():
     key = jax.random.key(0)
     p, opt, ema = params, reference.init(params), params
     for i, batch in enumerate(batches):
-        grads = jax.grad(lambda p, b, k: _loss(p, resident, b, k)[0])(
-            p, batch, jax.random.fold_in(key, i)
-        )
+        examples = _prepare(resident, batch, jax.random.fold_in(key, i))
+        grads = jax.grad(lambda p, e: _loss(p, e)[0])(p, examples)
         updates, opt = reference.update(grads, opt, p)
         p = optax.apply_updates(p, updates)
         d = min(0.9, (1 + i) / (10 + i))
@@ -72,6 +82,18 @@ def test_randomness_depends_on_the_step_alone():
     for i in (0, 2):
         parts, _ = steps(parts, resident, batches[i : i + 2], key, jnp.float32(0))
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_whole_batch(parts):
+    _, whole, steps = _setup()
+    _, parted, in_parts = _setup(accumulation=parts)
+    args = (jnp.arange(10.0), _batches(3), jax.random.key(0), jnp.float32(0))
+    whole, metrics = steps(whole, *args)
+    parted, part_metrics = in_parts(parted, *args)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, parted, whole)
+    jax.tree.map(close, part_metrics, metrics)
 
 
 def test_state_is_donated():

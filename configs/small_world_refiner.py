@@ -1,0 +1,52 @@
+"""The small world's stage 2: a small LTX-2 refiner, first its base, then adapters on it.
+
+    python train.py --config=configs/small_world_refiner.py --workdir=BASE --config.data_dir=DATA
+        --config.stage1_dir=STAGE1/export
+    python train.py --config=configs/small_world_refiner.py --workdir=LORA --config.data_dir=DATA
+        --config.stage1_dir=STAGE1/export --config.base_dir=BASE/export --config.lora.rank=16
+        --config.cache_dir=BASE/latents --config.max_minutes=3
+
+`sample.py --refiner_weights BASE/export` or `LORA/export` refines with what they export.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common, refiner
+
+
+def get_config() -> ConfigDict:
+    """Six and a half million parameters; ten minutes on one 80 GB accelerator, after the pairs."""
+    config = common.training("refiner")
+    refiner.add_fields(config)
+    config.synthetic.num_frames = 17
+    config.augment = True
+    config.cache_batch = 16
+    config.text = ConfigDict(dict(width=64, layers=2, length=64, registers=16))
+    config.refiner = ConfigDict(
+        dict(
+            num_layers=6,
+            num_attention_heads=8,
+            attention_head_dim=32,
+            vae_scale_factors=(8, 8, 8),
+            # 49 frames at 16 a second, 128 pixels: positions reach the whole range of angles
+            pos_embed_max_pos=4,
+            base_height=128,
+            base_width=128,
+            rope_type="split",
+            # of the audio half, which is neither run nor exported
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+        )
+    )
+    # sampling a clip of 7 latent frames has two blocks: one sees the sink, one also the first block
+    config.objective = "stream"
+    config.stream.window = 1
+
+    config.pairs.update(steps=10, cfg_scale=1.0, batch=128)
+    config.batch_size = 64
+    config.max_minutes = 10.0
+    config.optimizer.update(learning_rate=5e-4, weight_decay=0.01)
+    return config

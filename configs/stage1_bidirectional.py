@@ -1,0 +1,47 @@
+"""Stage 1 of the release, bidirectional: the 2.66 B DiT, fine-tuned on 60 s clips of 704 x 1280.
+
+python train.py --config=configs/stage1_bidirectional.py --workdir=DIR --config.data_dir=LATENTS
+    --config.weights=SANA-WM_bidirectional-diffusers
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The published optimizer, noise and mesh; docs/training.md says what was not published."""
+    config = common.training("stage1")
+    config.seed = 3407
+    config.dtype = "bfloat16"  # compute; masters, moments and gradients' sums are float32
+    config.weights = ""  # a stage-1 folder to start from; empty: random weights
+    # without data_dir: shapes of the published example set, 961 frames of 704 x 1280
+    config.synthetic = ConfigDict(dict(clips=8, latent_frames=121, height=22, width=40, captions=4))
+    config.dit = ConfigDict()  # the release's
+    config.remat = "full"
+    config.unroll = False
+    config.update(common.chunks())
+    config.flow_shift = 9.95
+    config.image_prob = 0.9
+    config.caption_dropout = 0.1
+
+    # eight devices: each pair shares the frames of a clip, the four pairs share the weights
+    config.mesh.update(fsdp=4, context=2)
+    config.batch_size = 4
+    config.steps = 100_000
+    config.steps_per_call = 1
+    config.ema_decay = 0.0
+    config.save_every = 50
+    config.log_every = 10
+    config.optimizer.update(
+        learning_rate=1e-5,
+        betas=(0.9, 0.999),
+        eps=1e-10,
+        weight_decay=0.0,
+        clip_norm=0.5,
+        warmup_steps=0,
+        schedule="constant",
+    )
+    return config

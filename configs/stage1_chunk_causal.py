@@ -1,0 +1,18 @@
+"""Stage 1 of the release, chunk-causal: chunks of three latent frames that see no later chunk.
+
+python train.py --config=configs/stage1_chunk_causal.py --workdir=DIR --config.data_dir=LATENTS
+    --config.weights=SANA-WM_bidirectional-diffusers
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import stage1_bidirectional
+
+
+def get_config() -> ConfigDict:
+    """The published fine-tune: noise steps by chunk, in four modes."""
+    config = stage1_bidirectional.get_config()
+    config.chunk_size = 3
+    return config

@@ -1,0 +1,285 @@
+"""Everything through which one latent frame sees another: chunks, shifts, recurrence, attention.
+
+The other parts of a network treat each frame alone. These know the chunk layout and, on a mesh
+whose `context` axis shares the frames out, communicate explicitly (`jax.shard_map`): a shift
+passes a halo to the neighbours, the recurrence composes the maps of whole ranks, and attention
+gathers keys and values. Frame numbers, chunk starts among them, are those of the whole clip.
+Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax import lax
+
+from kernels_pallas import gdn
+from sanawm_jax.core.attention import attention
+from sanawm_jax.core.sharding import axis_size, logical_spec
+from sanawm_jax.errors import InputError
+
+CHUNK_STRATEGIES = ("first_chunk_plus_one", "uniform", "first_frame")
+_AXIS = "context"
+
+
+def chunk_starts(frames: int, size: int, strategy: str = "first_chunk_plus_one") -> tuple[int, ...]:
+    """First frame of every chunk of a clip; a last chunk that is short joins the one before it.
+
+    Args:
+      frames: F of the whole clip.
+      size: frames a chunk.
+      strategy: first_chunk_plus_one (the first chunk has size + 1 frames: the given image and a
+        chunk), first_frame (the first chunk is one frame) or uniform.
+
+    Raises:
+      InputError: unknown strategy, or a size below 1.
+    """
+    if strategy not in CHUNK_STRATEGIES:
+        raise InputError(
+            f"chunk_split_strategy={strategy!r}; use one of {', '.join(CHUNK_STRATEGIES)}"
+        )
+    if size < 1:
+        raise InputError(f"chunk_size={size} must be at least 1")
+    if size >= frames:
+        return (0,)
+    second = {"first_chunk_plus_one": size + 1, "uniform": size, "first_frame": 1}[strategy]
+    starts = [0, *range(second, frames, size)]
+    # the lone first frame is a chunk of its own and absorbs nothing
+    least = 2 if strategy == "first_frame" else 1
+    if len(starts) > least and frames - starts[-1] < size:
+        starts.pop()
+    return tuple(starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameLayout:
+    """Which frames see which, and on how many ranks they lie.
+
+    A chunk sees itself and everything before it; one chunk is the bidirectional model.
+
+    Attributes:
+      frames: F of the clip.
+      starts: first frame of every chunk, ascending from 0.
+      shards: ranks that share the frames out; the axis is padded to a multiple.
+
+    Raises:
+      InputError: starts that do not ascend from 0 below `frames`.
+    """
+
+    frames: int
+    starts: tuple[int, ...] = (0,)
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
+        if not self.starts or self.starts[0] or not ascending or self.starts[-1] >= self.frames:
+            raise InputError(
+                f"chunk_starts={self.starts} must ascend from 0 and stay below {self.frames} frames"
+            )
+
+    @property
+    def padded(self) -> int:
+        return -(-self.frames // self.shards) * self.shards
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """First frame and end of every chunk."""
+        return list(zip(self.starts, (*self.starts[1:], self.frames), strict=True))
+
+    def ends(self) -> np.ndarray:
+        """(padded,) int32: where each frame's chunk ends; no frame sees that one or a later."""
+        ends = np.full((self.padded,), self.frames, np.int32)
+        for start, end in self.chunks:
+            ends[start:end] = end
+        return ends
+
+    def is_plain(self) -> bool:
+        """One chunk without padding: the ends of the array are the only borders."""
+        return len(self.starts) == 1 and self.padded == self.frames
+
+
+def layout_of(frames: int, starts: tuple[int, ...] | None) -> FrameLayout:
+    """The layout of a clip on the mesh that is set; no starts is one chunk."""
+    return FrameLayout(frames, starts or (0,), axis_size(_AXIS))
+
+
+def _local(table: np.ndarray, layout: FrameLayout) -> jax.Array:
+    """This rank's part of a table over the padded frames."""
+    if layout.shards == 1:
+        return jnp.asarray(table)
+    size = layout.padded // layout.shards
+    return lax.dynamic_slice_in_dim(jnp.asarray(table), lax.axis_index(_AXIS) * size, size)
+
+
+def _on_ranks(
+    function: Callable[..., Any], layout: FrameLayout, inputs: tuple[str, ...], output: str
+) -> Callable[..., Any]:
+    """`function` of one rank's frames as a function of all of them; axes by logical names."""
+    if layout.shards == 1:
+        return function
+    specs = tuple(logical_spec(names) for names in inputs)
+    return jax.shard_map(function, in_specs=specs, out_specs=logical_spec(output))
+
+
+def neighbours(
+    x: jax.Array, reach: int, layout: FrameLayout, names: str = "B F P C"
+) -> list[jax.Array]:
+    """What a convolution over frames sees: x at frame f - reach, ..., f, ..., f + reach.
+
+    Zero before the clip, and from the end of f's chunk on: a frame sees the past of other chunks
+    but only the future of its own.
+
+    Args:
+      x: (B, F, P, C), F padded.
+      reach: frames to each side.
+      names: logical axes of x.
+    """
+    ends = layout.ends()
+
+    def masked(shifted: jax.Array, offset: int) -> jax.Array:
+        if offset <= 0 or layout.is_plain():
+            return shifted
+        visible = np.arange(layout.padded) + offset < ends
+        return jnp.where(_local(visible, layout)[:, None, None], shifted, 0)
+
+    offsets = range(-reach, reach + 1)
+    if layout.shards == 1:
+        frames = x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+        return [masked(padded[:, reach + i : reach + i + frames], i) for i in offsets]
+
+    def shifted(offset: int) -> jax.Array:
+        def on_rank(x: jax.Array) -> jax.Array:
+            return masked(_shift(x, offset, layout.shards), offset)
+
+        return _on_ranks(on_rank, layout, (names,), names)(x)
+
+    return [shifted(offset) if offset else x for offset in offsets]
+
+
+def _shift(x: jax.Array, offset: int, ranks: int) -> jax.Array:
+    """Frame f + offset at the place of f, across ranks; zero outside."""
+    hops, rest = divmod(offset, x.shape[1])
+
+    def from_rank(part: jax.Array, distance: int) -> jax.Array:
+        pairs = [(r, r - distance) for r in range(ranks) if 0 <= r - distance < ranks]
+        return part if distance == 0 else lax.ppermute(part, _AXIS, pairs)
+
+    near = from_rank(x[:, rest:], hops)
+    return near if rest == 0 else jnp.concatenate([near, from_rank(x[:, :rest], hops + 1)], 1)
+
+
+def recurrent_states(transition: gdn.Transition, layout: FrameLayout) -> jax.Array:
+    """States that every frame reads: (B, F, N, D, D) maps -> (B, F, N, V, D).
+
+    The forward run crosses chunks, the backward run is isolated in each.
+    """
+
+    def run(w: jax.Array, u: jax.Array) -> jax.Array:
+        ends = None
+        if len(layout.starts) > 1:
+            ends = _local(np.arange(layout.padded) + 1 == layout.ends(), layout)
+        axis = _AXIS if layout.shards > 1 else None
+        states, _ = gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends, axis_name=axis)
+        return states
+
+    names = ("B F N D E", "B F N V D")
+    return _on_ranks(run, layout, names, "B F N V D")(*transition)
+
+
+def frame_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: FrameLayout,
+    *,
+    key_mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Softmax attention of every chunk to the keys before its end.
+
+    Args:
+      q, k, v: (B, F, P, N, D), F padded.
+      key_mask: (B, F) bool, false hides a frame's keys.
+      scale: of the logits; D^-1/2 by default.
+
+    Returns:
+      q's shape.
+    """
+    attend = functools.partial(_attend_chunks, layout=layout, scale=scale)
+    if layout.shards > 1:
+        attend = functools.partial(_attend_gathered, layout=layout, scale=scale)
+    qkv = "B F P N D"
+    if key_mask is None:
+        return _on_ranks(attend, layout, (qkv,) * 3, qkv)(q, k, v)
+    return _on_ranks(attend, layout, (qkv, qkv, qkv, "B F"), qkv)(q, k, v, key_mask)
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, **options: Any
+) -> jax.Array:
+    frames, tokens = q.shape[1:3]
+    q, k, v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v))
+    if key_mask is not None:
+        key_mask = jnp.repeat(key_mask, tokens, axis=1)  # B T
+    y = attention(q, k, v, key_mask=key_mask, **options)
+    return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
+
+
+def _attend_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None = None,
+    *,
+    layout: FrameLayout,
+    scale: float | None,
+) -> jax.Array:
+    # keys are sliced, not hidden: an explicit mask would cost the fused kernels
+    parts = [
+        _attend(
+            q[:, start:end],
+            k[:, :end],
+            v[:, :end],
+            None if key_mask is None else key_mask[:, :end],
+            scale=scale,
+        )
+        for start, end in layout.chunks
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+
+def _attend_gathered(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None = None,
+    *,
+    layout: FrameLayout,
+    scale: float | None,
+) -> jax.Array:
+    """One rank's queries; keys and values come from all ranks, the padding is cut off."""
+
+    def whole(a: jax.Array) -> jax.Array:
+        return lax.all_gather(a, _AXIS, axis=1, tiled=True)[:, : layout.frames]
+
+    k, v = whole(k), whole(v)
+    key_mask = None if key_mask is None else whole(key_mask)
+    if len(layout.starts) == 1:
+        return _attend(q, k, v, key_mask, scale=scale)
+
+    # ranks run one program, so what a frame sees is a count and not a slice
+    def one_frame(frame: tuple[jax.Array, jax.Array]) -> jax.Array:
+        queries, end = frame
+        count = jnp.broadcast_to(end * q.shape[2], q.shape[:1]).astype(jnp.int32)
+        return _attend(queries[:, None], k, v, key_mask, scale=scale, key_count=count)[:, 0]
+
+    frames = (jnp.moveaxis(q, 1, 0), _local(layout.ends(), layout))
+    return jnp.moveaxis(lax.map(one_frame, frames), 0, 1)

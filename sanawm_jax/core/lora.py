@@ -1,0 +1,179 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of any model.
+
+    y = x W + b + scale (x A) B,  scale = alpha / rank,  A (in, R) and B (R, out)
+
+Adapters are a tree of their own: the model's paths with `lora_a` and `lora_b` in the place of
+`kernel`, stacked on the same leading axes. Training sees that tree alone, the base stays frozen
+and outside of gradients, optimizer, average and checkpoints; `combine` lays one over the other for
+a forward pass, in which a scanned layer computes (x A) B and never the product A B. For sampling,
+`merge_lora` adds the product to the kernels once.
+
+Axis letters: R rank; leading axes are those along which layers are stacked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sanawm_jax.core.layers import Linear
+from sanawm_jax.core.params import Params, build_with, from_leaves, leaves
+from sanawm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which layers are adapted, and how.
+
+    Attributes:
+      rank: R.
+      targets: regular expressions on a linear layer's whole dotted path, e.g.
+        `blocks\\.attn\\.(q|k|v)`.
+      alpha: numerator of the scale; None is the rank, a scale of 1.
+
+    Raises:
+      InputError: a rank or alpha that is not positive, no target, or a broken expression.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank={self.rank} must be at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"lora.alpha={self.alpha} must be positive")
+        if not self.targets:
+            raise InputError("lora.targets is empty; name the layers to adapt")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise InputError(f"lora.targets: {target!r} is no expression ({error})") from None
+
+    @property
+    def scale(self) -> float:
+        """What the product A B is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def _add_adapters(model: nnx.Module, config: LoraConfig) -> None:
+    """Gives every targeted `Linear` of an abstract model its two factors."""
+    linear = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    }
+    for target in config.targets:
+        found = [path for path in linear if re.fullmatch(target, path)]
+        if not found:
+            raise InputError(
+                f"lora.targets: no linear layer matches {target!r}; layers are "
+                f"{', '.join(sorted(linear)[:8])}..."
+            )
+        for path in found:
+            module = linear[path]
+            if hasattr(module, "lora_a"):
+                continue
+            *stack, inputs, outputs = module.kernel[...].shape
+            if config.rank > min(inputs, outputs):
+                raise InputError(
+                    f"lora.rank={config.rank} is more than {path}'s full rank, "
+                    f"{min(inputs, outputs)}"
+                )
+            module.lora_a = nnx.LoRAParam(jnp.zeros((*stack, inputs, config.rank)))
+            module.lora_b = nnx.LoRAParam(jnp.zeros((*stack, config.rank, outputs)))
+            module.lora_scale = config.scale
+
+
+@functools.lru_cache(maxsize=16)
+def build_adapted(
+    module: type[nnx.Module], config: Any, lora: LoraConfig
+) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition of an adapted model, and its abstract adapters.
+
+    Args:
+      module, config: see `params.build`, whose tree is the base.
+      lora: what is adapted.
+
+    Returns:
+      a graph definition that `apply` takes with `combine(base, adapters)`, and the adapters'
+      shapes.
+
+    Raises:
+      InputError: a target that matches nothing, or a rank beyond a layer's full rank.
+    """
+    graphdef, abstract = build_with(module, config, lambda model: _add_adapters(model, lora))
+    return graphdef, adapters_of(abstract)
+
+
+def adapters_of(tree: Params) -> Params:
+    """The adapters' leaves of a tree that holds base and adapters."""
+    return from_leaves({p: a for p, a in leaves(tree) if p.endswith((".lora_a", ".lora_b"))})
+
+
+def combine(base: Params, adapters: Params) -> Params:
+    """Both trees as one, for a forward pass; nothing is copied."""
+    out = dict(base)
+    for name, value in adapters.items():
+        out[name] = combine(base.get(name, {}), value) if isinstance(value, dict) else value
+    return out
+
+
+def init_adapters(abstract: Params, key: jax.Array) -> Params:
+    """Fresh float32 adapters: A uniform in +-in^-1/2, B zero, so that nothing changes at first.
+
+    That is PyTorch's `kaiming_uniform_` with a = sqrt(5), as PEFT draws A.
+    """
+    flat = {}
+    for i, (path, leaf) in enumerate(leaves(abstract)):
+        if path.endswith("lora_b"):
+            flat[path] = jnp.zeros(leaf.shape, jnp.float32)
+        else:
+            bound = leaf.shape[-2] ** -0.5
+            flat[path] = jax.random.uniform(
+                jax.random.fold_in(key, i), leaf.shape, jnp.float32, -bound, bound
+            )
+    return from_leaves(flat)
+
+
+def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
+    """`params` with W + scale A B where adapters are; the sum in float32, W's dtype comes back.
+
+    Args:
+      params: the base.
+      adapters: of the same stacking.
+      scale: `LoraConfig.scale`.
+
+    Raises:
+      InputError: adapters of layers that the base does not have, or of other sizes.
+    """
+    flat, factors = dict(leaves(params)), dict(leaves(adapters))
+    for path, a in factors.items():
+        layer, _, name = path.rpartition(".")
+        if name != "lora_a":
+            continue
+        kernel, b = flat.get(f"{layer}.kernel"), factors[f"{layer}.lora_b"]
+        if kernel is None:
+            raise InputError(f"the adapter has {layer}, which this model has not")
+        product = (*a.shape[:-1], b.shape[-1])
+        if product != kernel.shape:
+            raise InputError(f"the adapter of {layer} is for {product}, not {kernel.shape}")
+        flat[f"{layer}.kernel"] = _merged(kernel, a, b, scale)
+    return from_leaves(flat)
+
+
+@jax.jit
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    # rounded once: at the default precision of an accelerator the product would be off by 2^-8
+    product = jnp.matmul(
+        a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)

@@ -1,0 +1,173 @@
+"""What the refiner changes on the small world: quality by quarter, camera following, drift.
+
+    python -m sanawm_jax.eval.refiner --weights STAGE1/export --refiner_weights BASE/export
+        --scenes 56 --json refiner.json --sheet refiner.png
+
+Clips, actions and metrics are those of `eval.small_world`: held-out scenes, one of the 8 single
+actions each. Every clip is sampled once by stage 1, then decoded as it is and after refinement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sanawm_jax.errors import InputError
+from sanawm_jax.eval.metrics import by_quarter, psnr, ssim
+from sanawm_jax.eval.small_world import nearest_action, tasks
+
+STAGES = ("stage1", "refined")
+_SHOWN_FRAMES = 7
+
+
+def evaluate(
+    weights: str,
+    refiner_weights: str,
+    *,
+    scenes: int = 56,
+    num_frames: int = 49,
+    size: int = 128,
+    steps: int = 20,
+    cfg_scale: float = 1.0,
+    text_length: int = 64,
+    sheet_clips: int = 8,
+    block_frames: int = 3,
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Runs the evaluation.
+
+    Args:
+      weights, refiner_weights: folders in diffusers layout, or hub names.
+      scenes: held-out scenes.
+      num_frames, size: of a clip, in pixel frames and pixels a side.
+      steps, cfg_scale, text_length: of stage 1.
+      sheet_clips: clips on the contact sheet.
+      block_frames: latent frames that are refined together; 0 is the whole clip.
+
+    Returns:
+      the figures, those of either stage under its name, and a strip a clip for the contact sheet:
+      truth above stage 1 above refined.
+
+    Raises:
+      InputError: no scene, or folders that are missing or do not fit each other.
+    """
+    import jax.numpy as jnp
+    from einops import rearrange
+
+    from sanawm_jax.pipeline.generate import SanaWM
+    from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
+
+    if scenes < 1:
+        raise InputError(f"--scenes={scenes} must be at least 1")
+    model = SanaWM.from_pretrained(weights, dtype="float32")
+    options = RefineOptions(refiner_block_size=block_frames)
+    refiner = LTX2Refiner.from_pretrained(
+        refiner_weights, dtype="float32", options=options, keep=True
+    )
+    figures: dict[str, dict[str, list]] = {
+        stage: {"followed": [], "psnr": [], "ssim": []} for stage in STAGES
+    }
+    strips = []
+    for task in tasks(scenes, num_frames, size):
+        truth = task.truths[task.key].astype(np.float32) / 255
+        sampled = model(
+            Image.fromarray(task.truths[task.key][0]),
+            task.caption,
+            action=f"{task.key}-{num_frames - 1}",
+            intrinsics=task.intrinsics,
+            num_frames=num_frames,
+            height=size,
+            width=size,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            text_length=text_length,
+            seed=task.seed,
+            progress=False,
+        )
+        assert sampled.frames is not None
+        refined = refiner(sampled.latents, task.caption, progress=False)
+        # with the sink, which is the given image: both videos have the same frames
+        decoded = model.decode(jnp.asarray(rearrange(refined, "B C F h w -> B F h w C")))
+        videos = dict(zip(STAGES, (sampled.frames, decoded), strict=True))
+        for stage, frames in videos.items():
+            found = figures[stage]
+            found["followed"].append(nearest_action(frames, task.truths) == task.key)
+            # frame 0 is given: quality counts from frame 1
+            found["psnr"].append(by_quarter(psnr(frames[1:], truth[1:])))
+            found["ssim"].append(by_quarter(ssim(frames[1:], truth[1:])))
+        if len(strips) < sheet_clips:
+            shown = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).astype(int)
+            rows = [np.concatenate(list(clip[shown]), 1) for clip in (truth, *videos.values())]
+            strips.append(np.concatenate(rows))
+    table = {"clips": scenes, "steps": steps, "cfg_scale": cfg_scale}
+    table |= {stage: summary(found) for stage, found in figures.items()}
+    return table, strips
+
+
+def summary(found: dict[str, list]) -> dict[str, Any]:
+    """Means over clips; drift is the first quarter's minus the last one's, positive is worse."""
+    out: dict[str, Any] = {"camera_following": float(np.mean(found["followed"]))}
+    for name, digits in (("psnr", 3), ("ssim", 4)):
+        quarters = np.mean(found[name], 0)
+        out[name] = round(float(quarters.mean()), digits)
+        out[f"{name}_by_quarter"] = quarters.round(digits).tolist()
+        out[f"{name}_drift"] = round(float(quarters[0] - quarters[-1]), digits)
+    return out
+
+
+def table_lines(table: dict[str, Any]) -> list[str]:
+    """The figures as the model card shows them."""
+    lines = [f"{table['clips']} held-out clips, stage 1 with {table['steps']} steps"]
+    head = ("quarter 1", "2", "3", "4", "mean", "drift", "camera")
+    lines.append(f"{'':20}" + "".join(f"{h:>10}" for h in head))
+    for name, label, digits in (("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 4)):
+        for stage in STAGES:
+            found = table[stage]
+            values = [*found[f"{name}_by_quarter"], found[name], found[f"{name}_drift"]]
+            cells = "".join(f"{v:10.{digits}f}" for v in values)
+            lines.append(f"{f'{label}, {stage}':20}{cells}{found['camera_following']:10.1%}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--weights", default="small_world", help="stage 1, in diffusers layout")
+    parser.add_argument("--refiner_weights", required=True, help="a refiner folder, or adapters")
+    parser.add_argument("--scenes", type=int, default=56, help="held-out scenes, 50 or more")
+    parser.add_argument("--num_frames", type=int, default=49)
+    parser.add_argument("--size", type=int, default=128, help="pixels a side")
+    parser.add_argument("--steps", type=int, default=20, help="of stage 1")
+    parser.add_argument("--cfg_scale", type=float, default=1.0)
+    parser.add_argument("--text_length", type=int, default=64)
+    parser.add_argument("--refiner_block_size", type=int, default=3, help="0: the whole clip")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--sheet", default="refiner_sheet.png", help="truth, stage 1, refined")
+    options = parser.parse_args(argv)
+    try:
+        table, strips = evaluate(
+            options.weights,
+            options.refiner_weights,
+            scenes=options.scenes,
+            num_frames=options.num_frames,
+            size=options.size,
+            steps=options.steps,
+            cfg_scale=options.cfg_scale,
+            text_length=options.text_length,
+            block_frames=options.refiner_block_size,
+        )
+    except InputError as error:
+        parser.error(str(error))
+    print("\n".join(table_lines(table)))
+    sheet = (np.clip(np.concatenate(strips), 0, 1) * 255).astype(np.uint8)
+    Image.fromarray(sheet).save(options.sheet)
+    if options.json:
+        text = json.dumps(table, indent=1) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

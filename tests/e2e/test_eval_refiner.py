@@ -1,0 +1,83 @@
+"""python -m sanawm_jax.eval.refiner on a tiny stage 1 and a tiny refiner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sanawm_jax.core.params import init
+from sanawm_jax.eval import refiner as evaluation
+from sanawm_jax.refiner.model import Refiner
+from sanawm_jax.training.export import export_refiner, write_refiner_index
+from sanawm_jax.training.refiner_task import make_text_path, new_model
+from tests.e2e.test_train_refiner import CHANNELS, make_stage1
+from tests.e2e.tiny_config import get_config
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("eval")
+    config = get_config("refiner")
+    model = new_model(config, CHANNELS)
+    make_text_path(config, ["a green house", "a yellow tree"], folder / "refiner")
+    params = init(Refiner, model, jax.random.key(0))
+    export_refiner(model, params, folder / "refiner" / "transformer", "bfloat16")
+    write_refiner_index(folder / "refiner", config.text.length)
+    return make_stage1(folder / "stage1"), folder / "refiner"
+
+
+def test_table_json_and_sheet(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage1, refiner = folders
+    evaluation.main(
+        [
+            *("--weights", str(stage1), "--refiner_weights", str(refiner), "--scenes", "2"),
+            *("--num_frames", "17", "--size", "32", "--steps", "1", "--text_length", "48"),
+            *("--json", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "sheet.png")),
+        ]
+    )
+    table = json.loads((tmp_path / "out.json").read_text())
+    assert table["clips"] == 2
+    for stage in ("stage1", "refined"):
+        found = table[stage]
+        assert found["camera_following"] in (0.0, 0.5, 1.0)
+        assert all(0 < v < 100 for v in found["psnr_by_quarter"])
+        quarters = found["psnr_by_quarter"]
+        assert found["psnr_drift"] == pytest.approx(quarters[0] - quarters[3], abs=2e-3)
+        assert found["psnr"] == pytest.approx(np.mean(quarters), abs=2e-3)
+        assert -1 <= found["ssim"] <= 1
+    # the refiner did something
+    assert table["stage1"]["psnr_by_quarter"] != table["refined"]["psnr_by_quarter"]
+    printed = capsys.readouterr().out
+    assert "PSNR, dB, refined" in printed and "camera" in printed
+    # two clips of three rows; 7 frames of 32 pixels
+    assert Image.open(tmp_path / "sheet.png").size == (7 * 32, 2 * 3 * 32)
+
+
+def test_drift_is_first_minus_last_quarter() -> None:
+    quarters = [np.array([30.0, 28.0, 26.0, 24.0]), np.array([20.0, 20.0, 20.0, 18.0])]
+    found = {"followed": [True, False], "psnr": quarters, "ssim": [q / 100 for q in quarters]}
+    out = evaluation.summary(found)
+    assert out["psnr_by_quarter"] == [25.0, 24.0, 23.0, 21.0]
+    assert out["psnr_drift"] == 4.0 and out["psnr"] == 23.25
+    assert out["ssim_drift"] == 0.04 and out["camera_following"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--scenes", "0"], "--scenes=0"), (["--refiner_weights", "/nowhere"], "/nowhere")],
+)
+def test_bad_input_is_one_line(
+    flags: list[str], words: str, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage1, refiner = folders
+    with pytest.raises(SystemExit) as caught:
+        evaluation.main(["--weights", str(stage1), "--refiner_weights", str(refiner), *flags])
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
