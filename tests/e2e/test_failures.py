@@ -53,6 +53,11 @@ def arguments(folder: Path, out: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
+def _hear_interrupts() -> None:
+    """In a child: what a shell starts in the background ignores Ctrl-C, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "line"),
     [
@@ -70,6 +75,7 @@ def test_half_way(failure: str, status: int, line: str, weights: Path, tmp_path:
         capture_output=True,
         text=True,
         env={**os.environ, "SANAWM_COMPILATION_CACHE": str(tmp_path / "cache")},
+        preexec_fn=_hear_interrupts,
     )
     kept = out / "sample_stage1_latents.npy"
     assert done.returncode == status, done.stderr
@@ -89,6 +95,7 @@ def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
         [sys.executable, "sample.py", "--weights=/nowhere/at/all", "--stage1_latents=/dev/stdin",
          "--latents_only", f"--save_latents={tmp_path / 'a.npy'}"],
         cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_hear_interrupts,
     )  # fmt: skip
     try:
         time.sleep(20)  # it waits for its input
