@@ -54,7 +54,7 @@ def arguments(folder: Path, out: Path) -> list[str]:
 
 
 def _hear_interrupts() -> None:
-    """In a child: what a shell starts in the background ignores Ctrl-C, and its children with it."""
+    """For a child: what a shell starts in the background ignores Ctrl-C, as do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
