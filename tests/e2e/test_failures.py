@@ -21,8 +21,15 @@ from tests.e2e.test_what_is_read import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 # runs sample.py with a painter that fails at the third picture
+# what a shell starts in the background ignores Ctrl-C, as do its children
+HEAR = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 FAIL = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from sanawm_jax.media.overlay import OverlayPainter
 paint_all = OverlayPainter.paint_all
 def broken(self, pictures):
@@ -53,11 +60,6 @@ def arguments(folder: Path, out: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def _hear_interrupts() -> None:
-    """For a child: what a shell starts in the background ignores Ctrl-C, as do its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize(
     ("failure", "status", "line"),
     [
@@ -75,7 +77,6 @@ def test_half_way(failure: str, status: int, line: str, weights: Path, tmp_path:
         capture_output=True,
         text=True,
         env={**os.environ, "SANAWM_COMPILATION_CACHE": str(tmp_path / "cache")},
-        preexec_fn=_hear_interrupts,
     )
     kept = out / "sample_stage1_latents.npy"
     assert done.returncode == status, done.stderr
@@ -92,10 +93,10 @@ def test_half_way(failure: str, status: int, line: str, weights: Path, tmp_path:
 
 def test_ctrl_c_while_it_starts(tmp_path: Path) -> None:
     run = subprocess.Popen(
-        [sys.executable, "sample.py", "--weights=/nowhere/at/all", "--stage1_latents=/dev/stdin",
+        [sys.executable, "-c", HEAR, "sample.py", "--weights=/nowhere/at/all",
+         "--stage1_latents=/dev/stdin",
          "--latents_only", f"--save_latents={tmp_path / 'a.npy'}"],
         cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=_hear_interrupts,
     )  # fmt: skip
     try:
         time.sleep(20)  # it waits for its input
