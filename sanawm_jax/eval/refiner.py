@@ -19,7 +19,7 @@ from PIL import Image
 
 from sanawm_jax.errors import InputError
 from sanawm_jax.eval.metrics import by_quarter, psnr, ssim
-from sanawm_jax.eval.small_world import nearest_action, tasks
+from sanawm_jax.eval.small_world import nearest_action, sample_task, tasks
 
 STAGES = ("stage1", "refined")
 _SHOWN_FRAMES = 7
@@ -74,20 +74,7 @@ def evaluate(
     strips = []
     for task in tasks(scenes, num_frames, size):
         truth = task.truths[task.key].astype(np.float32) / 255
-        sampled = model(
-            Image.fromarray(task.truths[task.key][0]),
-            task.caption,
-            action=f"{task.key}-{num_frames - 1}",
-            intrinsics=task.intrinsics,
-            num_frames=num_frames,
-            height=size,
-            width=size,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            text_length=text_length,
-            seed=task.seed,
-            progress=False,
-        )
+        sampled = sample_task(model, task, steps, cfg_scale, text_length)
         assert sampled.frames is not None
         refined = refiner(sampled.latents, task.caption, progress=False)
         # with the sink, which is the given image: both videos have the same frames

@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,9 @@ from sanawm_jax.data.world.paths import SINGLE_ACTIONS, sample_intrinsics, sampl
 from sanawm_jax.data.world.render import render
 from sanawm_jax.data.world.scene import sample_scene
 from sanawm_jax.eval.metrics import by_quarter, psnr, ssim
+
+if TYPE_CHECKING:
+    from sanawm_jax.pipeline.generate import SanaWM, Video
 
 
 class Task(NamedTuple):
@@ -68,6 +71,26 @@ def nearest_action(frames: np.ndarray, truths: dict[str, np.ndarray]) -> str:
     return min(errors, key=errors.__getitem__)
 
 
+def sample_task(model: SanaWM, task: Task, steps: int, cfg_scale: float, text_length: int) -> Video:
+    """What the model makes of a scene's first frame, its caption and the commanded action."""
+    truth = task.truths[task.key]
+    num_frames, height, width = truth.shape[:3]
+    return model(
+        Image.fromarray(truth[0]),
+        task.caption,
+        action=f"{task.key}-{num_frames - 1}",
+        intrinsics=task.intrinsics,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        text_length=text_length,
+        seed=task.seed,
+        progress=False,
+    )
+
+
 def evaluate(
     weights: str, scenes: int, steps: int, cfg_scale: float, text_length: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -87,20 +110,7 @@ def evaluate(
     vae_psnr = []
     for task in tasks(scenes, num_frames, size):
         truth = task.truths[task.key].astype(np.float32) / 255
-        video = model(
-            Image.fromarray(task.truths[task.key][0]),
-            task.caption,
-            action=f"{task.key}-{num_frames - 1}",
-            intrinsics=task.intrinsics,
-            num_frames=num_frames,
-            height=size,
-            width=size,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            text_length=text_length,
-            seed=task.seed,
-            progress=False,
-        )
+        video = sample_task(model, task, steps, cfg_scale, text_length)
         assert video.frames is not None
         answer = nearest_action(video.frames, task.truths)
         followed.append(answer == task.key)
