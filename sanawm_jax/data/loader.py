@@ -6,6 +6,7 @@ the accelerator and a batch is indices into them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,10 @@ class Loader:
 
         if not len(source):
             raise InputError("there are no clips to train on")
-        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
+        # endless for all purposes; Grain's own endless set overflows in batches of one
+        epochs = sys.maxsize // (2 * len(source))
+        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
+        dataset = dataset.batch(batch_size)
         options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=2 * num_threads if num_threads else 0
         )

@@ -36,3 +36,10 @@ def test_resumes_where_it_was(num_threads):
 def test_empty():
     with pytest.raises(InputError, match="no clips"):
         Loader(range(0), 3, seed=0)
+
+
+def test_batches_of_one():
+    """The published batch size of a device pair."""
+    batches = Loader(range(5), 1, seed=0).next(10)
+    assert sorted(batches[:5].ravel()) == sorted(batches[5:].ravel()) == list(range(5))
+    assert not np.array_equal(batches[:5], batches[5:])
