@@ -23,7 +23,7 @@ def get_config(task: str) -> ConfigDict:
     }[task]
     config = runpy.run_path(str(_CONFIGS / file))["get_config"]()
     if task == "zip":
-        config.dit.update(num_layers=2, softmax_every_n=2, hidden_size=32, num_attention_heads=2)
+        config.dit.update(num_layers=1, hidden_size=32, num_attention_heads=2)
         config.data.update(format="zip_latents", num_frames=9, min_latent_file_size=0, repeat=2)
         config.data.update(text_length=8, num_workers=0)
         config.update(batch_size=2, steps=4, save_every=2, log_every=1, ema_decay=0.0)
