@@ -13,7 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from sanawm_jax.data.bad_samples import BadSample, BadSampleCounter, Problem
 from sanawm_jax.data.zip_latents import ZipLatents
@@ -96,6 +96,8 @@ class ZipStream:
         # iterators have states of their own, goes on at the same place
         dataset = self._batches[self._position :].to_iter_dataset(self._options)
         if self._workers.num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain's processes read its flags
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(self._workers)
         return iter(dataset)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 
 from sanawm_jax.data.bad_samples import BadSampleCounter
 from sanawm_jax.data.text_cache import TextCache, build_text_cache
@@ -113,8 +112,6 @@ def test_resumes_in_the_middle_of_an_epoch(partly: Path) -> None:
 
 
 def test_worker_processes_give_the_same(partly: Path, tmp_path: Path) -> None:
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
     source = open_source(partly)
     source.text = build_text_cache(tmp_path, source.index.captions(), encode, fingerprint="x")
     here, there = stream_of(source), stream_of(source, num_workers=2, num_threads=1)
