@@ -54,3 +54,28 @@ def chunks() -> ConfigDict:
             ),
         )
     )
+
+
+def stage1_data() -> ConfigDict:
+    """How stage 1 reads `data_dir`; see docs/data.md."""
+    return ConfigDict(
+        dict(
+            # npy: what data/latent_cache.py writes; zip_latents: upstream's zips, read as needed
+            format="npy",
+            # all that follows is of zip_latents
+            latent_dir="",  # of the latent zips; empty: data_dir holds raw/ and latents/
+            num_frames=961,  # pixel frames; longer clips are cut, shorter ones left out
+            repeat=1,  # how often a clip comes in an epoch
+            filters=(),  # ((suffix, lowest, highest score), ...)
+            captions=(),  # ((suffix, weight), ...); a clip without any of them takes its prompt
+            min_latent_file_size=10 * 2**20,  # bytes; a smaller entry is left out
+            max_bad_fraction=0.05,  # of samples that cannot be read, above which a run stops...
+            min_bad=10,  # ...once there are so many
+            text_dir="",  # stage-1 folder whose text encoder reads the captions; empty: weights
+            text_cache="",  # where encoded captions are kept; empty: workdir/text
+            text_length=300,
+            num_workers=4,  # processes that read ahead; 0: this one does
+            num_threads=1,  # that read ahead, in each process
+            buffer=2,  # batches that each keeps ready
+        )
+    )

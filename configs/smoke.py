@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     """Half a minute to a few minutes on a CPU; needs neither data nor an autoencoder."""
     config = common.training("stage1")
     config.dtype = "float32"
+    config.data = common.stage1_data()
     config.weights = ""  # a stage-1 folder to start from
     config.synthetic = ConfigDict(
         dict(clips=32, latent_frames=16, height=4, width=4, captions=4)  # on the latent grid

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config = common.training("stage1")
     config.seed = 3407
     config.dtype = "bfloat16"  # compute; masters, moments and gradients' sums are float32
+    config.data = common.stage1_data()
     config.weights = ""  # a stage-1 folder to start from; empty: random weights
     # without data_dir: shapes of the published example set, 961 frames of 704 x 1280
     config.synthetic = ConfigDict(dict(clips=8, latent_frames=121, height=22, width=40, captions=4))

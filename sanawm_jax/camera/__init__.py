@@ -6,7 +6,8 @@ camera-to-world matrices `[R t; 0 0 0 1]`.
 | module | what it holds |
 | --- | --- |
 | `actions` | "w-40,dw-20" to a camera path |
-| `poses` | pose files, checks, poses relative to the first frame, frame counts |
+| `poses` | `.npy` paths, checks, poses relative to the first frame, frame counts |
+| `pose_files`, `reconstructions` | paths in npz, TUM, KITTI, COLMAP and nerfstudio layout |
 | `intrinsics` | focal lengths and principal point, fields of view, cropping |
 | `rays` | the two camera inputs of stage 1: pose tokens and Plücker maps |
 | `npy` | safe reading of `.npy` files |

@@ -57,3 +57,7 @@ class Loader:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at a position that `state` returned."""
         self._iterator.set_state(state)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._iterator.close()

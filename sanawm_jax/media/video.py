@@ -135,15 +135,41 @@ def read_mp4(path: str | os.PathLike) -> np.ndarray:
     Raises:
       InputError: the file is absent, damaged or holds no video.
     """
+    return np.stack(list(iterate_frames(path)))
+
+
+def iterate_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """Yields the frames of the first video stream, (H, W, 3) uint8 RGB; at least one.
+
+    Raises:
+      InputError: the file is absent, damaged or holds no video.
+    """
+    av = require_av()
+    count = 0
+    try:
+        with av.open(os.fspath(path)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+                count += 1
+    except (av.FFmpegError, IndexError) as error:
+        raise InputError(f"cannot read {path} as a video") from error
+    if not count:
+        raise InputError(f"{path} holds no video frames")
+
+
+def video_facts(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Frames, width and height that a file's header states; 0 frames if it does not say.
+
+    Raises:
+      InputError: the file is absent, damaged or holds no video.
+    """
     av = require_av()
     try:
         with av.open(os.fspath(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            stream = container.streams.video[0]
+            return stream.frames, stream.width, stream.height
     except (av.FFmpegError, IndexError) as error:
         raise InputError(f"cannot read {path} as a video") from error
-    if not frames:
-        raise InputError(f"{path} holds no video frames")
-    return np.stack(frames)
 
 
 def write_gif(

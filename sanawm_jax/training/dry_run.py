@@ -22,6 +22,7 @@ from sanawm_jax.errors import InputError
 from sanawm_jax.training.objective import compute_dtype
 from sanawm_jax.training.optimizer import optimizer_of
 from sanawm_jax.training.stage1 import dit_config, open_latents
+from sanawm_jax.training.stage1_zip import open_zips
 from sanawm_jax.training.state import TrainState
 
 _GIB = 2**30
@@ -81,6 +82,9 @@ def _bytes(tree: Any, placed: Any) -> int:
 
 
 def _clip(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    if config.data.format == "zip_latents":
+        source, _ = open_zips(config, dit_config(config))
+        return source.latent_frames, *source.measure()[1:]
     if config.data_dir:
         return open_latents(config.data_dir)["latents"].shape[1:4]
     made = config.synthetic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
@@ -27,6 +28,9 @@ from sanawm_jax.training.optimizer import learning_rate, optimizer_of
 from sanawm_jax.training.state import TrainState, create_state
 from sanawm_jax.training.step import compile_steps
 from sanawm_jax.training.tasks import Task, make_task
+
+if TYPE_CHECKING:  # it imports grain
+    from sanawm_jax.data.zip_stream import ZipStream
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
@@ -68,7 +72,11 @@ def _train_on(
     state = create_state(
         task.init(shardings(task.abstract, mesh)), optimizer, mesh, average=config.ema_decay > 0
     )
-    loader = Loader(range(task.size), config.batch_size, seed=config.seed)
+    rows = local_rows(mesh, config.batch_size)
+    if task.stream is not None:
+        loader = task.stream(rows)
+    else:
+        loader = Loader(range(task.size), config.batch_size, seed=config.seed)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     seconds = 0.0
     if checkpoints.latest() is not None:
@@ -86,6 +94,7 @@ def _train_on(
     try:
         state = _run(mesh, config, task, state, loader, checkpoints, metrics, optimizer)
     finally:
+        loader.close()
         metrics.close()
         checkpoints.close()
     task.export(state.best)
@@ -98,7 +107,7 @@ def _run(
     config: ml_collections.ConfigDict,
     task: Task,
     state: TrainState,
-    loader: Loader,
+    loader: Loader | ZipStream,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     optimizer: optax.GradientTransformation,
@@ -139,9 +148,10 @@ def _run(
         to_save = config.save_every - step % config.save_every
         k = min(config.steps_per_call, config.steps - step, to_save)
         fraction = metrics.seconds / limit if limit else 0.0
-        # every process knows the whole order and reads its own rows
-        indices = loader.next(k)[:, rows]
-        batches = indices if task.read is None else task.read(indices)
+        batches: Any = loader.next(k)
+        if task.stream is None:  # every process knows the whole order and reads its own rows
+            indices = batches[:, rows]
+            batches = indices if task.read is None else task.read(indices)
         batches = place_batches(batches, mesh, config.batch_size)
         state, values = steps(state, resident, batches, key, np.float32(fraction))
         metrics.push(step + 1, values)

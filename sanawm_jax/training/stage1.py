@@ -86,6 +86,12 @@ def synthetic_latents(
 def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     """Trains stage 1 on `config.data_dir`, or without one on `config.synthetic` latents."""
     model = dit_config(config)
+    if config.data.format not in ("npy", "zip_latents"):
+        raise InputError(f"data.format={config.data.format!r}; use npy or zip_latents")
+    if config.data.format == "zip_latents":
+        from sanawm_jax.training.stage1_zip import zip_latents_task
+
+        return zip_latents_task(config, workdir, model)
     if config.data_dir:
         arrays = open_latents(config.data_dir)
     else:
@@ -95,16 +101,7 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
             channels=model.in_channels,
             text=model.caption_channels,
         )
-    for axis, name, expected in (
-        ("in_channels", "latents", model.in_channels),
-        ("chunk_plucker_channels", "plucker", model.chunk_plucker_channels),
-        ("caption_channels", "text", model.caption_channels),
-    ):
-        if arrays[name].shape[-1] != expected:
-            raise InputError(
-                f"{name} of data_dir has {arrays[name].shape[-1]} channels and dit.{axis} is "
-                f"{expected}"
-            )
+    check_channels(model, {n: arrays[n].shape[-1] for n in ("latents", "plucker", "text")})
     objective = Stage1Objective(config, model, arrays["latents"].shape[1])
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -133,6 +130,23 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         export=export,
         read=read,
     )
+
+
+def check_channels(model: DiTConfig, found: dict[str, int]) -> None:
+    """Compares the channels of latents, plucker and text with the network's.
+
+    Raises:
+      InputError: they differ.
+    """
+    for axis, name, expected in (
+        ("in_channels", "latents", model.in_channels),
+        ("chunk_plucker_channels", "plucker", model.chunk_plucker_channels),
+        ("caption_channels", "text", model.caption_channels),
+    ):
+        if found[name] != expected:
+            raise InputError(
+                f"{name} of data_dir has {found[name]} channels and dit.{axis} is {expected}"
+            )
 
 
 def dit_config(config: ml_collections.ConfigDict) -> DiTConfig:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import lax
 
 from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.data.latent_cache import (
+    TextEncoder,
     build_cache,
     clip_encoder,
     fingerprint_of,
@@ -27,7 +28,7 @@ from sanawm_jax.data.latent_cache import (
 from sanawm_jax.data.views import ALL_VIEWS
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.errors import InputError
-from sanawm_jax.text.gemma import text_tower
+from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.prompts import CHI_PROMPT, encode_texts
 from sanawm_jax.text.small import make_small_text_encoder
@@ -40,6 +41,9 @@ from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import load_vae
 from sanawm_jax.vae.latents import sample_posterior
 from sanawm_jax.vae.model import VideoVAE
+
+if TYPE_CHECKING:  # it imports grain
+    from sanawm_jax.data.zip_stream import ZipStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Task:
       export: averaged weights -> files.
       read: (K, B) indices -> arrays (K, B, ...) of the host, what `prepare` gets as its batch;
         None gives it the indices themselves, into `resident`.
+      stream: rows of a batch -> an iterator of these rows of the batches, with the interface of
+        `data.loader.Loader`; a task that has one gives the order of its examples itself.
     """
 
     abstract: Params
@@ -65,6 +71,7 @@ class Task:
     loss: Loss
     export: Callable[[Params], None]
     read: Callable[[np.ndarray], Any] | None = None
+    stream: Callable[[np.ndarray], ZipStream] | None = None
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
@@ -246,6 +253,17 @@ def _text_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     return Path(config.text_dir) if config.text_dir else workdir / "export"
 
 
+def caption_encoder(tower: Tower, tokenizer: Tokenizer, length: int) -> TextEncoder:
+    """Captions -> hidden states (B, length, C) and mask (B, length), as sampling reads prompts."""
+
+    def encode(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
+        # the null caption is what sampling gives as negative prompt: no chi prompt before it
+        chi = CHI_PROMPT if any(texts) else ()
+        return encode_texts(tower, tokenizer, texts, max_length=length, chi_prompt=chi)
+
+    return encode
+
+
 def cached_clips(
     config: ml_collections.ConfigDict, workdir: Path, clips: Sequence
 ) -> dict[str, np.ndarray]:
@@ -259,13 +277,7 @@ def cached_clips(
             captions = [c["caption"] for c in read_clips(clips, range(len(clips)), pool)]
         make_small_text_encoder(sorted(set(captions)), text, hidden=config.text_width)
     tower = text_tower(*load_text_encoder(text / "text_encoder"), dtype=jnp.float32)
-    tokenizer = Tokenizer(text / "tokenizer")
-
-    def encode(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:
-        # the null caption is what sampling gives as negative prompt: no chi prompt before it
-        chi = CHI_PROMPT if any(texts) else ()
-        return encode_texts(tower, tokenizer, texts, max_length=config.text_length, chi_prompt=chi)
-
+    encode = caption_encoder(tower, Tokenizer(text / "tokenizer"), config.text_length)
     files = [
         *Path(config.vae_dir).glob("*.safetensors"),
         *(text / "text_encoder").glob("*.safetensors"),

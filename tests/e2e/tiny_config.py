@@ -1,4 +1,7 @@
-"""Tiny training runs, `--config=tests/e2e/tiny_config.py:vae`, `:dit` or `:refiner`: 4 clips."""
+"""Tiny training runs, `--config=tests/e2e/tiny_config.py:vae`, `:dit` or `:refiner`: 4 clips.
+
+`:zip` is stage 1 on zip latents of the tiny random weights' autoencoder, 9 frames a clip.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,15 @@ def get_config(task: str) -> ConfigDict:
         "vae": "small_world_vae.py",
         "dit": "small_world.py",
         "refiner": "small_world_refiner.py",
+        "zip": "smoke.py",
     }[task]
     config = runpy.run_path(str(_CONFIGS / file))["get_config"]()
+    if task == "zip":
+        config.dit.update(num_layers=1, hidden_size=32, num_attention_heads=2)
+        config.data.update(format="zip_latents", num_frames=9, min_latent_file_size=0, repeat=2)
+        config.data.update(text_length=8, num_workers=0)
+        config.update(batch_size=2, steps=4, save_every=2, log_every=1, ema_decay=0.0)
+        return config
     config.synthetic.update(clips=4, num_frames=9, height=32, width=32)
     config.update(batch_size=2, steps_per_call=2, steps=4, max_minutes=0.0, save_every=4)
     config.update(log_every=1)

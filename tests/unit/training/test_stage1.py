@@ -12,8 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs import small_world, smoke, stage1_bidirectional, stage1_chunk_causal
+from configs import (
+    small_world,
+    smoke,
+    stage1_bidirectional,
+    stage1_chunk_causal,
+    stage1_example_set,
+)
 from sanawm_jax.core.params import leaves
+from sanawm_jax.data.zip_index import Selection
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.training.dry_run import describe
@@ -54,6 +61,19 @@ def test_published_numbers():
             "last_chunk_anchor": 0.4,
             "teacher_forcing_clean": 0.1,
         }
+
+
+def test_published_data():
+    config = stage1_example_set.get_config()
+    assert config.chunk_size == 3 and config.data.repeat == 16 and config.data.num_frames == 961
+    assert dict((suffix, limits) for suffix, *limits in config.data.filters) == {
+        "_vmafmotion": [0.5, 50],
+        "_unimatch": [3, 80],
+        "_dover": [0.25, 1],
+        "_vlm_entity_filter": [0, 10],
+        "_vlm_quality_filter": [0.5, 1.5],
+    }
+    Selection(filters=config.data.filters, captions=config.data.captions)
 
 
 def test_dry_run():

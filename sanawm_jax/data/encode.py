@@ -1,0 +1,269 @@
+"""Encodes a folder of videos and camera paths into zip latents, which stage 1 trains on.
+
+    python -m sanawm_jax.data.encode --videos DIR --poses DIR --weights WEIGHTS --out OUT
+
+Writes OUT/raw and OUT/latents, some clips a zip. The same command goes on with an interrupted run,
+and later adds new videos. Exit status 0 with OUT as the last line; 2 and one line on bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from sanawm_jax.atomic import atomic_write
+from sanawm_jax.camera.intrinsics import parse_intrinsics
+from sanawm_jax.camera.pose_files import FORMATS
+from sanawm_jax.command_line import fail, show_notes
+from sanawm_jax.core.params import Params, apply
+from sanawm_jax.data.latent_cache import to_signed
+from sanawm_jax.data.own_videos import (
+    OwnVideo,
+    find_videos,
+    load_clip,
+    read_captions,
+    read_own_video,
+    read_tracks,
+)
+from sanawm_jax.data.zip_writer import RAW, ZipSample, pack_latents, write_zip_latents
+from sanawm_jax.errors import InputError
+from sanawm_jax.failures import INTERRUPTED
+from sanawm_jax.media.video import check_writable
+from sanawm_jax.pipeline.generate import resolve_dtype
+from sanawm_jax.pipeline.upstream_folder import open_stage1
+from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, tiled_encode
+
+Encoder = Callable[[np.ndarray], np.ndarray]
+# windows of time as upstream encodes; rows and columns whole, as sampling encodes its image
+TILINGS = {
+    "time": Tiling(
+        use_tiling=False,
+        use_framewise=True,
+        tile_sample_min_num_frames=LONG_VIDEO.tile_sample_min_num_frames,
+        tile_sample_stride_num_frames=LONG_VIDEO.tile_sample_stride_num_frames,
+    ),
+    "all": LONG_VIDEO,
+    "none": Tiling(use_tiling=False, use_framewise=False),
+}
+_SETTINGS = "encode.json"
+_PARTS = ".encoded"  # clips that wait for their zip to fill
+
+
+def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, int]:
+    """The autoencoder of a stage-1 folder.
+
+    Args:
+      weights: see `pipeline.upstream_folder.open_stage1`.
+      dtype: see `pipeline.generate.resolve_dtype`.
+      tiling: one of `TILINGS`.
+
+    Returns:
+      video (N, H, W, 3) uint8 -> normalised latents (F, h, w, C) float16; pixels a latent in time
+      and in space.
+
+    Raises:
+      InputError: no such folder or weights.
+    """
+    config, graphdef, params = open_stage1(weights).load_encoder(resolve_dtype(dtype))
+
+    @jax.jit
+    def moments(params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pixels = to_signed(video).astype(resolve_dtype(dtype))
+        return apply(graphdef, params, pixels, method="encode")
+
+    @jax.jit
+    def normalise(params: Params, mean: jax.Array) -> jax.Array:
+        return apply(graphdef, params, mean, method="normalise")
+
+    def encode(video: np.ndarray) -> np.ndarray:
+        # the film stays on the host, and windows of it go to the device
+        film: Any = video[None]
+        mean, _ = tiled_encode(functools.partial(moments, params), film, config, TILINGS[tiling])
+        return np.asarray(normalise(params, mean)[0], np.float16)
+
+    return encode, config.temporal_ratio, config.spatial_ratio
+
+
+def encode_videos(options: argparse.Namespace) -> Path:
+    """Runs a parsed command line, see `make_parser`.
+
+    Raises:
+      InputError: anything that does not fit, before the first clip is encoded; or a video that
+        breaks off, after the clips before it are kept.
+    """
+    videos = plan_videos(options)
+    out = check_writable(options.out)
+    encode, temporal, spatial = make_encoder(options.weights, options.dtype, options.tiling)
+    if (options.num_frames - 1) % temporal or options.height % spatial or options.width % spatial:
+        raise InputError(
+            f"--num_frames {options.num_frames} must be a multiple of {temporal} and one, --height "
+            f"and --width multiples of {spatial}"
+        )
+    _check_settings(out, options)
+    done = _keys_of(out / RAW)
+    left = [video for video in videos if video.key not in done]
+    first = 1 + max((int(f.stem.rpartition("_")[2]) for f in _zips(out / RAW)), default=-1)
+    logging.info("%d clips, of which %d are encoded", len(videos), len(videos) - len(left))
+    size = options.clips_per_zip
+    for number, start in enumerate(range(0, len(left), size), first):
+        samples = []
+        for position, video in enumerate(left[start : start + size], start + 1):
+            samples.append(_encode_one(video, encode, options, out / _PARTS))
+            logging.info("%d of %d: %s", position, len(left), video.key)
+        write_zip_latents(out, f"clips_{number:05d}", samples)
+        shutil.rmtree(out / _PARTS)
+    return out
+
+
+def plan_videos(options: argparse.Namespace) -> list[OwnVideo]:
+    """Reads all cameras and captions and the headers of all videos.
+
+    Raises:
+      InputError: anything is missing or does not fit.
+    """
+    for name in ("num_frames", "height", "width", "frame_step", "clips_per_zip"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1")
+    videos = find_videos(Path(options.videos))
+    tracks = read_tracks(Path(options.poses), list(videos), options.pose_format)
+    captions = read_captions(Path(options.captions) if options.captions else None, videos)
+    intrinsics = None
+    if options.intrinsics:
+        intrinsics = parse_intrinsics(options.intrinsics, 1)
+    planned = [
+        read_own_video(
+            key,
+            path,
+            tracks[key],
+            captions[key],
+            num_frames=options.num_frames,
+            frame_step=options.frame_step,
+            intrinsics=intrinsics,
+        )
+        for key, path in videos.items()
+    ]
+    for what, keys in (
+        ("caption", [v.key for v in planned if not v.caption]),
+        ("intrinsics", [v.key for v in planned if v.intrinsics is None]),
+    ):
+        if keys:
+            logging.warning(
+                "%d videos have no %s, the first is %s: %s",
+                *(len(keys), what, keys[0]),
+                "an empty one is written" if what == "caption" else "a field of view is assumed",
+            )
+    return planned
+
+
+def _encode_one(
+    video: OwnVideo, encode: Encoder, options: argparse.Namespace, parts: Path
+) -> ZipSample:
+    """A sample whose latents lie in a file of their own, made unless it is there."""
+    parts.mkdir(exist_ok=True)
+    latents, camera = parts / f"{video.key}.npz", parts / f"{video.key}.npy"
+    if not (latents.is_file() and camera.is_file()):
+        clip = load_clip(video, options.frame_step, options.height, options.width)
+        encoded = encode(clip.video)
+        if not np.isfinite(encoded).all():
+            raise InputError(f"{video.path} encodes to NaN or infinity; try --dtype float32")
+        with atomic_write(camera) as partial:
+            np.save(partial, clip.intrinsics)
+        with atomic_write(latents) as partial:
+            partial.write_bytes(pack_latents(encoded))
+    # what is written are the cropped frames: the reader scales intrinsics by this size alone
+    return ZipSample(
+        key=video.key,
+        latents=latents.read_bytes,
+        c2w=video.c2w,
+        intrinsics=np.load(camera),
+        width=options.width,
+        height=options.height,
+        prompt=video.caption,
+    )
+
+
+def _check_settings(out: Path, options: argparse.Namespace) -> None:
+    """One set has clips of one length, size and autoencoder."""
+    names = ("weights", "num_frames", "height", "width", "frame_step", "tiling")
+    settings = {name: getattr(options, name) for name in names}
+    file = out / _SETTINGS
+    if not file.is_file():
+        with atomic_write(file) as partial:
+            partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name in names if found.get(name) != settings[name]]
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} is damaged; use another --out") from error
+    if other:
+        raise InputError(
+            f"{out} holds clips of --{other[0]} {found.get(other[0])}; use another --out"
+        )
+
+
+def _zips(raw: Path) -> list[Path]:
+    return sorted(raw.glob("clips_[0-9]*.zip"))
+
+
+def _keys_of(raw: Path) -> set[str]:
+    keys = set()
+    for file in _zips(raw):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                keys.update(name.removesuffix(".json") for name in archive.namelist())
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{file} cannot be read ({error}); remove it") from error
+    return keys
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sanawm_jax.data.encode",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument("--videos", required=True, help="folder of videos, or of image folders")
+    parser.add_argument("--poses", required=True, help="folder with a camera for each, or a file")
+    parser.add_argument("--pose_format", default="auto", choices=FORMATS)
+    parser.add_argument("--weights", required=True, help="stage-1 folder, or a hub name")
+    parser.add_argument("--out", required=True, help="folder that gets raw/ and latents/")
+    parser.add_argument("--captions", help="JSON or JSONL by video; else a .txt beside each")
+    parser.add_argument("--intrinsics", help="fx,fy,cx,cy in video pixels, if the poses have none")
+    parser.add_argument("--num_frames", type=int, default=961, help="8k + 1 of each video")
+    parser.add_argument("--height", type=int, default=704)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--frame_step", type=int, default=1, help="2 takes every other frame")
+    parser.add_argument("--clips_per_zip", type=int, default=16)
+    parser.add_argument("--tiling", default="time", choices=TILINGS, help="all: for small devices")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command line."""
+    options = make_parser().parse_args(arguments)
+    logging.set_verbosity(logging.INFO)
+    show_notes()
+    try:
+        print(encode_videos(options))
+    except InputError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Endless batches of a zip-latent set, read ahead by threads or worker processes.
+
+Order: every epoch is a new global shuffle by the seed. Position p of the endless sequence is row
+p mod B of batch p div B, whoever reads it, so neither the number of hosts nor that of workers
+changes a batch. A sample that cannot be read is replaced by one that its position and the seed
+choose, so a resumed run repeats that too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from sanawm_jax.data.bad_samples import BadSample, BadSampleCounter, Problem
+from sanawm_jax.data.zip_latents import ZipLatents
+from sanawm_jax.errors import InputError
+
+MAX_TRIES = 100  # replacements in a row, upstream's number
+_PROBLEMS = "problems"
+
+
+class ZipStream:
+    """An iterator of this host's rows of the batches; the interface of `loader.Loader`.
+
+    Args:
+      source: what is read.
+      batch_size: B, rows of all hosts together.
+      seed: of the shuffles, caption choices and replacements.
+      counter: gets what could not be read.
+      rows: of a batch that this host reads, ascending; by default all.
+      num_workers: processes that read ahead; 0 reads in threads of this one.
+      num_threads: that read ahead, in each process; 0 reads when asked.
+      buffer: batches that each thread or process keeps ready.
+    """
+
+    def __init__(
+        self,
+        source: ZipLatents,
+        batch_size: int,
+        *,
+        seed: int,
+        counter: BadSampleCounter,
+        rows: np.ndarray | None = None,
+        num_workers: int = 0,
+        num_threads: int = 1,
+        buffer: int = 2,
+    ):
+        rows = np.arange(batch_size) if rows is None else rows
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        samples = order.map_with_index(_Reader(source, seed))
+        self._batches = _HostRows(samples, batch_size, rows).batch(len(rows), batch_fn=_stack)
+        self._options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=max(buffer, 1) * num_threads
+        )
+        self._workers = grain.MultiprocessingOptions(
+            num_workers=num_workers, per_worker_buffer_size=max(buffer, 1)
+        )
+        self._counter = counter
+        self._rows = len(rows)
+        self._fingerprint = source.index.fingerprint()
+        self._position = 0
+        self._iterator: Any = None
+
+    def next(self, steps: int) -> dict[str, np.ndarray]:
+        """This host's rows of the next batches, arrays (steps, rows, ...).
+
+        Raises:
+          InputError: too many samples could not be read.
+        """
+        batches = [self._next_batch() for _ in range(steps)]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _next_batch(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = dict(next(self._iterator))
+        self._position += 1
+        self._counter.seen += self._rows
+        problems = [Problem(*fields) for fields in batch.pop(_PROBLEMS)]
+        for problem in problems:
+            self._counter.add(problem)
+        self._counter.check()
+        if not batch:
+            raise InputError(
+                f"{MAX_TRIES} samples in a row cannot be used, the last one of "
+                f"{problems[-1].file}: {problems[-1].reason}"
+            )
+        return batch
+
+    def _start(self) -> Iterator[dict[str, Any]]:
+        # a position is a slice of the endless sequence, so that another number of workers, whose
+        # iterators have states of their own, goes on at the same place
+        dataset = self._batches[self._position :].to_iter_dataset(self._options)
+        if self._workers.num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain's processes read its flags
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(self._workers)
+        return iter(dataset)
+
+    def state(self) -> dict[str, Any]:
+        """Position and counts as JSON values."""
+        counter = self._counter
+        return {
+            "batch": self._position,
+            "samples": self._fingerprint,
+            "counts": [counter.seen, counter.bad, counter.other],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues at a position that `state` returned."""
+        if state["samples"] != self._fingerprint:
+            logging.warning(
+                "the data are not those of the checkpoint: the run goes on in another order"
+            )
+        self.close()
+        self._position = int(state["batch"])
+        self._counter.seen, self._counter.bad, self._counter.other = state["counts"]
+
+    def close(self) -> None:
+        """Ends the worker processes; `next` would start others."""
+        if self._iterator is not None:
+            if self._counter.bad:
+                logging.warning(
+                    "%d of %d samples could not be read", self._counter.bad, self._counter.seen
+                )
+            self._iterator.close()
+            self._iterator = None
+
+
+class _Reader:
+    """(position, sample) -> the sample's arrays, or those of one that takes its place."""
+
+    def __init__(self, source: ZipLatents, seed: int):
+        self._source, self._seed = source, seed
+
+    def __call__(self, position: int, number: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self._seed, position])
+        problems: list[Problem] = []
+        for _ in range(MAX_TRIES):
+            try:
+                return {**self._source.read(int(number), rng), _PROBLEMS: problems}
+            except BadSample as error:
+                problems.append(error.problem)
+                number = int(rng.integers(len(self._source)))
+        return {_PROBLEMS: problems}
+
+
+class _HostRows(grain.MapDataset):
+    """The rows of one host out of an endless sequence of batches' rows."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
+
+
+def _stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Arrays by name, and the problems of all; problems alone if a sample has nothing else."""
+    problems = [tuple(problem) for sample in samples for problem in sample[_PROBLEMS]]
+    failed = next((sample for sample in samples if len(sample) == 1), None)
+    if failed is not None:
+        return {_PROBLEMS: [tuple(problem) for problem in failed[_PROBLEMS]]}
+    names = [name for name in samples[0] if name != _PROBLEMS]
+    return {**{n: np.stack([s[n] for s in samples]) for n in names}, _PROBLEMS: problems}
