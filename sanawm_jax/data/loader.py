@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from sanawm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import grain
+
+
+def endless(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """Epoch after epoch, each another shuffle, more than a run can use up.
+
+    Grain's own `repeat()` has the largest length there is, which overflows in batches of one.
+    """
+    return dataset.seed(seed).shuffle().repeat(sys.maxsize // (2 * len(dataset)))
 
 
 class Loader:
@@ -37,10 +48,7 @@ class Loader:
 
         if not len(source):
             raise InputError("there are no clips to train on")
-        # endless for all purposes; Grain's own endless set overflows in batches of one
-        epochs = sys.maxsize // (2 * len(source))
-        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
-        dataset = dataset.batch(batch_size)
+        dataset = endless(grain.MapDataset.source(source), seed).batch(batch_size)
         options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=2 * num_threads if num_threads else 0
         )

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags, logging
 
 from sanawm_jax.data.bad_samples import BadSample, BadSampleCounter, Problem
+from sanawm_jax.data.loader import endless
 from sanawm_jax.data.zip_latents import ZipLatents
 from sanawm_jax.errors import InputError
 
@@ -50,7 +51,7 @@ class ZipStream:
         buffer: int = 2,
     ):
         rows = np.arange(batch_size) if rows is None else rows
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        order = endless(grain.MapDataset.range(len(source)), seed)
         samples = order.map_with_index(_Reader(source, seed))
         self._batches = _HostRows(samples, batch_size, rows).batch(len(rows), batch_fn=_stack)
         self._options = grain.ReadOptions(

@@ -72,6 +72,8 @@ def test_every_epoch_is_another_whole_shuffle(whole: Path) -> None:
     assert prompts(stream_of(source, seed=8).next(3)) != prompts(first)
     for seed, latents in zip(prompts(first), first["latents"].reshape(-1, *SHAPE), strict=True):
         np.testing.assert_array_equal(latents, make_sample("", seed).latents)
+    # the published batch size of a device pair
+    assert sorted(prompts(stream_of(source, 1).next(12))) == seeds
     # a repeat is part of the epoch
     repeated = prompts(stream_of(open_source(whole, repeat=3)).next(9))
     assert sorted(repeated) == sorted(3 * seeds) and sorted(repeated[:12]) != seeds
