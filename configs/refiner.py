@@ -56,7 +56,7 @@ def add_fields(config: ConfigDict) -> None:
 def get_config() -> ConfigDict:
     config = common.training("refiner")
     add_fields(config)
-    config.augment = False
+    config.views = 1
     config.cache_batch = 1
     config.lora.rank = 384
     config.objective = "stream"

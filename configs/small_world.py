@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.text_width = 128
     config.text_length = 300
     config.cache_batch = 16
-    config.augment = True  # also every clip mirrored, backwards, and both
+    config.views = 4  # of each clip: as it is, mirrored, backwards, both
     config.dit = ConfigDict(
         dict(
             num_layers=8,
@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
     config.image_prob = 0.9
     config.caption_dropout = 0.1
 
+    config.batch_size = 64
     config.max_minutes = 11.0
-    config.optimizer.update(weight_decay=0.01)
+    config.ema_decay = 0.999
+    config.optimizer.update(name="muon", learning_rate=1e-3, weight_decay=0.01)
     return config

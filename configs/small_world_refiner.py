@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config = common.training("refiner")
     refiner.add_fields(config)
     config.synthetic.num_frames = 17
-    config.augment = True
+    config.views = 4
     config.cache_batch = 16
     config.text = ConfigDict(dict(width=64, layers=2, length=64, registers=16))
     config.refiner = ConfigDict(

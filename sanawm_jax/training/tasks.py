@@ -283,7 +283,7 @@ def cached_clips(
         *(text / "text_encoder").glob("*.safetensors"),
     ]
     shape = clips[0]["video"].shape
-    views = ALL_VIEWS if config.augment else ALL_VIEWS[:1]
+    views = ALL_VIEWS[: config.views]
     facts = (config.data_dir, len(clips), shape, config.text_length, views)
     return build_cache(
         cache_folder(config, workdir),

@@ -47,7 +47,7 @@ def get_config(task: str) -> ConfigDict:
         config.pairs.update(steps=2, batch=3)
         config.stream.window = 2  # one example a clip, whose history is chunk 1-3
         config.stream.curriculum.update(clean_steps=1, augment_steps=1, rollout_steps=1)
-        config.update(text_length=48, cache_batch=2, augment=False)
+        config.update(text_length=48, cache_batch=2, views=1)
     else:
         config.dit.update(num_layers=2, hidden_size=32, num_attention_heads=2, linear_head_dim=16)
         config.dit.softmax_every_n = 2
