@@ -46,6 +46,7 @@ _INTEGERS = {
     "step": "Euler steps",
     "seed": "of the initial noise",
     "text_length": "text tokens",
+    "devices": "local devices that share the frames of stage 1 out",
 }
 _REFINE = {
     "refiner_block_size": "latent frames refined together; 0: all at once",

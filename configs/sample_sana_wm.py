@@ -32,5 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.refiner_seed = 42
     config.dtype = "bfloat16"
     config.offload = "none"
+    config.devices = 1
     config.vae_tiling = "auto"  # tiles of 512x512 pixels and 96 frames if larger; none, always
     return config

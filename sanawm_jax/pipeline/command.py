@@ -58,6 +58,7 @@ def sample(
     refiner_latents: str | None = None,
     refine_options: dict[str, int] | None = None,
     offload: str = "none",
+    devices: int = 1,
     allow_pickle: bool = False,
 ) -> Path:
     """Runs one command line; the flags are described in `sample.py`.
@@ -67,6 +68,7 @@ def sample(
       refiner_weights: stage 2; None decodes stage 1.
       refine_options: fields of `RefineOptions`.
       offload: what stays on the accelerator, see `pipeline.offload`.
+      devices: that share stage 1's frames out.
       allow_pickle: also read upstream's `model.pt`.
 
     Returns:
@@ -101,6 +103,7 @@ def sample(
             dtype=dtype,
             tiling=vae_tiling,
             offload=offload,
+            devices=devices,
             allow_pickle=allow_pickle,
         )
     refiner_noise = c2w = held_keys = kept = None

@@ -21,7 +21,7 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.pipeline.memory_plan import Need, dit_need, text_need, vae_need
-from sanawm_jax.pipeline.offload import check_offload, streaming_of
+from sanawm_jax.pipeline.offload import check_offload, frame_mesh, on_all_devices, streaming_of
 from sanawm_jax.pipeline.request import Request, make_request
 from sanawm_jax.pipeline.stage1 import Conditions, denoise
 from sanawm_jax.pipeline.upstream_folder import open_stage1
@@ -92,9 +92,11 @@ class SanaWM:
       dtype: `bfloat16` or `float32`.
       tiling: how videos are decoded, see `decode_tiling`.
       offload: what stays on the device, see `pipeline.offload`.
+      devices: local devices that share the latent frames of stage 1 out; all else runs on one.
 
     Raises:
-      InputError: an unknown dtype, tiling or offload, or a broken VAE configuration.
+      InputError: an unknown dtype, tiling or offload, too few devices, or a broken VAE
+        configuration.
     """
 
     def __init__(
@@ -104,12 +106,15 @@ class SanaWM:
         dtype: str = "bfloat16",
         tiling: str | Tiling = "auto",
         offload: str = "none",
+        devices: int = 1,
     ):
         self.folder = folder
         self.dtype = resolve_dtype(dtype)
         decode_tiling(tiling, 1)
         self.tiling = tiling
         self.offload = check_offload(offload)
+        self.devices = devices
+        self.mesh = frame_mesh(devices, offload)
         self.vae_config = folder.vae_config()
         self._parts: dict[str, Any] = {}
         self._checked: set[str] = set()
@@ -122,19 +127,20 @@ class SanaWM:
         dtype: str = "bfloat16",
         tiling: str | Tiling = "auto",
         offload: str = "none",
+        devices: int = 1,
         allow_pickle: bool = False,
     ) -> SanaWM:
         """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
-          dtype, tiling, offload: see the class.
+          dtype, tiling, offload, devices: see the class.
           allow_pickle: see `upstream_folder.open_stage1`.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
         folder = open_stage1(name, allow_pickle=allow_pickle)
-        return cls(folder, dtype=dtype, tiling=tiling, offload=offload)
+        return cls(folder, dtype=dtype, tiling=tiling, offload=offload, devices=devices)
 
     def check(self, *parts: str) -> None:
         """Compares tensor names and shapes of `parts` with the file headers, each once.
@@ -192,7 +198,7 @@ class SanaWM:
         found = [
             text_need(text, dtype),
             vae_need(config, dtype, half="encoder", tile=(1, *pixels[1:])),
-            dit_need(dit, shape, batch, text_length, dtype),
+            dit_need(dit, shape, batch, text_length, dtype).shared(self.devices),
         ]
         return [*found, self.decoder_need(shape)] if decode else found
 
@@ -256,6 +262,8 @@ class SanaWM:
         conditions = self._conditions(request, prompt, negative_prompt, has_guidance, text_length)
         first_latent = self._first_latent(request)
         place, run = streaming_of(self.offload)
+        if self.mesh is not None:
+            place = on_all_devices(self.mesh)
         _, graphdef, params = self._part("transformer", self.folder.load_dit, place)
         sampled = denoise(
             graphdef,
@@ -268,6 +276,7 @@ class SanaWM:
             dtype=self.dtype,
             progress=progress,
             run=run,
+            mesh=self.mesh,
         )
         if self.offload != "none":
             del params

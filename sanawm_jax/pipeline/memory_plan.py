@@ -46,6 +46,10 @@ class Need:
     streamed: int  # of the weights, with two layers on the device
     other: int  # states and temporaries
 
+    def shared(self, devices: int) -> Need:
+        """Of one of several devices that share all but the weights out."""
+        return dataclasses.replace(self, other=self.other // devices)
+
 
 def _array(shape: Shape, dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)  # stands for an array wherever one is traced

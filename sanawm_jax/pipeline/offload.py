@@ -8,6 +8,10 @@
 
 from __future__ import annotations
 
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sanawm_jax.core.sharding import make_mesh
 from sanawm_jax.core.streaming import Runner, Streamer, call, keep_layers
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Place
@@ -29,3 +33,28 @@ def check_offload(name: str) -> str:
 def streaming_of(offload: str) -> tuple[Place | None, Runner]:
     """How one network's leaves are placed, and how its functions are called."""
     return (keep_layers, Streamer()) if offload == "block" else (None, call)
+
+
+def frame_mesh(devices: int, offload: str) -> Mesh | None:
+    """The mesh over which stage 1 shares its latent frames out, `--devices`; None for one device.
+
+    Raises:
+      InputError: fewer devices are here, or the layers are to wait in host memory.
+    """
+    if devices == 1:
+        return None
+    if devices < 1:
+        raise InputError(f"--devices={devices} must be 1 or more")
+    if offload == "block":
+        raise InputError("--offload=block runs on one device; use --offload=model with --devices")
+    if devices > jax.local_device_count():
+        raise InputError(
+            f"--devices={devices}, and there are {jax.local_device_count()} on this machine"
+        )
+    return make_mesh(context=devices)
+
+
+def on_all_devices(mesh: Mesh) -> Place:
+    """Puts every leaf whole on every device of a mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return lambda path, array: jax.device_put(array, whole)

@@ -6,6 +6,7 @@ Reference: diffusers `SanaWMPipeline.__call__`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.programs import INDEX_LIMIT
+from sanawm_jax.core.sharding import shard
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import euler_step, frame_timesteps, guide
 
@@ -75,7 +78,9 @@ def denoise_step(
         velocity = predict(text, text_mask)
     if batch == 2:
         velocity = guide(velocity, guidance)
-    return euler_step(latents, velocity, sigma, next_sigma, conditioned)
+    # on a mesh the network shares the frames out; latents are small and whole on every device, so
+    # that each step finds them where the first one did
+    return shard(euler_step(latents, velocity, sigma, next_sigma, conditioned), "one t h w C")
 
 
 def widest_elements(params: Params, latents: jax.Array) -> int:
@@ -104,6 +109,7 @@ def denoise(
     dtype: Any,
     progress: bool = True,
     run: Runner = call,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Runs the sampler.
 
@@ -117,6 +123,7 @@ def denoise(
       dtype: compute dtype of the network; the latents stay float32 between steps.
       progress: show a progress bar.
       run: how the compiled step is called, see `core.streaming`.
+      mesh: its `context` ranks share the latent frames out; `params` are whole on all of them.
 
     Returns:
       (1, F, H, W, C) float32.
@@ -125,17 +132,21 @@ def denoise(
 
     latents = jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
     pairs = list(zip(sigmas[:-1], next_sigmas(sigmas), strict=True))
-    for sigma, next_sigma in tqdm(pairs, desc="sampling", unit="step", disable=not progress):
-        latents = run(
-            denoise_step,
-            graphdef,
-            params,
-            latents,
-            conditions,
-            jnp.float32(sigma),
-            jnp.float32(next_sigma),
-            jnp.float32(guidance),
-            dtype=dtype,
-        )
-        latents.block_until_ready()  # the bar shows finished steps, not queued ones
-    return latents
+    if mesh is not None:
+        whole = NamedSharding(mesh, PartitionSpec())
+        latents, conditions = jax.device_put((latents, conditions), whole)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for sigma, next_sigma in tqdm(pairs, desc="sampling", unit="step", disable=not progress):
+            latents = run(
+                denoise_step,
+                graphdef,
+                params,
+                latents,
+                conditions,
+                jnp.float32(sigma),
+                jnp.float32(next_sigma),
+                jnp.float32(guidance),
+                dtype=dtype,
+            )
+            latents.block_until_ready()  # the bar shows finished steps, not queued ones
+    return latents if mesh is None else latents.addressable_data(0)
