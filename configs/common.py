@@ -35,8 +35,12 @@ def training(task: str) -> ConfigDict:
             final_fraction=0.02,
         )
     )
+    # updates that are left out: policy none, skip or stop; see sanawm_jax/training/spikes.py
+    config.spike = ConfigDict(dict(policy="skip", factor=10.0, window=100, patience=10))
     config.save_every = 2000
-    config.keep_checkpoints = 1
+    config.keep_checkpoints = 1  # the latest
+    config.keep_best_checkpoints = 1  # by the mean loss since the save before
+    config.keep_period = 0  # every one at a multiple of this stays; 0: none
     config.log_every = 100
     config.export_dtype = "bfloat16"
     return config
