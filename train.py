@@ -37,6 +37,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "ask the scheduler for th
 
 
 def main(_: list[str]) -> None:
+    from sanawm_jax.compilation_cache import use_compilation_cache
     from sanawm_jax.core.processes import is_first, join_processes
     from sanawm_jax.errors import InputError
     from sanawm_jax.training.dry_run import describe
@@ -58,6 +59,7 @@ def main(_: list[str]) -> None:
         )
         if not is_first():
             logging.set_verbosity(logging.WARNING)
+        use_compilation_cache()
         train(_CONFIG.value, _WORKDIR.value)
     except InputError as error:
         fail(str(error))

@@ -115,7 +115,7 @@ def _train_on(
     )
     resident = _place_resident(task.resident, mesh)
     steps = _compile(config, task, optimizer, spike, state, resident)
-    watchers = make_watchers(config, workdir, task, mesh, resident)
+    watchers = make_watchers(config, workdir, task, resident)
     try:
         state = _run(
             mesh,
