@@ -14,7 +14,7 @@ from configs import common
 def get_config() -> ConfigDict:
     """About eleven minutes on one 80 GB accelerator, after encoding the clips."""
     config = common.training("dit")
-    config.vae_dir = ""
+    config.update(common.stage1())
     config.text_dir = ""  # holds text_encoder/ and tokenizer/; empty: make the small ones
     config.text_width = 128
     config.text_length = 300
@@ -32,12 +32,7 @@ def get_config() -> ConfigDict:
             mlp_ratio=1.5,
         )
     )
-    config.remat = "none"
     config.unroll = True
-    config.update(common.chunks())
-    config.flow_shift = 3.0
-    config.image_prob = 0.9
-    config.caption_dropout = 0.1
 
     config.batch_size = 64
     config.max_minutes = 11.0

@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
     """Half a minute to a few minutes on a CPU; needs neither data nor an autoencoder."""
     config = common.training("stage1")
     config.dtype = "float32"
+    config.update(common.stage1())
     config.data = common.stage1_data()
-    config.weights = ""  # a stage-1 folder to start from
     config.synthetic = ConfigDict(
         dict(clips=32, latent_frames=16, height=4, width=4, captions=4)  # on the latent grid
     )
@@ -30,12 +30,6 @@ def get_config() -> ConfigDict:
             mlp_ratio=1.5,
         )
     )
-    config.remat = "none"
-    config.unroll = False
-    config.update(common.chunks())
-    config.flow_shift = 3.0
-    config.image_prob = 0.9
-    config.caption_dropout = 0.1
 
     config.batch_size = 8
     config.steps = 30

@@ -1,7 +1,7 @@
 """Stage 1 of the release, bidirectional: the 2.66 B DiT, fine-tuned on 60 s clips of 704 x 1280.
 
 python train.py --config=configs/stage1_bidirectional.py --workdir=DIR --config.data_dir=LATENTS
-    --config.weights=SANA-WM_bidirectional-diffusers
+    --config.init_weights=SANA-WM_bidirectional-diffusers
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ def get_config() -> ConfigDict:
     config = common.training("stage1")
     config.seed = 3407
     config.dtype = "bfloat16"  # compute; masters, moments and gradients' sums are float32
+    config.update(common.stage1())
     config.data = common.stage1_data()
-    config.weights = ""  # a stage-1 folder to start from; empty: random weights
     # without data_dir: shapes of the published example set, 961 frames of 704 x 1280
     config.synthetic = ConfigDict(dict(clips=8, latent_frames=121, height=22, width=40, captions=4))
     config.dit = ConfigDict()  # the release's
     config.remat = "full"
-    config.unroll = False
-    config.update(common.chunks())
     config.flow_shift = 9.95
-    config.image_prob = 0.9
-    config.caption_dropout = 0.1
 
     # eight devices: each pair shares the frames of a clip, the four pairs share the weights
     config.mesh.update(fsdp=4, context=2)

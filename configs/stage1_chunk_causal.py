@@ -1,7 +1,7 @@
 """Stage 1 of the release, chunk-causal: chunks of three latent frames that see no later chunk.
 
 python train.py --config=configs/stage1_chunk_causal.py --workdir=DIR --config.data_dir=LATENTS
-    --config.weights=SANA-WM_bidirectional-diffusers
+    --config.init_weights=SANA-WM_bidirectional-diffusers
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The published chunk-causal fine-tune on the published example set, filtered as upstream does.
 
 python train.py --config=configs/stage1_example_set.py --workdir=DIR --config.data_dir=RAW
-    --config.data.latent_dir=LATENTS --config.weights=SANA-WM_bidirectional-diffusers
+    --config.data.latent_dir=LATENTS --config.init_weights=SANA-WM_bidirectional-diffusers
 
 RAW is the folder of the raw zips and sidecars, sekai_game_train_961frames_16fps_ovl640; LATENTS
 that of the latent zips, LTX2VAE_diffusers_704x1280.

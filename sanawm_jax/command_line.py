@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 flags.disclaim_key_flags()  # flags defined here belong to the script that asks for them
@@ -80,3 +81,15 @@ def show_notes() -> None:
             show(message, category, *where, **options)
 
     warnings.showwarning = show_note
+
+
+def show_progress() -> None:
+    """The log from INFO on, a line an entry; of Orbax only what it does not raise anyway."""
+    absl_logging.set_verbosity(absl_logging.INFO)
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        # a hundred lines a checkpoint, and tracebacks of errors that reach us as exceptions
+        is_orbax = "orbax" in record.pathname or record.name == "asyncio"
+        return not is_orbax or (record.levelno >= logging.WARNING and not record.exc_info)
+
+    absl_logging.get_absl_handler().addFilter(is_shown)

@@ -116,7 +116,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     # autoencoders are small: every rank holds all of one
     (r"(encoder|decoder)\.|latents_(mean|std)$", P()),
     # of the training state
-    (r"(^|\.)(step|count|ns_coeffs)$", P()),
+    (r"(^|\.)(step|count|ns_coeffs)$|^guard\.", P()),
 )
 
 
@@ -185,6 +185,39 @@ def place_batches(batches: Any, mesh: Mesh, batch_size: int) -> Any:
         return jax.make_array_from_process_local_data(sharding, np.asarray(a), shape)
 
     return jax.tree.map(one, batches)
+
+
+def place(tree: Any, places: Any) -> Any:
+    """Puts a tree that every process has whole onto a mesh.
+
+    Args:
+      tree: of arrays.
+      places: their shardings, in a tree of the same structure, or one for all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def one(a: Any, sharding: NamedSharding) -> jax.Array:
+        # `device_put` would first compare what the processes have
+        host = np.asarray(a)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(places, NamedSharding):
+        return jax.tree.map(lambda a: one(a, places), tree)
+    return jax.tree.map(one, tree, places)
+
+
+def signal_sharding(mesh: Mesh) -> NamedSharding:
+    """Of an array that has a row for every rank."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def place_signals(mesh: Mesh, *values: float) -> jax.Array:
+    """What this process has to say, beside what the others say: (ranks, values) float32."""
+    row = np.asarray(values, np.float32)
+
+    shape = (mesh.size, len(values))
+    return jax.make_array_from_callback(shape, signal_sharding(mesh), lambda _: row[None])
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulation: int = 1) -> None:

@@ -154,7 +154,7 @@ def stage1_sampler(
             shown = jnp.concatenate([jnp.broadcast_to(text[-1:], shown.shape), shown])
             mask = jnp.concatenate([jnp.broadcast_to(text_mask[-1:], mask.shape), mask])
             camera, plucker = (jnp.concatenate([a, a]) for a in (camera, plucker))
-        return _denoise(
+        return denoise_batch(
             graphdef,
             params,
             noise(jnp.asarray(clips), jnp.asarray(seeds)),
@@ -169,8 +169,8 @@ def stage1_sampler(
     return sample
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _denoise(
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "chunk_starts"))
+def denoise_batch(
     graphdef: nnx.GraphDef,
     params: Params,
     noise: jax.Array,
@@ -180,6 +180,7 @@ def _denoise(
     nexts: jax.Array,
     guidance: jax.Array,
     dtype: Any,
+    chunk_starts: tuple[int, ...] | None = None,
 ) -> jax.Array:
     """`pipeline.stage1.denoise` of a batch: conditions have its size, or twice with guidance."""
     conditioned = jnp.arange(noise.shape[1]) == 0
@@ -189,7 +190,12 @@ def _denoise(
         sigma, next_sigma = pair
         x = jnp.concatenate([latents] * copies).astype(dtype)
         velocity = apply(
-            graphdef, params, x, frame_timesteps(sigma, conditioned, len(x)), *conditions
+            graphdef,
+            params,
+            x,
+            frame_timesteps(sigma, conditioned, len(x)),
+            *conditions,
+            chunk_starts=chunk_starts,
         )
         if copies == 2:
             velocity = guide(velocity, guidance)

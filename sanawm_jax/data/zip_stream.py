@@ -25,7 +25,7 @@ _PROBLEMS = "problems"
 
 
 class ZipStream:
-    """An iterator of this host's rows of the batches; the interface of `loader.Loader`.
+    """An iterator of this host's rows of the batches, with a position as `loader.Loader` has.
 
     Args:
       source: what is read.
@@ -52,6 +52,7 @@ class ZipStream:
     ):
         rows = np.arange(batch_size) if rows is None else rows
         order = endless(grain.MapDataset.range(len(source)), seed)
+        self._order, self._batch_size = order, batch_size
         samples = order.map_with_index(_Reader(source, seed))
         self._batches = _HostRows(samples, batch_size, rows).batch(len(rows), batch_fn=_stack)
         self._options = grain.ReadOptions(
@@ -74,6 +75,12 @@ class ZipStream:
         """
         batches = [self._next_batch() for _ in range(steps)]
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def indices(self, steps: int) -> np.ndarray:
+        """Which samples the last batches of all hosts ask for, (steps, B)."""
+        first = (self._position - steps) * self._batch_size
+        places = range(first, self._position * self._batch_size)
+        return np.array([self._order[place] for place in places]).reshape(steps, -1)
 
     def _next_batch(self) -> dict[str, np.ndarray]:
         if self._iterator is None:

@@ -27,7 +27,7 @@ def read_metric(file: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         rows = [json.loads(line) for line in lines]
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"cannot read {file} ({error})") from None
-    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     if not pairs:
         raise InputError(f"{file} has no metric {name!r}")
     steps, values = np.array(pairs, np.float64).T

@@ -19,8 +19,8 @@ from sanawm_jax.core.sharding import check_batch, check_heads, plan_mesh, shardi
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
-from sanawm_jax.training.objective import compute_dtype
 from sanawm_jax.training.optimizer import optimizer_of
+from sanawm_jax.training.precision import compute_dtype
 from sanawm_jax.training.stage1 import dit_config, open_latents
 from sanawm_jax.training.stage1_zip import open_zips
 from sanawm_jax.training.state import TrainState

@@ -126,6 +126,12 @@ def frame_weights(mask: jax.Array) -> jax.Array:
     return mask * (mask.shape[0] / jnp.maximum(jnp.sum(mask), 1.0))
 
 
+def frame_errors(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean squared errors of every frame, (B, F, H, W, c) twice -> (B, F) float32."""
+    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    return jnp.mean(error, axis=(2, 3, 4))
+
+
 def velocity_loss(prediction: jax.Array, target: jax.Array, weights: jax.Array) -> jax.Array:
     """Mean over rows of the weighted squared errors of their frames; () float32.
 
@@ -133,6 +139,4 @@ def velocity_loss(prediction: jax.Array, target: jax.Array, weights: jax.Array) 
       prediction, target: (B, F, H, W, c).
       weights: (B, F), see `frame_weights`.
     """
-    error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-    per_frame = jnp.mean(error, axis=(2, 3, 4))
-    return jnp.mean(jnp.sum(per_frame * weights, axis=1))
+    return jnp.mean(jnp.sum(frame_errors(prediction, target) * weights, axis=1))

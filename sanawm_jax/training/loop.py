@@ -1,33 +1,45 @@
-"""The training loop: resume, step, write metrics, save, stop by steps or by the clock, export."""
+"""The training loop: resume, step, write metrics, save, stop by steps, clock or signal, export."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
-import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sanawm_jax.core.params import count
+from sanawm_jax.core.processes import is_first, to_first, wait_for_all
 from sanawm_jax.core.sharding import (
     check_batch,
     local_rows,
     make_mesh,
+    place,
     place_batches,
+    place_signals,
     shardings,
 )
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.training.checkpoint import Checkpoints
+from sanawm_jax.training.interrupt import (
+    GO_ON,
+    TERMINATED,
+    TIME_IS_UP,
+    Stopped,
+    TerminationSignal,
+)
 from sanawm_jax.training.metrics import MetricsWriter
 from sanawm_jax.training.optimizer import learning_rate, optimizer_of
+from sanawm_jax.training.spikes import SpikePolicy
 from sanawm_jax.training.state import TrainState, create_state
-from sanawm_jax.training.step import compile_steps
+from sanawm_jax.training.step import StepFunction, compile_steps
 from sanawm_jax.training.tasks import Task, make_task
+from sanawm_jax.training.watch import Watcher, make_sinks, make_watchers
 
 if TYPE_CHECKING:  # it imports grain
     from sanawm_jax.data.zip_stream import ZipStream
@@ -36,8 +48,9 @@ if TYPE_CHECKING:  # it imports grain
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
     """Trains `config.task` in `workdir`, continuing what is there.
 
-    Writes `metrics.jsonl`, `checkpoints/` and, at the end, `export/`. The mesh may be another one
-    than that of the run's earlier part.
+    Writes `metrics.jsonl`, `skipped.jsonl`, `checkpoints/` and, at the end, `export/`. The mesh
+    may be another one than that of the run's earlier part. All processes of a run call this alike,
+    with one folder that all of them see.
 
     Args:
       config: see `configs/small_world.py` and `configs/small_world_vae.py`.
@@ -48,18 +61,25 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
 
     Raises:
       InputError: configuration, data or an old checkpoint do not fit.
-      TrainingDiverged: the loss is not finite; the last checkpoint is from before that.
+      TrainingDiverged: the loss is not finite, or `spike` ends the run; the last checkpoint is
+        from before that.
+      Stopped: by SIGTERM, after saving.
     """
     workdir = Path(workdir).expanduser().absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(**config.mesh.to_dict())
     check_batch(mesh, config.batch_size, config.accumulation)
-    # what makes the data runs on one device; the mesh is set for what follows
-    task = make_task(config, workdir)
-    optimizer = optimizer_of(config)
-    logging.info("%s: %.2f M parameters", config.task, count(task.abstract) / 1e6)
-    with jax.set_mesh(mesh):
-        return _train_on(mesh, config, workdir, task, optimizer)
+    with TerminationSignal() as signal:
+        # what makes the data runs on one device; the mesh is set for what follows. The first
+        # process writes what it makes, the others find it
+        if not is_first():
+            wait_for_all("data of the first process")
+        task = make_task(config, workdir)
+        if is_first():
+            wait_for_all("data of the first process")
+            logging.info("%s: %.2f M parameters", config.task, count(task.abstract) / 1e6)
+        with jax.set_mesh(mesh):
+            return _train_on(mesh, config, workdir, task, signal)
 
 
 def _train_on(
@@ -67,51 +87,87 @@ def _train_on(
     config: ml_collections.ConfigDict,
     workdir: Path,
     task: Task,
-    optimizer: optax.GradientTransformation,
+    signal: TerminationSignal,
 ) -> TrainState:
-    state = create_state(
-        task.init(shardings(task.abstract, mesh)), optimizer, mesh, average=config.ema_decay > 0
+    optimizer, spike = optimizer_of(config), SpikePolicy(**config.spike.to_dict())
+    params = task.init(shardings(task.abstract, mesh))
+    average = config.ema_decay > 0
+    state = create_state(params, optimizer, mesh, average=average, guarded=spike.is_on)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints",
+        keep=config.keep_checkpoints,
+        keep_best=config.keep_best_checkpoints,
+        keep_period=config.keep_period,
     )
-    rows = local_rows(mesh, config.batch_size)
-    if task.stream is not None:
-        loader = task.stream(rows)
-    else:
-        loader = Loader(range(task.size), config.batch_size, seed=config.seed)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    seconds = 0.0
+    run: dict[str, Any] = {"seed": config.seed, "seconds": 0.0}
     if checkpoints.latest() is not None:
         state, run = checkpoints.restore(state)
-        loader.restore(run["loader"])
-        seconds = run["seconds"]
         logging.info("resumed at step %d", state.step)
+        if run["seed"] != config.seed:
+            logging.warning("the run began with seed %d and keeps it", run["seed"])
+    if task.stream is None:
+        loader = Loader(range(task.size), config.batch_size, seed=run["seed"])
+    else:
+        loader = task.stream(local_rows(mesh, config.batch_size), run["seed"])
+    if "loader" in run:
+        loader.restore(run["loader"])
     metrics = MetricsWriter(
-        workdir / "metrics.jsonl",
+        workdir / "metrics.jsonl" if is_first() else None,
         step=int(state.step),
-        seed=config.seed,
-        log_every=config.log_every,
-        seconds=seconds,
+        seed=run["seed"],
+        seconds=run["seconds"],
+        spike=spike if spike.is_on else None,
+        sinks=make_sinks(config, workdir, task, mesh),
     )
+    resident = _place_resident(task.resident, mesh)
+    steps = _compile(config, task, optimizer, spike, state, resident)
+    watchers = make_watchers(config, workdir, task, resident)
     try:
-        state = _run(mesh, config, task, state, loader, checkpoints, metrics, optimizer)
+        state = _run(
+            mesh,
+            config,
+            task,
+            state,
+            resident,
+            steps,
+            loader,
+            checkpoints,
+            metrics,
+            watchers,
+            signal,
+        )
     finally:
         loader.close()
         metrics.close()
         checkpoints.close()
-    task.export(state.best)
-    logging.info("exported to %s", workdir / "export")
+        for watcher in watchers:
+            watcher.close()
+    best = to_first(state.best)
+    if is_first():
+        task.export(best)
+        logging.info("exported to %s", workdir / "export")
+    wait_for_all("export")
     return state
 
 
-def _run(
-    mesh: Mesh,
+def _place_resident(resident: Any, mesh: Mesh) -> Any:
+    """Whole on every device, but for a frozen `base`, which lies like trained weights."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if not isinstance(resident, dict) or "base" not in resident:
+        return place(resident, whole)
+    rest = {name: value for name, value in resident.items() if name != "base"}
+    base = place(resident["base"], shardings(resident["base"], mesh))
+    return {**place(rest, whole), "base": base}
+
+
+def _compile(
     config: ml_collections.ConfigDict,
     task: Task,
-    state: TrainState,
-    loader: Loader | ZipStream,
-    checkpoints: Checkpoints,
-    metrics: MetricsWriter,
     optimizer: optax.GradientTransformation,
-) -> TrainState:
+    spike: SpikePolicy,
+    state: TrainState,
+    resident: Any,
+) -> StepFunction:
     optim = config.optimizer
     rate = functools.partial(
         learning_rate,
@@ -121,42 +177,79 @@ def _run(
         schedule=optim.schedule,
         final_fraction=optim.final_fraction,
     )
-    steps = compile_steps(
+    return compile_steps(
         state_shardings=jax.tree.map(lambda a: a.sharding, state),
+        resident_shardings=jax.tree.map(lambda a: a.sharding, resident),
         prepare=task.prepare,
         loss=task.loss,
         optimizer=optimizer,
         rate=rate,
         decay=config.ema_decay,
         accumulation=config.accumulation,
+        spike=spike if spike.is_on else None,
     )
+
+
+def _run(
+    mesh: Mesh,
+    config: ml_collections.ConfigDict,
+    task: Task,
+    state: TrainState,
+    resident: Any,
+    steps: StepFunction,
+    loader: Loader | ZipStream,
+    checkpoints: Checkpoints,
+    metrics: MetricsWriter,
+    watchers: Sequence[Watcher],
+    signal: TerminationSignal,
+) -> TrainState:
+    seed = metrics.seed
     whole = NamedSharding(mesh, PartitionSpec())
-    resident = jax.device_put(task.resident, whole)
-    key = jax.device_put(jax.random.key(config.seed), whole)
+    key = jax.jit(lambda: jax.random.key(seed), out_shardings=whole)()
     rows = local_rows(mesh, config.batch_size)
     limit = 60.0 * config.max_minutes
     # counted here: reading it from the state would wait for the device
-    step = int(state.step)
+    first = step = int(state.step)
 
-    def save() -> None:
+    def save() -> bool:
         metrics.drain()  # a diverged state is never saved
-        checkpoints.save(state, {"loader": loader.state(), "seconds": metrics.seconds})
+        run = {"loader": loader.state(), "seconds": metrics.seconds, "seed": seed}
+        return checkpoints.save(state, run, loss=metrics.mean_loss())
 
-    # a new run makes a step however short its time is, so that it has something to export
-    while step < config.steps and (step == 0 or not limit or metrics.seconds < limit):
+    def wish() -> float:
+        if signal.is_set:
+            return TERMINATED
+        return TIME_IS_UP if limit and metrics.seconds >= limit else GO_ON
+
+    while step < config.steps:
+        # several processes agree in the compiled step, and learn of it with the metrics
+        stop = wish() if jax.process_count() == 1 else metrics.stop
+        # a new run makes a step however short its time is, so that it has something to export
+        if stop == TERMINATED or (stop == TIME_IS_UP and step > 0):
+            break
         # calls end on multiples of save_every, so that a resumed run makes the same calls
         to_save = config.save_every - step % config.save_every
         k = min(config.steps_per_call, config.steps - step, to_save)
         fraction = metrics.seconds / limit if limit else 0.0
         batches: Any = loader.next(k)
-        if task.stream is None:  # every process knows the whole order and reads its own rows
-            indices = batches[:, rows]
-            batches = indices if task.read is None else task.read(indices)
+        if isinstance(loader, Loader):  # every process knows the whole order and reads its own rows
+            indices = batches
+            own = indices[:, rows]
+            batches = own if task.read is None else task.read(own)
+        else:
+            indices = loader.indices(k)
         batches = place_batches(batches, mesh, config.batch_size)
-        state, values = steps(state, resident, batches, key, np.float32(fraction))
-        metrics.push(step + 1, values)
+        signals = place_signals(mesh, fraction, wish())
+        state, values = steps(state, resident, batches, key, signals)
+        metrics.push(step + 1, values, indices)
+        for watcher in watchers:
+            watcher.after(step, step + k, state)
         step += k
         if step % config.save_every == 0:
             save()
-    save()
+    else:
+        stop = GO_ON
+    is_saved = step == first or (save() and checkpoints.wait())
+    if stop == TERMINATED:
+        raise Stopped(step, checkpoints.path(step) if step > first and is_saved else None)
     return state

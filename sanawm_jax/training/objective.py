@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -14,41 +15,50 @@ import ml_collections
 import numpy as np
 
 from sanawm_jax.core.frames import chunk_starts
-from sanawm_jax.core.params import Params, apply, build, init
+from sanawm_jax.core.lora import build_adapted, init_adapters, merge_lora
+from sanawm_jax.core.params import Params, apply, build, cast, init
+from sanawm_jax.core.sharding import place
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.flops import forward_flops, training_flops
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import Stage1Folder
-from sanawm_jax.training.flow import drop_captions, frame_weights, noised_example, velocity_loss
-from sanawm_jax.training.step import Metrics
+from sanawm_jax.training.adapters import AdaptedLoss, lora_of
+from sanawm_jax.training.flow import drop_captions, frame_errors, frame_weights, noised_example
+from sanawm_jax.training.initial_weights import load_initial
+from sanawm_jax.training.precision import compute_dtype
+from sanawm_jax.training.step import Loss, Metrics, Share
 from sanawm_jax.training.timesteps import mixture_probabilities
 
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """`auto` is bfloat16 on an accelerator and float32 on a CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+_BUCKETS = (0, 250, 500, 750, 1000)  # bounds of the timesteps whose losses are told apart
 
 
 class Stage1Objective:
     """`prepare` and `loss` of the DiT, see `training.step`.
 
     Args:
-      config: of the run: dtype, remat, unroll, seed, flow_shift, image_prob, caption_dropout,
-        chunk_size (0 is the bidirectional model), chunk_split_strategy, chunk_mixture.
+      config: of the run, see `configs.common.stage1`; chunk_size 0 is the bidirectional model.
       model: of the network.
       frames: F of every clip.
 
+    Attributes:
+      abstract: shapes of what is trained: all weights, or with `config.lora` adapters.
+      lora: what is adapted, or None.
+
     Raises:
-      InputError: a chunk layout or mixture that does not exist.
+      InputError: a chunk layout, mixture or adapters that do not exist.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: DiTConfig, frames: int):
         self._config = config
         self._model = model
         self._dtype = compute_dtype(config.dtype)
-        self._graphdef, self.abstract = build(DiT, model)
+        self.graphdef, self.abstract = build(DiT, model)
+        self.lora = lora_of(config)
+        if self.lora:
+            self.graphdef, self.abstract = build_adapted(DiT, model, self.lora)
+            if not config.init_weights:
+                raise InputError("init_weights is empty; give the folder that the adapters are for")
+        self._frames = frames
         self.starts, self.mixture = None, None
         if config.chunk_size:
             self.starts = chunk_starts(frames, config.chunk_size, config.chunk_split_strategy)
@@ -56,18 +66,48 @@ class Stage1Objective:
             mixture_probabilities(self.mixture)
 
     def init(self, shardings: Any) -> Params:
-        """Random weights, or those of `config.weights`, placed.
+        """Random weights, those of `config.init_weights`, or adapters on them, placed.
 
         Raises:
-          InputError: the folder of `config.weights` is of another network.
+          InputError: the folder of `config.init_weights` is of another network.
         """
-        folder = self._config.get("weights", "")
-        if not folder:
-            return init(DiT, self._model, jax.random.key(self._config.seed), shardings=shardings)
-        found, _, params = Stage1Folder(folder).load_dit(np.float32)
-        if build(DiT, found)[1] != self.abstract:
-            raise InputError(f"weights={folder} is of another network than config.dit")
-        return jax.device_put(params, shardings)
+        key = jax.random.key(self._config.seed)
+        if self.lora:
+            adapters = init_adapters(self.abstract, key)
+            return adapters if shardings is None else place(adapters, shardings)
+        if not self._config.init_weights:
+            return init(DiT, self._model, key, shardings=shardings)
+        params = load_initial(self._config.init_weights, self._model)
+        return jax.device_put(params) if shardings is None else place(params, shardings)
+
+    def frozen(self) -> dict[str, Params]:
+        """What adapters need on the device besides the data: their base in the compute dtype."""
+        if not self.lora:
+            return {}
+        return {"base": cast(load_initial(self._config.init_weights, self._model), self._dtype)}
+
+    def merged(self, params: Params) -> Params:
+        """What is trained as weights of the whole network."""
+        if not self.lora:
+            return params
+        base = load_initial(self._config.init_weights, self._model)
+        return merge_lora(base, params, self.lora.scale)
+
+    def flops(self, latents: np.ndarray, text: np.ndarray) -> float:
+        """Of a step's share of one clip of latents (n, F, H, W, c) and text (U, L, width)."""
+        height, width = latents.shape[2:4]
+        config = self._config
+        forward = forward_flops(
+            self._model,
+            self._frames,
+            height,
+            width,
+            text.shape[1],
+            chunk_size=config.chunk_size,
+            split=config.chunk_split_strategy,
+            camera=config.use_camera,
+        )
+        return training_flops(forward, frozen=self.lora is not None)
 
     def prepare(
         self, rows: dict[str, jax.Array], null: tuple[jax.Array, jax.Array], key: jax.Array
@@ -92,27 +132,49 @@ class Stage1Objective:
         text, mask = drop_captions(
             drop_key, rows["text"], rows["text_mask"], *null, config.caption_dropout
         )
+        # without poses the network has no camera branch, and no rays
+        cameras = {
+            "camera": rows["camera"],  # float32: poses lose centimetres in bfloat16
+            "plucker": rows["plucker"].astype(dtype),
+        }
         return {
             "latents": example.noisy.astype(dtype),
             "timesteps": example.timesteps,
             "text": text.astype(dtype),
             "text_mask": mask,
-            "camera": rows["camera"],  # float32: poses lose centimetres in bfloat16
-            "plucker": rows["plucker"].astype(dtype),
+            **(cameras if config.use_camera else {}),
             "target": example.target,
             "weights": frame_weights(example.mask),
         }
 
-    def loss(self, params: Params, examples: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        """Mean over the rows, and no further metrics."""
+    @property
+    def loss(self) -> Loss:
+        """See `training.step.Loss`; its metrics are the mean errors by timestep."""
+        return AdaptedLoss(self._loss) if self.lora else self._loss
+
+    def _loss(self, params: Params, examples: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         inputs: dict[str, Any] = dict(examples)
         target, weights = inputs.pop("target"), inputs.pop("weights")
         velocity = apply(
-            self._graphdef,
+            self.graphdef,
             params,
             **inputs,
             chunk_starts=self.starts,
             remat=self._config.remat,
             unroll=self._config.unroll,
         )
-        return velocity_loss(velocity, target, weights), {}
+        errors = frame_errors(velocity, target)
+        return jnp.mean(jnp.sum(errors * weights, axis=1)), _by_timestep(
+            errors, examples["timesteps"], weights
+        )
+
+
+def _by_timestep(errors: jax.Array, timesteps: jax.Array, weights: jax.Array) -> Metrics:
+    """Mean errors of frames that are not given, by the bucket of their timestep; all (B, F)."""
+    metrics: Metrics = {}
+    for low, high in itertools.pairwise(_BUCKETS):
+        inside = (timesteps >= low) & (timesteps < high) & (weights > 0)
+        chosen = inside.astype(jnp.float32)
+        totals = (jnp.sum(errors * chosen, 1), jnp.sum(chosen, 1))
+        metrics[f"loss_t{low}_{high}"] = Share(*map(jnp.mean, totals))
+    return metrics

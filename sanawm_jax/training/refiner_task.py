@@ -40,8 +40,9 @@ from sanawm_jax.text.gemma import text_tower
 from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
+from sanawm_jax.training.adapters import lora_of
 from sanawm_jax.training.export import export_connectors, export_refiner, write_refiner_index
-from sanawm_jax.training.objective import compute_dtype
+from sanawm_jax.training.precision import compute_dtype
 from sanawm_jax.training.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
 from sanawm_jax.training.tasks import (
     Task,
@@ -64,7 +65,7 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
     """
     if not config.stage1_dir:
         raise InputError("stage1_dir is empty; give the folder that a stage-1 run exported")
-    lora, base = _lora_config(config), _base(config)
+    lora, base = lora_of(config), _base(config)
     if lora and base is None:
         raise InputError("base_dir is empty; give the refiner folder that the adapters are for")
     if lora and base and base.lora:
@@ -159,13 +160,6 @@ def _export_whole(
         for part in ("text_encoder", "tokenizer", "connectors"):
             shutil.copytree(base.part(part), folder / part, dirs_exist_ok=True)
     write_refiner_index(folder, base.text_length if base else config.text.length)
-
-
-def _lora_config(config: ConfigDict) -> LoraConfig | None:
-    lora = config.lora
-    if lora.rank <= 0:
-        return None
-    return LoraConfig(lora.rank, tuple(lora.targets), lora.alpha or None)
 
 
 def _clips_and_pairs(

@@ -17,9 +17,9 @@ from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.errors import InputError
-from sanawm_jax.training.export import export_transformer
 from sanawm_jax.training.objective import Stage1Objective
-from sanawm_jax.training.tasks import Task
+from sanawm_jax.training.samples import stage1_samples
+from sanawm_jax.training.tasks import Task, export_stage1
 
 _NAMES = ("latents", "camera", "plucker", "caption", "text", "text_mask")
 
@@ -112,23 +112,25 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         return {k: a.reshape(*indices.shape, *a.shape[1:]) for k, a in rows.items()}
 
     def prepare(
-        resident: tuple[jax.Array, jax.Array], batch: dict[str, jax.Array], key: jax.Array
+        resident: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
-        return objective.prepare(batch, resident, key)
+        return objective.prepare(batch, (resident["text"], resident["text_mask"]), key)
 
     def export(params: Params) -> None:
-        folder = workdir / "export" / "transformer"
-        export_transformer(model, params, folder, config.export_dtype)
+        export_stage1(objective, model, params, config, workdir / "export")
 
+    null = {name: np.asarray(arrays[name][-1]) for name in ("text", "text_mask")}
     return Task(
         abstract=objective.abstract,
         init=objective.init,
-        resident=tuple(np.asarray(arrays[name][-1]) for name in ("text", "text_mask")),
+        resident={**null, **objective.frozen()},
         size=len(arrays["latents"]),
         prepare=prepare,
         loss=objective.loss,
         export=export,
         read=read,
+        flops=objective.flops(arrays["latents"], arrays["text"]),
+        sample=stage1_samples(config, objective, arrays),
     )
 
 

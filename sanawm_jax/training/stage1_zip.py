@@ -115,13 +115,13 @@ def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: Di
         folder = workdir / "export" / "transformer"
         export_transformer(model, params, folder, config.export_dtype)
 
-    def stream(rows: np.ndarray) -> ZipStream:
+    def stream(rows: np.ndarray, seed: int) -> ZipStream:
         data = config.data
         return ZipStream(
             source,
             config.batch_size,
             rows=rows,
-            seed=config.seed,
+            seed=seed,
             counter=counter,
             num_workers=data.num_workers,
             num_threads=data.num_threads,
@@ -144,10 +144,11 @@ def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list
     """The captions as the run's text encoder reads them; made by the first process."""
     data = config.data
     cache = Path(data.text_cache).expanduser() if data.text_cache else workdir / "text"
-    name = data.text_dir or config.weights
+    name = data.text_dir or config.init_weights
     if not name:
         raise InputError(
-            "no text encoder reads the captions; give a stage-1 folder as data.text_dir or weights"
+            "no text encoder reads the captions; give a stage-1 folder as data.text_dir or "
+            "init_weights"
         )
     folder = open_stage1(name)
     if jax.process_index() == 0:

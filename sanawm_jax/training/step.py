@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,30 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sanawm_jax.core.params import Params
-from sanawm_jax.core.sharding import batch_sharding
+from sanawm_jax.core.sharding import batch_sharding, signal_sharding
 from sanawm_jax.training.optimizer import ema_decay
+from sanawm_jax.training.spikes import SpikePolicy, judge, keep_if
 from sanawm_jax.training.state import TrainState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # of () float32, or of `Share`
 StepFunction = Callable[..., tuple[TrainState, Metrics]]
+STOP = "stop"  # the metric in which all processes read the same wish to stop
+
+
+class Share(NamedTuple):
+    """A metric that is a mean over some of a batch's elements only, which may be none of a part's.
+
+    Attributes:
+      total: () sum of their values, divided by the number of rows.
+      weight: () their number, divided by the number of rows.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+    def mean(self) -> jax.Array:
+        """(), NaN if there are none."""
+        return self.total / self.weight
 
 
 class Prepare(Protocol):
@@ -33,7 +51,7 @@ class Prepare(Protocol):
 
 
 class Loss(Protocol):
-    """(params, examples) -> loss and further metrics, () float32, each a mean over the rows.
+    """(params, examples) -> loss and further metrics, () float32 or `Share`, means over the rows.
 
     One that reads more than what is trained, a frozen base, has a method `given`: resident data ->
     the loss with them.
@@ -97,8 +115,9 @@ def train_step(
     rate: Callable[[jax.Array, jax.Array], jax.Array],
     decay: float,
     accumulation: int = 1,
+    spike: SpikePolicy | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update.
+    """One update, or with `spike` none if the gradients are bad.
 
     Args:
       state: before.
@@ -111,9 +130,11 @@ def train_step(
       rate: (step, wall_fraction) -> learning rate.
       decay: of the moving average.
       accumulation: parts that a batch is cut into, to fit the memory.
+      spike: which gradients are bad, if the state has a guard.
 
     Returns:
-      the state after, and float32 scalars: loss, learning_rate, grad_norm and the loss's own.
+      the state after, and float32 scalars: loss, learning_rate, grad_norm, the loss's own and the
+      guard's.
     """
     step_key = jax.random.fold_in(key, state.step)
     if isinstance(prepare, ChangingPrepare):
@@ -128,37 +149,50 @@ def train_step(
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - ema_decay(state.step, decay))
-    metrics = {
-        "loss": value,
-        "learning_rate": lr,
-        "grad_norm": optax.global_norm(gradients),
-        **aux,
-    }
-    metrics = {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
+    norm = optax.global_norm(gradients)
+    metrics = {"loss": value, "learning_rate": lr, "grad_norm": norm, **aux}
+    guard = state.guard
+    if guard is not None and spike is not None:
+        good, guard, decided = judge(guard, value, norm, spike)
+        before = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = keep_if(good, (params, opt_state, ema), before)
+        metrics.update(decided)
+    scalars = {k: v.mean() if isinstance(v, Share) else v for k, v in metrics.items()}
+    scalars = {name: jnp.asarray(v, jnp.float32) for name, v in scalars.items()}
     # Optax types trees as single arrays
-    after = TrainState(state.step + 1, params, opt_state, ema)  # pyright: ignore[reportArgumentType]
-    return after, metrics
+    after = TrainState(state.step + 1, params, opt_state, ema, guard)  # pyright: ignore[reportArgumentType]
+    return after, scalars
 
 
-def compile_steps(*, state_shardings: Any = None, **parts: Any) -> StepFunction:
+def compile_steps(
+    *, state_shardings: Any = None, resident_shardings: Any = None, **parts: Any
+) -> StepFunction:
     """`train_step` over a leading axis of the batch, compiled, its state donated.
 
     Args:
       state_shardings: of a state on a mesh; batches are then split over their second axis, and
         all else is whole on every device. By default everything is on one device.
+      resident_shardings: of resident data that are not whole on every device.
       parts: keyword arguments of `train_step`.
 
     Returns:
-      (state, resident, batches (K, ...), key, wall_fraction) -> state, metrics (K,).
+      (state, resident, batches (K, ...), key, wall_fraction) -> state, metrics (K,). On a mesh
+      `wall_fraction` is (R, 2) of all R ranks, `place_signals`, and the metrics have `stop`.
     """
 
     def run(
         state: TrainState, resident: Any, batches: Any, key: jax.Array, wall_fraction: jax.Array
     ) -> tuple[TrainState, Metrics]:
         def body(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            return train_step(state, resident, batch, key, wall_fraction, **parts)
+            return train_step(state, resident, batch, key, fraction, **parts)
 
-        return lax.scan(body, state, batches)
+        if wall_fraction.ndim == 0:
+            fraction = wall_fraction
+            return lax.scan(body, state, batches)
+        # clocks and signals differ between processes; what they do must not
+        fraction, stop = jnp.max(wall_fraction, 0)
+        state, metrics = lax.scan(body, state, batches)
+        return state, {**metrics, STOP: jnp.broadcast_to(stop, metrics["loss"].shape)}
 
     if state_shardings is None:
         return jax.jit(run, donate_argnums=0)
@@ -167,6 +201,12 @@ def compile_steps(*, state_shardings: Any = None, **parts: Any) -> StepFunction:
     return jax.jit(
         run,
         donate_argnums=0,
-        in_shardings=(state_shardings, whole, batch_sharding(mesh, steps=True), whole, whole),
+        in_shardings=(
+            state_shardings,
+            whole if resident_shardings is None else resident_shardings,
+            batch_sharding(mesh, steps=True),
+            whole,
+            signal_sharding(mesh),
+        ),
         out_shardings=(state_shardings, whole),
     )

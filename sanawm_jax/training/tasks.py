@@ -27,6 +27,7 @@ from sanawm_jax.data.latent_cache import (
 )
 from sanawm_jax.data.views import ALL_VIEWS
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.keys import key_table
 from sanawm_jax.errors import InputError
 from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import load_text_encoder
@@ -34,13 +35,16 @@ from sanawm_jax.text.prompts import CHI_PROMPT, encode_texts
 from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.export import export_transformer, export_vae, write_index
-from sanawm_jax.training.objective import Stage1Objective, compute_dtype
+from sanawm_jax.training.objective import Stage1Objective
+from sanawm_jax.training.precision import compute_dtype
+from sanawm_jax.training.samples import stage1_samples
 from sanawm_jax.training.step import Loss, Metrics, Prepare
 from sanawm_jax.training.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import load_vae
 from sanawm_jax.vae.latents import sample_posterior
 from sanawm_jax.vae.model import VideoVAE
+from sanawm_jax.weights.adapters import save_adapters
 
 if TYPE_CHECKING:  # it imports grain
     from sanawm_jax.data.zip_stream import ZipStream
@@ -59,8 +63,11 @@ class Task:
       export: averaged weights -> files.
       read: (K, B) indices -> arrays (K, B, ...) of the host, what `prepare` gets as its batch;
         None gives it the indices themselves, into `resident`.
-      stream: rows of a batch -> an iterator of these rows of the batches, with the interface of
-        `data.loader.Loader`; a task that has one gives the order of its examples itself.
+      stream: (rows of a batch, seed) -> an iterator of these rows of the batches; a task that has
+        one reads its examples itself.
+      flops: of a training step's share of one example; 0 if they are not counted.
+      sample: (weights, resident data, folder) -> writes what the weights make of some examples;
+        None if the task shows nothing.
     """
 
     abstract: Params
@@ -71,7 +78,9 @@ class Task:
     loss: Loss
     export: Callable[[Params], None]
     read: Callable[[np.ndarray], Any] | None = None
-    stream: Callable[[np.ndarray], ZipStream] | None = None
+    stream: Callable[[np.ndarray, int], ZipStream] | None = None
+    flops: float = 0.0
+    sample: Callable[[Params, Any, Path], None] | None = None
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
@@ -210,7 +219,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     folder = workdir / "export"
     clips = open_source(config)
     cache = cached_clips(config, workdir, clips)
-    resident = {name: np.asarray(a) for name, a in cache.items()}
+    resident: dict[str, Any] = {name: np.asarray(a) for name, a in cache.items()}
     size = len(cache["latents"])
     logging.info(
         "%d clips, %.2f GiB on the device", size, sum(a.nbytes for a in resident.values()) / 2**30
@@ -231,7 +240,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         return objective.prepare(rows, (text[-1], mask[-1]), key)
 
     def export(params: Params) -> None:
-        export_transformer(model, params, folder / "transformer", config.export_dtype)
+        export_stage1(objective, model, params, config, folder)
         shutil.copytree(config.vae_dir, folder / "vae", dirs_exist_ok=True)
         for part in ("tokenizer", "text_encoder"):
             if _text_folder(config, workdir) != folder:
@@ -240,7 +249,39 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
                 )
         write_index(folder, config.flow_shift)
 
-    return Task(objective.abstract, objective.init, resident, size, prepare, objective.loss, export)
+    resident.update(objective.frozen())
+    return Task(
+        abstract=objective.abstract,
+        init=objective.init,
+        resident=resident,
+        size=size,
+        prepare=prepare,
+        loss=objective.loss,
+        export=export,
+        flops=objective.flops(cache["latents"], cache["text"]),
+        sample=stage1_samples(config, objective, cache),
+    )
+
+
+def export_stage1(
+    objective: Stage1Objective,
+    model: DiTConfig,
+    params: Params,
+    config: ml_collections.ConfigDict,
+    folder: Path,
+) -> None:
+    """Writes `transformer/`, adapters merged into it, and those alone as `lora/` for PEFT."""
+    if objective.lora:
+        save_adapters(
+            folder / "lora",
+            params,
+            objective.lora,
+            key_table(model),
+            base=config.init_weights,
+            dtype=jnp.dtype(config.export_dtype),
+        )
+    whole = objective.merged(params)
+    export_transformer(model, whole, folder / "transformer", config.export_dtype)
 
 
 def cache_folder(config: ml_collections.ConfigDict, workdir: Path) -> Path:

@@ -148,7 +148,7 @@ def test_folder_of_latents_and_weights(tmp_path):
     for part in ("text_encoder", "tokenizer", "vae"):
         (folder / part).mkdir()
     Stage1Folder(folder).check("transformer")
-    config.weights = str(folder)
+    config.init_weights = str(folder)
     config.steps = 0
     again = train(config, tmp_path / "again")
     for (path, a), (_, b) in zip(leaves(again.params), leaves(state.params), strict=True):

@@ -1,0 +1,69 @@
+"""The weights that a stage-1 run starts from, those of a network that grew included."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from sanawm_jax.core.params import Params, build
+from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.keys import key_table
+from sanawm_jax.dit.model import DiT
+from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.upstream_folder import open_stage1
+from sanawm_jax.weights import keymap
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """Tensors in memory as `keymap.TensorSource`."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.tensors[key].shape
+
+    def dtype(self, key: str) -> np.dtype:
+        return self.tensors[key].dtype
+
+    def read(self, key: str) -> np.ndarray:
+        return self.tensors[key]
+
+
+def load_initial(name: str, config: DiTConfig) -> Params:
+    """Float32 host arrays of `build(DiT, config)` from a folder.
+
+    The folder's network may have softmax attention in other layers: both kinds have the same
+    parameters but for the short convolutions of the recurrence, which a layer that became softmax
+    leaves behind.
+
+    Args:
+      name: a stage-1 folder in diffusers or upstream layout, `small_world`, or a hub name.
+      config: of the run's network.
+
+    Raises:
+      InputError: the folder is of another network, or see `pipeline.upstream_folder.open_stage1`.
+    """
+    abstract = build(DiT, config)[1]
+    found, _, params = open_stage1(name).load_dit(np.float32, place=lambda path, array: array)
+    if build(DiT, found)[1] == abstract:
+        return params
+    tensors = _Tensors(keymap.export(key_table(found), params))
+    try:
+        return keymap.load(
+            key_table(config),
+            abstract,
+            tensors,
+            what=name,
+            place=lambda path, array: array,
+            ignore=lambda key: ".attn.conv_" in key,
+        )
+    except InputError as error:
+        raise InputError(
+            f"init_weights={name} is of another network than config.dit ({error})"
+        ) from None

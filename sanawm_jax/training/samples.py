@@ -1,0 +1,128 @@
+"""Films of what stage 1 has learned so far, sampled from the first clips of the training data.
+
+Axis letters: B clips, F latent frames, H W latent rows and columns, c latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sanawm_jax.core.lora import combine
+from sanawm_jax.core.params import Params, cast
+from sanawm_jax.core.processes import is_first
+from sanawm_jax.core.sharding import axis_size, place
+from sanawm_jax.data.pair_cache import denoise_batch
+from sanawm_jax.diffusion.euler import Schedule
+from sanawm_jax.media.video import write_mp4
+from sanawm_jax.pipeline.stage1 import Conditions, next_sigmas
+from sanawm_jax.training.precision import compute_dtype
+
+_ENLARGED = 8  # pixels that a latent is shown as, if there is no decoder
+
+
+def stage1_samples(
+    config: ml_collections.ConfigDict, objective: Any, arrays: dict[str, np.ndarray]
+) -> Callable[[Params, Any, Path], None]:
+    """What `Task.sample` is for stage 1.
+
+    Every clip of the first `config.samples.clips` is begun with its own first latent and follows
+    its own camera and caption, always from the same noise. With `config.vae_dir` a film is decoded,
+    else the latents' three main components are its colours.
+
+    Args:
+      objective: `training.objective.Stage1Objective`.
+      arrays: of `data.latent_cache.build_cache`.
+    """
+    dtype = compute_dtype(config.dtype)
+
+    def sample(params: Params, resident: Any, folder: Path) -> None:
+        samples = config.samples
+        replicas = axis_size("data") * axis_size("fsdp")
+        # rows have to divide among the replicas
+        count = -(-min(samples.clips, len(arrays["latents"])) // replicas) * replicas
+        rows = np.arange(count) % len(arrays["latents"])
+        sigmas = Schedule(shift=config.flow_shift).sigmas(samples.steps)
+        caption = np.asarray(arrays["caption"])[rows]
+        latents = np.asarray(arrays["latents"][rows], np.float32)
+        noise = np.random.default_rng(config.seed).normal(size=latents.shape).astype(np.float32)
+        inputs = {
+            "noise": noise,
+            "first": latents[:, :1],
+            "text": np.asarray(arrays["text"])[caption],
+            "text_mask": np.asarray(arrays["text_mask"])[caption],
+            "camera": np.asarray(arrays["camera"][rows], np.float32),
+            "plucker": np.asarray(arrays["plucker"][rows], np.float32),
+        }
+        mesh = jax.sharding.get_mesh()
+        whole = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+        if whole is not None:
+            inputs = place(inputs, whole)
+        if objective.lora:
+            params = combine(resident["base"], params)
+        # the network runs without cameras where it is trained without them
+        cameras: Any = (None, None)
+        if config.use_camera:
+            cameras = (inputs["camera"], inputs["plucker"].astype(dtype))
+        conditions = Conditions(inputs["text"].astype(dtype), inputs["text_mask"], *cameras)
+        made = denoise_batch(
+            objective.graphdef,
+            params,
+            inputs["noise"],
+            inputs["first"],
+            conditions,
+            jnp.asarray(sigmas[:-1]),
+            jnp.asarray(next_sigmas(sigmas)),
+            jnp.float32(1.0),
+            dtype,
+            objective.starts,
+        )
+        if whole is not None:
+            made = jax.jit(lambda x: x, out_shardings=whole)(made)
+        host = np.asarray(made)[: samples.clips]
+        if is_first():
+            _write(host, config.get("vae_dir", ""), folder, dtype)
+
+    return sample
+
+
+def _write(latents: np.ndarray, vae_dir: str, folder: Path, dtype: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = _decoded(latents, vae_dir, dtype) if vae_dir else false_colours(latents)
+    fps = 16.0 if vae_dir else 2.0  # a latent frame stands for eight
+    for i, film in enumerate(frames):
+        write_mp4(folder / f"clip_{i}.mp4", film, fps)
+
+
+def false_colours(latents: np.ndarray) -> np.ndarray:
+    """Three main components as colours: (B, F, H, W, c) -> (B, F, 8 H, 8 W, 3) uint8."""
+    flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
+    flat = flat - flat.mean(0)
+    _, _, axes = np.linalg.svd(flat.T @ flat)
+    parts = flat @ axes[: min(3, len(axes))].T
+    low, high = np.percentile(parts, [1, 99], axis=0)
+    shown = np.clip((parts - low) / np.maximum(high - low, 1e-9), 0, 1)
+    shown = np.pad(shown, ((0, 0), (0, 3 - shown.shape[1])))
+    image = (255 * shown).astype(np.uint8).reshape(*latents.shape[:-1], 3)
+    return image.repeat(_ENLARGED, -3).repeat(_ENLARGED, -2)
+
+
+def _decoded(latents: np.ndarray, vae_dir: str, dtype: Any) -> np.ndarray:
+    from sanawm_jax.core.params import apply, build
+    from sanawm_jax.media.video import to_uint8
+    from sanawm_jax.vae.keys import load_vae
+    from sanawm_jax.vae.model import VideoDecoder
+
+    config, params = load_vae(vae_dir, dtype=np.float32, module=VideoDecoder)
+    graphdef = build(VideoDecoder, config)[0]
+    params = cast(params, dtype)
+    decode = jax.jit(lambda p, x: apply(graphdef, p, x))
+    films = [np.asarray(decode(params, jnp.asarray(clip[None], dtype)))[0] for clip in latents]
+    return np.stack([to_uint8((film.astype(np.float32) + 1) / 2) for film in films])
