@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def conv_glu(
     # weights round to the compute dtype, as a convolution's would
     taps = kernel.astype(x.dtype).astype(jnp.float32).reshape(3, 3, 2, channels // 2)
     both = bias.astype(jnp.float32).reshape(2, channels // 2)
-    y = _pallas(tiles or gpu.Tiles(), choice.interpret(), halves, taps, both)
+    y: Any = _pallas(tiles or gpu.Tiles(), choice.interpret(), halves, taps, both)
     return y.reshape(*lead, height, width, channels // 2)
 
 

@@ -34,11 +34,11 @@ class Tiles:
       warps: of 32 threads that share the block's channels.
     """
 
-    rows: int = 6
+    rows: int = 4
     channels: int = 64
     warps: int = 1
-    gate_rows: int = 6
-    dx_rows: int = 6
+    gate_rows: int = 4
+    dx_rows: int = 4
 
 
 def _silu(x: jax.Array) -> jax.Array:

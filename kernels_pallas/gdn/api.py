@@ -1,7 +1,8 @@
 """The frame recurrence, its implementation chosen by `kernels_pallas.choice`.
 
 Shapes and meanings are those of the functions of the same names in `gdn.reference`. Tokens come
-in the compute dtype; maps and states are float32 in every implementation.
+in the compute dtype; maps and states are float32 in every implementation. On a GPU the Pallas
+kernels of tokens take bfloat16; float32 tokens go through XLA whatever is chosen.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ Tiles = gpu.Tiles
 _F32 = jnp.float32
 
 
-def _is_pallas(impl: str | None, axis_name: str | None = None) -> bool:
-    return axis_name is None and choice.pick("gdn", impl) == "pallas"
+def _is_pallas(impl: str | None, dtype: Any = None, axis_name: str | None = None) -> bool:
+    # float32 tokens fit neither a GPU's matrix units nor, as tiles, its shared memory
+    is_too_wide = dtype == _F32 and not choice.interpret()
+    return axis_name is None and not is_too_wide and choice.pick("gdn", impl) == "pallas"
 
 
 def frame_transitions(
@@ -34,9 +37,10 @@ def frame_transitions(
     tiles: Tiles | None = None,
 ) -> Transition:
     """See `reference.frame_transitions`; k and v (B, F, P, N, D) in one dtype."""
-    if not _is_pallas(impl):
+    if not _is_pallas(impl, k.dtype):
         return reference.frame_transitions(k, v, beta, decay)
-    return Transition(*_maps(tiles or Tiles(), choice.interpret(), k, v, beta, decay))
+    maps: Any = _maps(tiles or Tiles(), choice.interpret(), k, v, beta, decay)
+    return Transition(*maps)
 
 
 def normaliser_transitions(
@@ -48,9 +52,10 @@ def normaliser_transitions(
     tiles: Tiles | None = None,
 ) -> Transition:
     """See `reference.normaliser_transitions`."""
-    if not _is_pallas(impl):
+    if not _is_pallas(impl, k.dtype):
         return reference.normaliser_transitions(k, beta, decay)
-    return Transition(*_maps(tiles or Tiles(), choice.interpret(), k, None, beta, decay))
+    maps: Any = _maps(tiles or Tiles(), choice.interpret(), k, None, beta, decay)
+    return Transition(*maps)
 
 
 def scan_states(
@@ -70,7 +75,7 @@ def scan_states(
     Args:
       addend: (B, F, N, V, D), added to the reported states on their way to memory.
     """
-    if not _is_pallas(impl, axis_name):
+    if not _is_pallas(impl, axis_name=axis_name):
         states, final = reference.scan_states(
             transition,
             initial,
@@ -98,7 +103,7 @@ def bidirectional_states(
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.bidirectional_states`."""
-    if not _is_pallas(impl, axis_name):
+    if not _is_pallas(impl, axis_name=axis_name):
         return reference.bidirectional_states(
             transition, initial, chunk_ends=chunk_ends, axis_name=axis_name
         )
@@ -111,7 +116,7 @@ def read_out(
     states: jax.Array, q: jax.Array, *, impl: str | None = None, tiles: Tiles | None = None
 ) -> jax.Array:
     """See `reference.read_out`; in q's dtype from Pallas, else float32."""
-    if not _is_pallas(impl):
+    if not _is_pallas(impl, q.dtype):
         return reference.read_out(states, q)
     return _read((tiles or Tiles(), choice.interpret(), None), states, q, None, None)
 
@@ -127,7 +132,7 @@ def normalised_read_out(
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """See `reference.normalised_read_out`; in q's dtype from Pallas, else float32."""
-    if not _is_pallas(impl):
+    if not _is_pallas(impl, q.dtype):
         return reference.normalised_read_out(states, normaliser, q, plain_q, eps)
     return _read((tiles or Tiles(), choice.interpret(), eps), states, q, normaliser, plain_q)
 
@@ -188,7 +193,8 @@ def _scan(
 
 
 def _scan_forward(static: Any, *args: Any) -> tuple[Any, Any]:
-    states, final = _scan(static, *args)
+    found: Any = _scan(static, *args)
+    states, final = found
     w, _, initial, drop, addend = args
     return (states, final), (w, initial, drop, addend, states)
 

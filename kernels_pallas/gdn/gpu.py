@@ -88,12 +88,12 @@ class Head:
     def load(self, ref: Any, step: Any, size: int) -> jax.Array:
         """(tile, padded size) tokens in their dtype."""
         at, real = self.rows(step)
-        mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None, :]
+        mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None]
         return plgpu.load(ref.at[at, :], mask=mask, other=0.0)
 
     def store(self, ref: Any, step: Any, value: jax.Array, size: int) -> None:
         at, real = self.rows(step)
-        mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None, :]
+        mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None]
         plgpu.store(ref.at[at, :], value.astype(ref.dtype), mask=mask)
 
     def load_scalars(self, ref: Any, step: Any) -> jax.Array:
@@ -111,15 +111,15 @@ def matrix_mask(rows: int, columns: int, size: tuple[int, int]) -> jax.Array:
 
 
 def load_matrix(ref: Any, size: tuple[int, int]) -> jax.Array:
-    return plgpu.load(ref.at[:, :], mask=matrix_mask(*ref.shape, size), other=0.0)
+    return plgpu.load(ref.at[:, :], mask=matrix_mask(ref.shape[0], ref.shape[1], size), other=0.0)
 
 
 def store_matrix(ref: Any, value: jax.Array, size: tuple[int, int]) -> None:
-    plgpu.store(ref.at[:, :], value, mask=matrix_mask(*ref.shape, size))
+    plgpu.store(ref.at[:, :], value, mask=matrix_mask(ref.shape[0], ref.shape[1], size))
 
 
 def load_row(ref: Any, size: int) -> jax.Array:
-    """(1, D) of a state that is a vector."""
+    """(D,) of a state that is a vector."""
     return plgpu.load(ref.at[:], mask=jnp.arange(ref.shape[0]) < size, other=0.0)
 
 
@@ -189,7 +189,7 @@ def _read_kernel(*refs: Any, head: Head, size: int, eps: float | None) -> None:
     """y = q S^T, divided by plain queries times the normaliser where there is one."""
     states_ref, q_ref, *normaliser, y_ref = refs
     states = load_matrix(states_ref, (size, size))
-    z = load_row(normaliser[0], size) if normaliser else None
+    z, eps = (load_row(normaliser[0], size) if normaliser else None), eps or 0.0
 
     def step(i: Any, carry: None) -> None:
         y = head.dot(head.load(q_ref, i, size), states, (1, 1))
@@ -219,7 +219,7 @@ def _read_gradient_kernel(*refs: Any, head: Head, size: int, eps: float | None) 
             return ds + head.dot(dy, q, (0, 0)), dz
         plain = head.load(plain_ref, i, size).astype(jnp.float32)
         # a tile's last rows may lie past the end, where dy is 0
-        denominator = jnp.sum(plain * z[None, :], 1) + eps
+        denominator = jnp.sum(plain * z[None, :], 1) + (eps or 0.0)
         d_numerator = dy.astype(jnp.float32) / denominator[:, None]
         dq = head.dot(d_numerator, states, (1, 0))
         head.store(dq_ref, i, dq, size)

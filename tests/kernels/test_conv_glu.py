@@ -18,7 +18,7 @@ CASES = [
     ((1, 4, 1), 8, Tiles(rows=4, channels=8, gate_rows=1, dx_rows=2)),
     ((1, 1, 3), 5, Tiles(rows=3, channels=16, gate_rows=2, dx_rows=1)),
 ]
-GPU_CASES = [((3, 22, 40), 192, Tiles()), ((2, 22, 40), 200, Tiles(rows=4, dx_rows=4))]
+GPU_CASES = [((3, 22, 40), 192, Tiles()), ((2, 22, 40), 200, Tiles(rows=3, gate_rows=2, dx_rows=2))]
 
 
 def _inputs(shape, channels, dtype, scale=2.0):

@@ -190,16 +190,15 @@ def test_lowers_for_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["tf32x3", "bf16x3", "ieee"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
 @pytest.mark.parametrize("case", HARD)
-def test_on_a_gpu(case, dtype, precision):
+def test_on_a_gpu(case, precision):
     options = dict(HARD[case])
     ends, shape = options.pop("ends", None), options.pop("shape", (2, 5, 200, 2, 112))
     tiles = gdn.Tiles(scan_precision=precision)
-    inputs = _inputs(shape, dtype, **options)
-    wide = {name: a.astype(jnp.float32) for name, a in inputs.items()}
-    truth = _results(wide, "xla", ends=ends)
-    bound = 5e-5 if dtype == jnp.float32 else 1e-2
+    inputs = _inputs(shape, jnp.bfloat16, **options)
+    truth = _results({n: a.astype(jnp.float32) for n, a in inputs.items()}, "xla", ends=ends)
+    xla = _results(inputs, "xla", ends=ends)
     for name, found in _results(inputs, "pallas", tiles, ends).items():
+        bound = max(1.1 * _error(xla[name], truth[name]), 1e-4)
         assert np.isfinite(found).all() and _error(found, truth[name]) < bound, name
