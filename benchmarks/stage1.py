@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import common
 
 
-def _sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
+def sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
     """Configuration, latent frames, latent rows and columns, text tokens."""
     from sanawm_jax.pipeline.random_weights import RELEASED, TINY
 
@@ -25,36 +25,50 @@ def _sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], 
     return RELEASED.dit, given.latent_frames, (22, 40), 300
 
 
-def ours(given: argparse.Namespace) -> None:
-    """Measures `pipeline.stage1.denoise_step`."""
+def inputs(
+    config: Any, frames: int, grid: tuple[int, int], text: int, dtype: Any, batch: int = 2
+) -> tuple[Any, Any]:
+    """Random latents (1, F, H, W, C) float32 and conditions with a camera that moves forward.
+
+    Args:
+      text: tokens a prompt.
+      batch: prompts, 2 with guidance.
+    """
     import jax
     import jax.numpy as jnp
 
-    from sanawm_jax.dit.model import DiT
-    from sanawm_jax.pipeline.stage1 import Conditions, denoise_step
+    from sanawm_jax.pipeline.stage1 import Conditions
 
-    config, lengths, grid, text = _sizes(given)
+    keys = iter(jax.random.split(jax.random.key(1), 3))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    pose = jnp.tile(jnp.eye(4).reshape(-1), (frames, 1))
+    pose = pose.at[:, 11].set(jnp.linspace(0.0, 3.0, frames))
+    intrinsics = jnp.tile(jnp.array([25.0, 25.0, grid[1] / 2, grid[0] / 2]), (frames, 1))
+    conditions = Conditions(
+        normal(batch, text, config.caption_channels),
+        jnp.ones((batch, text), jnp.int32),
+        jnp.concatenate([pose, intrinsics], -1)[None],
+        normal(1, frames, *grid, config.chunk_plucker_channels),
+    )
+    latents = normal(1, frames, *grid, config.in_channels)
+    return jnp.asarray(latents, jnp.float32), conditions
+
+
+def ours(given: argparse.Namespace) -> None:
+    """Measures `pipeline.stage1.denoise_step`."""
+    import jax.numpy as jnp
+
+    from sanawm_jax.dit.model import DiT
+    from sanawm_jax.pipeline.stage1 import denoise_step
+
+    config, lengths, grid, text = sizes(given)
     dtype = common.jax_dtype(given.tiny)
     graphdef, params = common.random_params(DiT, config, dtype)
     for frames in lengths:
-        keys = iter(jax.random.split(jax.random.key(1), 4))
-
-        def normal(*shape: int, keys: Any = keys) -> jax.Array:
-            return jax.random.normal(next(keys), shape, dtype)
-
-        pose = (
-            jnp.tile(jnp.eye(4).reshape(-1), (frames, 1))
-            .at[:, 11]
-            .set(jnp.linspace(0.0, 3.0, frames))
-        )
-        intrinsics = jnp.tile(jnp.array([25.0, 25.0, grid[1] / 2, grid[0] / 2]), (frames, 1))
-        conditions = Conditions(
-            normal(2, text, config.caption_channels),
-            jnp.ones((2, text), jnp.int32),
-            jnp.concatenate([pose, intrinsics], -1)[None],
-            normal(1, frames, *grid, config.chunk_plucker_channels),
-        )
-        start = jnp.asarray(normal(1, frames, *grid, config.in_channels), jnp.float32)
+        start, conditions = inputs(config, frames, grid, text, dtype)
 
         def step(start: Any = start, conditions: Any = conditions) -> None:
             denoise_step(
@@ -75,7 +89,7 @@ def reference(given: argparse.Namespace) -> None:
     from diffusers import SanaWMTransformer3DModel
     from diffusers.models.transformers.transformer_sana_wm import SanaWMRotaryPosEmbed
 
-    config, lengths, grid, text = _sizes(given)
+    config, lengths, grid, text = sizes(given)
     device, dtype = common.torch_device(given.tiny)
     with torch.device("meta"):
         model = SanaWMTransformer3DModel(**dataclasses.asdict(config))

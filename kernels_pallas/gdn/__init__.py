@@ -1,20 +1,23 @@
 """Frame-wise gated delta rule (Gated DeltaNet over whole frames)."""
 
-from kernels_pallas.gdn.reference import (
-    Transition,
+from kernels_pallas.gdn.api import (
+    Tiles,
     bidirectional_states,
-    compose_states,
     frame_transitions,
+    normalised_read_out,
     normaliser_transitions,
     read_out,
     scan_states,
 )
+from kernels_pallas.gdn.reference import Transition, compose_states
 
 __all__ = [
+    "Tiles",
     "Transition",
     "bidirectional_states",
     "compose_states",
     "frame_transitions",
+    "normalised_read_out",
     "normaliser_transitions",
     "read_out",
     "scan_states",

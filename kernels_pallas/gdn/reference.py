@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_einsum = functools.partial(
+einsum = functools.partial(
     jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
 )
 
@@ -41,23 +41,25 @@ def frame_transitions(k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Ar
     """The maps of the numerator.
 
     Args:
-      k: keys (B, F, P, N, D), float32, already scaled by D^-1/2 P^-1/2.
-      v: values (B, F, P, N, D), float32.
+      k: keys (B, F, P, N, D), already scaled by D^-1/2 P^-1/2.
+      v: values (B, F, P, N, D).
       beta: write strength of a token (B, F, P, N) in [0, 1].
       decay: g of a frame (B, F, N) in (0, 1].
     """
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     k_beta = k * beta[..., None]
-    return Transition(_decayed(k_beta, k, decay), _einsum("bfpnv,bfpnd->bfnvd", v, k_beta))
+    return Transition(_decayed(k_beta, k, decay), einsum("bfpnv,bfpnd->bfnvd", v, k_beta))
 
 
 def normaliser_transitions(k: jax.Array, beta: jax.Array, decay: jax.Array) -> Transition:
     """The maps of the denominator, whose state is a row vector; shapes as `frame_transitions`."""
+    k = k.astype(jnp.float32)
     k_beta = k * beta[..., None]
     return Transition(_decayed(k_beta, k, decay), jnp.sum(k_beta, axis=2)[..., None, :])
 
 
 def _decayed(k_beta: jax.Array, k: jax.Array, decay: jax.Array) -> jax.Array:
-    outer = _einsum("bfpnd,bfpne->bfnde", k_beta, k)
+    outer = einsum("bfpnd,bfpne->bfnde", k_beta, k)
     return decay[..., None, None] * (jnp.eye(k.shape[-1], dtype=outer.dtype) - outer)
 
 
@@ -97,7 +99,7 @@ def scan_states(
     def step(state: jax.Array, frame: tuple[Transition, jax.Array]) -> tuple[jax.Array, jax.Array]:
         (w, u), drop = frame
         before = jnp.where(drop, 0.0, state)
-        after = _einsum("bnvd,bnde->bnve", before, w) + u
+        after = einsum("bnvd,bnde->bnve", before, w) + u
         return after, before if exclusive else after
 
     frames_first = Transition(*(jnp.moveaxis(a, 1, 0) for a in transition))
@@ -118,7 +120,7 @@ def compose_states(composites: Transition, incoming: jax.Array) -> tuple[jax.Arr
     before, state = [], incoming
     for w, u in zip(*composites, strict=True):
         before.append(state)
-        state = _einsum("bnvd,bnde->bnve", state, w) + u
+        state = einsum("bnvd,bnde->bnve", state, w) + u
     return jnp.stack(before), state
 
 
@@ -146,7 +148,7 @@ def _scan_ranks(
         initial = jnp.zeros_like(u[:, 0])
     before, last = compose_states(composites, initial)
     incoming = lax.dynamic_index_in_dim(before, order, keepdims=False)
-    return local + _einsum("bnvd,bfnde->bfnve", incoming, through), last
+    return local + einsum("bnvd,bfnde->bfnve", incoming, through), last
 
 
 def bidirectional_states(
@@ -180,4 +182,20 @@ def bidirectional_states(
 
 def read_out(states: jax.Array, q: jax.Array) -> jax.Array:
     """Reads every token's value: states (B, F, N, V, D), q (B, F, P, N, D) -> (B, F, P, N, V)."""
-    return _einsum("bfnvd,bfpnd->bfpnv", states, q)
+    return einsum("bfnvd,bfpnd->bfpnv", states, q.astype(jnp.float32))
+
+
+def normalised_read_out(
+    states: jax.Array, normaliser: jax.Array, q: jax.Array, plain_q: jax.Array, eps: float
+) -> jax.Array:
+    """Numerator over denominator of every token.
+
+    Args:
+      states: (B, F, N, V, D), read by q (B, F, P, N, D).
+      normaliser: (B, F, N, 1, D), read by plain_q, the queries before their rotation.
+      eps: added to the denominator.
+
+    Returns:
+      (B, F, P, N, V) float32.
+    """
+    return read_out(states, q) / (read_out(normaliser, plain_q) + eps)

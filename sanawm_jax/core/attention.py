@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("attention")
 def attention(
     q: jax.Array,
     k: jax.Array,

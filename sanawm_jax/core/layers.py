@@ -143,12 +143,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,)))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("adaln")
 def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     """Layer norm, then `(1 + scale) x + shift` (adaLN), all in float32; x's dtype comes back."""
     x32 = x.astype(jnp.float32)

@@ -54,6 +54,7 @@ def rope_angles(
     return jnp.concatenate(angles, -1)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax.Array:
     """Rotates neighbouring channels (2i, 2i+1) of x by angles[..., i], in float32.
 

@@ -53,6 +53,7 @@ class ShortConv(nnx.Module):
         centre = jnp.zeros((kernel_size, width)).at[-1].set(1.0)
         self.taps = nnx.Param(centre)
 
+    @jax.named_scope("short_conv")
     def __call__(self, x: jax.Array, layout: FrameLayout) -> jax.Array:
         """x (B, F, P, C) -> the same."""
         taps = self.taps[...].astype(x.dtype).astype(jnp.float32)
@@ -172,10 +173,6 @@ def _scaled_keys(k: jax.Array) -> jax.Array:
     return k * (k.shape[-1] ** -0.5 * k.shape[2] ** -0.5)
 
 
-def _f32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(a.astype(jnp.float32) for a in arrays)
-
-
 def _gdn_main(
     q: jax.Array, k: jax.Array, v: jax.Array, gates: tuple[jax.Array, jax.Array], ctx: Context
 ) -> jax.Array:
@@ -187,10 +184,10 @@ def _gdn_main(
     if ctx.angles is not None:
         q_rot = apply_rope(q, ctx.angles[:, :, None])
         k_rot = apply_rope(k, ctx.angles[:, :, None])
-    q, k, v, q_rot, k_rot = _f32(q, k, v, q_rot, k_rot)
-    states = recurrent_states(gdn.frame_transitions(k_rot, v, beta, decay), ctx.layout)
-    normaliser = recurrent_states(gdn.normaliser_transitions(k, beta, decay), ctx.layout)
-    y = gdn.read_out(states, q_rot) / (gdn.read_out(normaliser, q) + GDN_EPS)
+    with jax.named_scope("gdn"):
+        states = recurrent_states(gdn.frame_transitions(k_rot, v, beta, decay), ctx.layout)
+        normaliser = recurrent_states(gdn.normaliser_transitions(k, beta, decay), ctx.layout)
+        y = gdn.normalised_read_out(states, normaliser, q_rot, q, GDN_EPS)
     y = rearrange(y.astype(dtype), "B F P N D -> B F P (N D)")
     mask = _mask(ctx, dtype)
     return y if mask is None else y * mask
@@ -241,9 +238,10 @@ def _gdn_camera(
     if ctx.frame_mask is not None:
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
-    q, k, v = _f32(q, k, v)
-    states = recurrent_states(gdn.frame_transitions(k, v, beta, decay), ctx.layout)
-    return _from_ray_space(gdn.read_out(states, q).astype(dtype), ctx, rays)
+    with jax.named_scope("gdn"):
+        states = recurrent_states(gdn.frame_transitions(k, v, beta, decay), ctx.layout)
+        y = gdn.read_out(states, q)
+    return _from_ray_space(y.astype(dtype), ctx, rays)
 
 
 def _softmax_main(q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context) -> jax.Array:

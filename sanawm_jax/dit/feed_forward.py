@@ -11,65 +11,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from kernels_pallas.conv_glu import conv_glu, depthwise_conv
 from sanawm_jax.core.frames import FrameLayout, neighbours
 from sanawm_jax.core.layers import Conv, Linear, activation, zeros_init
 from sanawm_jax.dit.config import DiTConfig
-
-
-def _taps(x: jax.Array, kernel: jax.Array) -> list[tuple[tuple[int, int], jax.Array]]:
-    """What each tap of a depthwise kernel sees: pairs of its index and x shifted, as x in size."""
-    rows, columns = x.shape[-3:-1]
-    kh, kw = kernel.shape[:2]
-    pad = [(0, 0)] * (x.ndim - 3) + [(kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)]
-    padded = jnp.pad(x, pad)
-    return [
-        ((i, j), padded[..., i : i + rows, j : j + columns, :])
-        for i in range(kh)
-        for j in range(kw)
-    ]
-
-
-@jax.custom_vjp
-def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Depthwise 2-D convolution as shifted multiply-adds, zero padding.
-
-    XLA fuses the shifts into one pass; a grouped convolution of this width is several times
-    slower both on a GPU and on a CPU.
-
-    Args:
-      x: (..., H, W, C).
-      kernel: (kh, kw, 1, C), odd sizes.
-      bias: (C,).
-    """
-    # sums in float32 as a convolution's are; inside the fusion that costs no memory traffic
-    weights = kernel.astype(x.dtype).astype(jnp.float32)
-    y = bias.astype(jnp.float32)
-    for (i, j), seen in _taps(x, kernel):
-        y = y + seen * weights[i, j, 0]
-    return y.astype(x.dtype)
-
-
-def _depthwise_forward(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return depthwise_conv(x, kernel, bias), (x, kernel, bias)
-
-
-def _depthwise_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The transpose of a shift is a shift: dx is the same fused pass with the kernel turned round,
-    # where the derivative of nine slices would write nine padded arrays.
-    x, kernel, bias = saved
-    dx = depthwise_conv(dy, kernel[::-1, ::-1], jnp.zeros_like(bias))
-    wide = dy.astype(jnp.float32)
-    space = tuple(range(dy.ndim - 1))
-    d_kernel = [jnp.sum(seen * wide, space) for _, seen in _taps(x, kernel)]
-    d_kernel = jnp.stack(d_kernel).reshape(kernel.shape)
-    return dx, d_kernel.astype(kernel.dtype), jnp.sum(wide, space).astype(bias.dtype)
-
-
-depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class GatedConvFeedForward(nnx.Module):
@@ -93,17 +38,24 @@ class GatedConvFeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, grid: tuple[int, int], layout: FrameLayout) -> jax.Array:
         """x (B, F, P, C) on a token grid (H, W) -> the same shape."""
-        up_act, gate_act, down_act = (activation(name) for name in self.acts)
-        y = rearrange(up_act(self.up(x)), "B F (H W) C -> B F H W C", H=grid[0])
-        bias = self.depthwise.bias
-        assert bias is not None
-        y = depthwise_conv(y, self.depthwise.kernel[...], bias[...])
-        value, gate = jnp.split(y, 2, -1)
-        y = rearrange(value * gate_act(gate), "B F H W C -> B F (H W) C")
-        y = down_act(self.down(y))
+        y = rearrange(self.up(x), "B F (H W) C -> B F H W C", H=grid[0])
+        y = rearrange(self._gated_conv(y), "B F H W C -> B F (H W) C")
+        y = activation(self.acts[2])(self.down(y))
         return y + _over_frames(y, self.temporal.kernel[...], layout)
 
+    @jax.named_scope("ffn_conv")
+    def _gated_conv(self, x: jax.Array) -> jax.Array:
+        """x (B, F, H, W, 2C) before its activation -> (B, F, H, W, C)."""
+        assert self.depthwise.bias is not None
+        kernel, bias = self.depthwise.kernel[...], self.depthwise.bias[...]
+        if self.acts[:2] == ("silu", "silu"):
+            return conv_glu(x, kernel, bias)
+        up_act, gate_act = (activation(name) for name in self.acts[:2])
+        value, gate = jnp.split(depthwise_conv(up_act(x), kernel, bias), 2, -1)
+        return value * gate_act(gate)
 
+
+@jax.named_scope("temporal_conv")
 def _over_frames(x: jax.Array, kernel: jax.Array, layout: FrameLayout) -> jax.Array:
     """Convolution over axis 1, one matrix product a tap: x (B, F, P, C), kernel (K, C, C)."""
     kernel = kernel.astype(x.dtype)

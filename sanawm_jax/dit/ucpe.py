@@ -127,6 +127,7 @@ def up_latitude_map(camera: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return jnp.where(jnp.isnan(rays).any(-1, keepdims=True), 0.0, maps)
 
 
+@jax.named_scope("ucpe")
 def apply_ucpe(
     x: jax.Array, matrices: jax.Array, angles: jax.Array | None, *, inverse: bool = False
 ) -> jax.Array:
@@ -151,6 +152,7 @@ def apply_ucpe(
     return jnp.concatenate([first, second], -1)
 
 
+@jax.named_scope("ucpe")
 def bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """Scales x down, never up, to the reference's RMS over a head; both (..., D)."""
 

@@ -1,0 +1,313 @@
+"""Every implementation of every kernel at the released size: time, bandwidth and error.
+
+    python -m benchmarks.kernels                                  # all, 121 latent frames
+    python -m benchmarks.kernels --only gdn --latent_frames 21
+    python -m benchmarks.kernels --tiny                           # interpreted, seconds on a CPU
+
+One JSON line a measurement: kernel, part, variant, pass (forward, or backward: gradients of all
+inputs with what they compute again), median ms, GB/s of the least bytes that the pass must move,
+and for every result the relative error ||x - t|| / ||t|| against the XLA form in float32 on
+the same (bfloat16) inputs. A variant that fails to compile or to run is a line with its error, and
+the rest goes on. A last line a part and pass names the fastest variant, whose error is at most 1.1
+times XLA's: the default is `kernels_pallas.choice.AUTO`, and this is what to set it by.
+Times are of ten queued calls over ten; at the released size inputs are larger than any cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import choice, gdn
+from kernels_pallas.conv_glu import Tiles as ConvTiles
+from kernels_pallas.conv_glu import conv_glu
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one run, as the DiT's: batch, latent frames, grid of tokens, heads, head size, width."""
+
+    batch: int
+    frames: int
+    grid: tuple[int, int]
+    heads: int
+    head_dim: int
+    inner: int
+    dtype: Any = jnp.bfloat16
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One function in several variants.
+
+    Attributes:
+      inputs: arrays; those that are not float are not differentiated.
+      variants: name -> function of the inputs, giving an array or a tuple; the first is XLA.
+      forward_bytes, backward_bytes: least that each pass moves.
+    """
+
+    kernel: str
+    name: str
+    inputs: tuple[jax.Array, ...]
+    variants: dict[str, Callable[..., Any]]
+    forward_bytes: float
+    backward_bytes: float
+
+
+def _bytes(*arrays: Any) -> float:
+    return float(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays)))
+
+
+def _normal(index: int, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array:
+    return jax.random.normal(jax.random.key(index), shape, dtype) * jnp.asarray(scale, dtype)
+
+
+def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
+    """The feed-forward's gated convolution on one prompt, as a guided long clip runs it."""
+    shape = (sizes.frames, *sizes.grid, 2 * sizes.inner)
+    x = _normal(0, shape, sizes.dtype)
+    kernel = _normal(1, (3, 3, 1, 2 * sizes.inner), jnp.float32, 0.3)
+    bias = _normal(2, (2 * sizes.inner,), jnp.float32, 0.1)
+    sweep = [
+        ConvTiles(),
+        ConvTiles(rows=2, gate_rows=2, dx_rows=2),
+        ConvTiles(channels=128, warps=2),
+        ConvTiles(rows=6, gate_rows=6, dx_rows=6),  # last, since it compiles for longest
+    ]
+    variants: dict[str, Callable[..., Any]] = {
+        impl: lambda *a, impl=impl: conv_glu(*a, impl=impl) for impl in ("xla", "xla_split")
+    }
+    for tiles in sweep[1:2] if is_tiny else sweep:
+        name = f"pallas rows {tiles.rows} channels {tiles.channels} warps {tiles.warps}"
+        variants[name] = lambda *a, tiles=tiles: conv_glu(*a, impl="pallas", tiles=tiles)
+    y = _bytes(x) / 2
+    yield Part(
+        "conv_glu", "conv_glu", (x, kernel, bias), variants, _bytes(x) + y, 2 * _bytes(x) + y
+    )
+
+
+def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
+    """Stages of the main branch, then one direction and both of it as a whole."""
+    shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
+    bound = sizes.head_dim**-0.5 * sizes.tokens**-0.5
+    q, k, v, q_rot, k_rot = (
+        _normal(i, shape, sizes.dtype, bound if i in (1, 4) else 1.0) for i in range(5)
+    )
+    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    beta = jax.nn.sigmoid(_normal(5, shape[:4], jnp.float32))
+    decay = jax.nn.sigmoid(_normal(6, (*shape[:2], shape[3]), jnp.float32) + 3)
+    maps = jax.jit(gdn.frame_transitions)(k_rot, v, beta, decay)
+    states = jax.jit(lambda m: gdn.scan_states(m)[0])(maps)
+    normaliser = jax.nn.relu(_normal(7, (*decay.shape, 1, sizes.head_dim), jnp.float32)) + 0.1
+    base = gdn.Tiles()
+
+    def sweep(*changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {"xla": {"impl": "xla"}}
+        for change in changes[:1] if is_tiny else changes:
+            name = " ".join(["pallas", *(f"{k} {v}" for k, v in change.items())])
+            found[name] = {"impl": "pallas", "tiles": dataclasses.replace(base, **change)}
+        return found
+
+    def variants(function: Any, options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+        return {name: lambda *a, o=o: function(*a, **o) for name, o in options.items()}
+
+    tokens = sweep(
+        {"tokens": 64, "warps": 8},
+        {"tokens": 32, "warps": 8, "backward_tokens": 32},
+        {"tokens": 64, "warps": 8, "stages": 3, "backward_tokens": 32, "backward_warps": 4},
+    )
+    forward, small = _bytes(k_rot, v), _bytes(maps, beta)
+    yield Part(
+        "gdn", "frame maps", (k_rot, v, beta, decay),
+        variants(lambda *a, **o: tuple(gdn.frame_transitions(*a, **o)), tokens),
+        forward + small, 2 * forward + 2 * small,
+    )  # fmt: skip
+    yield Part(
+        "gdn", "normaliser maps", (k, beta, decay),
+        variants(lambda *a, **o: tuple(gdn.normaliser_transitions(*a, **o)), tokens),
+        _bytes(k, beta, maps.w), 2 * _bytes(k, beta) + _bytes(maps.w),
+    )  # fmt: skip
+    scans = sweep(
+        {"scan_precision": "tf32x3", "scan_rows": 16},
+        {"scan_precision": "bf16x3", "scan_rows": 16},
+        {"scan_precision": "bf16x3", "scan_rows": 32, "scan_warps": 8},
+        {"scan_precision": "tf32x3", "scan_rows": 32, "scan_warps": 8},
+    )
+    yield Part(
+        "gdn", "recurrence, one direction", tuple(maps),
+        variants(lambda w, u, **o: gdn.scan_states(gdn.Transition(w, u), **o)[0], scans),
+        _bytes(maps, maps.u), _bytes(maps, maps) + 2 * _bytes(maps.u),
+    )  # fmt: skip
+
+    def read(states: Any, z: Any, q_rot: Any, q: Any, **options: Any) -> Any:
+        y = gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options)
+        return y.astype(q.dtype)
+
+    yield Part(
+        "gdn", "read-out", (states, normaliser, q_rot, q), variants(read, tokens),
+        _bytes(states, q, q, q), 2 * _bytes(states) + 5 * _bytes(q),
+    )  # fmt: skip
+
+    def branch(*a: Any, both: bool, **options: Any) -> Any:
+        q, k, v, q_rot, k_rot, beta, decay = a
+        run = gdn.bidirectional_states if both else gdn.scan_states
+        states, _ = run(gdn.frame_transitions(k_rot, v, beta, decay, **options), **options)
+        z, _ = run(gdn.normaliser_transitions(k, beta, decay, **options), **options)
+        return gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options).astype(q.dtype)
+
+    whole = sweep({"scan_precision": "tf32x3"}, {"scan_precision": "bf16x3"})
+    least = _bytes(q, k, v, q_rot, k_rot, beta)
+    for both, name in ((False, "one direction"), (True, "both directions")):
+        yield Part(
+            "gdn", f"main branch, {name}", (q, k, v, q_rot, k_rot, beta, decay),
+            variants(lambda *a, both=both, **o: branch(*a, both=both, **o), whole),
+            least + _bytes(q), 2 * least + _bytes(q),
+        )  # fmt: skip
+
+
+PARTS = {"conv_glu": conv_parts, "gdn": gdn_parts}
+
+
+def _pass(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Function of (weights, *inputs); the forward pass has no weights."""
+    if name == "forward":
+        return lambda _, *inputs: function(*inputs)
+    return lambda weights, *inputs: jax.vjp(function, *inputs)[1](weights)
+
+
+def _weights(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """What every result is multiplied by before the gradient; bfloat16 numbers in any dtype."""
+    if name == "forward":
+        return None
+    like, tree = jax.tree.flatten(jax.eval_shape(function, *inputs))
+    return tree.unflatten(
+        _normal(8 + i, a.shape, jnp.bfloat16).astype(a.dtype) for i, a in enumerate(like)
+    )
+
+
+def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> float:
+    """Time of a call of a compiled function: the median of runs of ten queued ones, over ten.
+
+    A launch hides behind the call before it, and the wait for the last is shared by all.
+    """
+    jax.block_until_ready(function(*inputs))
+    calls, times = 10, []
+    for _ in range(1 + repeats):  # the first warms up
+        out = None
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = function(*inputs)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls)
+    return 1e3 * statistics.median(times[1:])
+
+
+def errors(found: Any, truth: Any) -> list[float]:
+    """Relative error of every result, computed on the device."""
+
+    def one(a: jax.Array, t: jax.Array) -> jax.Array:
+        a, t = a.astype(jnp.float32), t.astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(a - t)) / jnp.maximum(jnp.sum(jnp.square(t)), 1e-30))
+
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)
+    # one at a time: a result is gigabytes
+    return [float(jax.jit(one)(a, t)) for a, t in pairs]
+
+
+def measure(
+    part: Part, cut: int, repeats: int, passes: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Lines of one part; errors are of its first `cut` of frames, whose float32 form fits.
+
+    Args:
+      cut: frames.
+      repeats: of which the median is taken.
+      passes: forward, backward.
+    """
+    reference = next(iter(part.variants.values()))
+    small = _cut(part.inputs, cut, part.kernel)
+    wide = tuple(a.astype(jnp.float32) for a in small)
+    for name in passes:
+        best: tuple[float, str] | None = None
+        accurate: list[float] = []
+
+        # the reference's products are float32 already; its inputs and sums are made so here
+        with jax.default_matmul_precision("highest"):
+            weights = _weights(name, reference, wide)
+            truth = jax.jit(_pass(name, reference))(weights, *wide)
+        for variant, function in part.variants.items():
+            line = {"kernel": part.kernel, "part": part.name, "variant": variant, "pass": name}
+            try:
+                run = jax.jit(_pass(name, function))
+                found = errors(run(_weights(name, function, small), *small), truth)
+                weights = _weights(name, function, part.inputs)
+                time_of = milliseconds(run, (weights, *part.inputs), repeats)
+            except Exception as error:  # what one variant does must not end the session
+                yield {**line, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+                continue
+            moved = part.forward_bytes if name == "forward" else part.backward_bytes
+            accurate = accurate or found
+            is_good = all(a <= max(1.1 * b, 1e-4) for a, b in zip(found, accurate, strict=True))
+            yield {
+                **line,
+                "ms": round(time_of, 4),
+                "gbps": float(f"{moved / time_of * 1e-6:.4g}"),
+                "errors": [float(f"{e:.3g}") for e in found],
+                "as_accurate_as_xla": is_good and bool(np.isfinite(found).all()),
+            }
+            if is_good and (best is None or time_of < best[0]):
+                best = (time_of, variant)
+        if best is not None:
+            yield {
+                "kernel": part.kernel, "part": part.name, "pass": name,
+                "fastest": best[1], "ms": round(best[0], 4),
+            }  # fmt: skip
+
+
+def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:
+    """The first frames of tokens; of GDN, of the first batch row."""
+    if kernel == "conv_glu":
+        return inputs[0][:frames], *inputs[1:]
+    return tuple(a[:1, :frames] for a in inputs)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Runs one command line and returns its lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--latent_frames", type=int, default=121)
+    parser.add_argument("--batch", type=int, default=2, help="of gdn; conv_glu runs one prompt")
+    parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
+    given = parser.parse_args(arguments)
+    sizes = Sizes(given.batch, given.latent_frames, (22, 40), 20, 112, 6720)
+    if given.tiny:
+        sizes = Sizes(1, 2, (3, 4), 1, 16, 16, jnp.float32)
+    device = jax.devices()[0].device_kind
+    found = []
+    for kernel in given.only:
+        for part in PARTS[kernel](sizes, given.tiny):
+            cut = 2 if given.tiny else (8 if kernel == "conv_glu" else 21)
+            for line in measure(part, cut, 1 if given.tiny else given.repeats, tuple(given.passes)):
+                line |= {"frames": sizes.frames, "device": device, "auto": choice.AUTO[kernel]}
+                print(json.dumps(line), flush=True)
+                found.append(line)
+    return found
+
+
+if __name__ == "__main__":
+    main()

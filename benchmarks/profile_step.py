@@ -1,0 +1,268 @@
+"""Where one stage-1 step spends its time, kernel by kernel, and how near each part is to the card.
+
+    python -m benchmarks.profile_step --latent_frames 121               # a guided step, full size
+    python -m benchmarks.profile_step --latent_frames 21 --backward    # loss, gradients, one clip
+    python -m benchmarks.profile_step --tiny                           # seconds on a CPU
+
+Random weights, bfloat16. The step runs under `jax.profiler`; every kernel is matched by name to an
+instruction of the compiled program and so to the named scope of the model that made it. A kernel
+that fuses several scopes counts to that of its last instruction. One JSON line a part, then a
+table (on stderr): milliseconds, share, kernels, TFLOP/s and GB/s with their share of the card's
+limit. Bytes are the least that must move (`benchmarks/hlo.py`), so GB/s above the limit means that
+operands came from a cache, and far below it that memory is not what the kernel waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.hlo import CONTAINERS, Instruction, Program
+
+# Achievable bf16 TFLOP/s of large matrix products and of attention; nominal GB/s of the memory.
+LIMITS = {
+    "H100": {"gemm": 685.0, "attention": 515.0, "memory": 3350.0},
+    "H200": {"gemm": 685.0, "attention": 515.0, "memory": 4800.0},
+}
+# Named scopes of the model and the part of a step that they are; the innermost decides.
+SCOPES = {
+    "short_conv": "convolution",
+    "ffn_conv": "convolution",
+    "temporal_conv": "convolution",
+    "attention": "attention",
+    "gdn": "gdn",
+    "ucpe": "element-wise",
+    "rope": "element-wise",
+    "adaln": "element-wise",
+    "norm": "element-wise",
+}
+_NAMED = re.compile(r"\b(" + "|".join(SCOPES) + r")\b")
+
+
+def part_of(program: Program, instruction: Instruction) -> tuple[str, str]:
+    """Part of the step and finer name: ("gdn", "gdn"), ("gemm", "other")."""
+    named = _NAMED.findall(instruction.scope)
+    scope = named[-1] if named else ""
+    # a product inside an element-wise scope is a product
+    if scope and SCOPES[scope] != "element-wise":
+        return SCOPES[scope], scope
+    if program.flops(instruction):
+        return "gemm", scope or "linear"
+    if program.is_copy(instruction):
+        return "copy", scope or "other"
+    return "element-wise", scope or "other"
+
+
+def kernels(trace: Path) -> Iterator[tuple[str, str, float]]:
+    """Instruction, kernel and nanoseconds of everything that a device ran.
+
+    Args:
+      trace: folder that `jax.profiler.trace` wrote; the newest run in it is read.
+
+    Raises:
+      FileNotFoundError: no profile there.
+    """
+    import jax
+
+    files = sorted(trace.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise FileNotFoundError(f"no profile in {trace}")
+    planes = list(jax.profiler.ProfileData.from_file(str(files[-1])).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+    for plane in devices or [plane for plane in planes if plane.name == "/host:CPU"]:
+        for line in plane.lines:
+            if devices and not (line.name or "").startswith("Stream"):
+                continue  # lines that sum others up
+            for event in line.events:
+                stats = dict(event.stats)
+                name = stats.get("hlo_op")
+                if name is not None or devices:
+                    yield str(name or ""), event.name or "", float(event.duration_ns)
+
+
+def summarise(
+    program: Program, events: Sequence[tuple[str, str, float]], steps: int
+) -> list[dict[str, Any]]:
+    """Sums kernels up by part and scope, the longest first.
+
+    Args:
+      program: what ran.
+      events: of `kernels`.
+      steps: how often it ran.
+    """
+    rows: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(
+        lambda: {"ms": 0.0, "kernels": 0, "flops": 0.0, "bytes": 0.0}
+    )
+    first: dict[str, str] = {}
+    for name, kernel, nanoseconds in events:
+        instruction = program.instructions.get(name)
+        if instruction is None:
+            is_copy = re.search("memcpy|memset", kernel, re.I)
+            key = ("copy", "memcpy") if is_copy else ("unattributed", "other")
+        elif instruction.opcode in CONTAINERS:
+            continue
+        else:
+            key = part_of(program, instruction)
+        row = rows[key]
+        row["ms"] += nanoseconds * 1e-6 / steps
+        row["kernels"] += 1 / steps
+        if instruction is None:
+            continue
+        # an instruction may be several kernels (split reductions): its work counts once
+        if first.setdefault(name, kernel) == kernel:
+            row["flops"] += program.flops(instruction) / steps
+            row["bytes"] += program.bytes(instruction) / steps
+    total = sum(row["ms"] for row in rows.values())
+    lines = [
+        {"part": part, "scope": scope, "share": row["ms"] / total, **row}
+        for (part, scope), row in rows.items()
+    ]
+    return sorted(lines, key=lambda line: -line["ms"])
+
+
+def rates(line: dict[str, Any], device: str) -> dict[str, Any]:
+    """Adds tflops, gbps and their shares of the card's limits, None on a card without any here."""
+    limits = next((limit for kind, limit in LIMITS.items() if kind in device), None)
+    seconds = max(line["ms"] * 1e-3, 1e-12)
+    tflops, gbps = line["flops"] / seconds * 1e-12, line["bytes"] / seconds * 1e-9
+    peak = limits and limits["attention" if line["part"] == "attention" else "gemm"]
+    return {
+        **line,
+        "tflops": tflops,
+        "gbps": gbps,
+        "of_peak": peak and tflops / peak,
+        "of_memory": limits and gbps / limits["memory"],
+    }
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Text for a reader."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.0f}%"
+
+    head = ("part", "scope", "ms", "share", "kernels", "TFLOP/s", "of limit", "GB/s", "of limit")
+    rows = [head] + [
+        (
+            line["part"],
+            line["scope"],
+            f"{line['ms']:.3f}",
+            percent(line["share"]),
+            f"{line['kernels']:.0f}",
+            f"{line['tflops']:.1f}",
+            percent(line["of_peak"]),
+            f"{line['gbps']:.0f}",
+            percent(line["of_memory"]),
+        )
+        for line in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[Any], Any]]:
+    """A compiled step and a function that runs it once."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.stage1 import inputs
+    from sanawm_jax.core.params import apply
+    from sanawm_jax.dit.model import DiT
+    from sanawm_jax.pipeline.stage1 import denoise_step
+
+    config, _, grid, text = given.sizes
+    dtype = common.jax_dtype(given.tiny)
+    graphdef, params = common.random_params(DiT, config, dtype)
+    start, conditions = inputs(config, frames, grid, text, dtype, batch=given.batch)
+    if not given.backward:
+        scalars = tuple(map(jnp.float32, (0.7, 0.6, 5.0)))
+        step = denoise_step.lower(graphdef, params, start, conditions, *scalars, dtype=dtype)
+        compiled = step.compile()
+        # the step takes its latents' memory
+        return compiled, lambda run: run(params, jnp.array(start), conditions, *scalars)
+
+    def loss(params: Any, latents: jax.Array, conditions: Any) -> jax.Array:
+        times = jnp.full((len(conditions.text), frames), 700.0)
+
+        def repeat(a: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(a, (len(conditions.text), *a.shape[1:]))
+
+        velocity = apply(
+            graphdef,
+            params,
+            repeat(latents).astype(dtype),
+            times,
+            conditions.text,
+            conditions.text_mask,
+            repeat(conditions.camera),
+            repeat(conditions.plucker),
+            remat=given.remat,
+        )
+        return jnp.mean(jnp.square(velocity.astype(jnp.float32) - 1.0))
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, start, conditions).compile()
+    return compiled, lambda run: run(params, start, conditions)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Runs one command line and returns its lines."""
+    from benchmarks.stage1 import sizes
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--latent_frames", type=int, nargs="+", default=[121])
+    parser.add_argument("--batch", type=int, default=None, help="2 is guidance, the default")
+    parser.add_argument("--backward", action="store_true", help="loss and gradients instead")
+    parser.add_argument("--remat", default="full", help="with --backward: none, dots or full")
+    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
+    parser.add_argument("--repeats", type=int, default=3, help="profiled steps")
+    parser.add_argument("--trace", type=Path, help="keep the profile in this folder")
+    given = parser.parse_args(arguments)
+    given.batch = given.batch or (1 if given.backward else 2)
+    given.sizes = sizes(given)
+    # kernels that are launched as one graph carry no instruction's name
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
+
+    import jax
+
+    device = jax.devices()[0].device_kind
+    found = []
+    for frames in given.sizes[1]:
+        compiled, step = build_step(given, frames)
+        program = Program(compiled.as_text())
+        jax.block_until_ready(step(compiled))
+        with contextlib.ExitStack() as stack:
+            folder = given.trace or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with jax.profiler.trace(str(folder)):
+                for _ in range(given.repeats):
+                    jax.block_until_ready(step(compiled))
+            events = list(kernels(folder))
+        name = "gradients" if given.backward else "step"
+        what = f"{name} of {frames} latent frames, batch {given.batch}"
+        lines = [rates(line, device) for line in summarise(program, events, given.repeats)]
+        for line in lines:
+            rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}
+            print(json.dumps({"what": what, "device": device, **rounded}), flush=True)
+        print(f"{what} on {device}\n{table(lines)}", file=sys.stderr, flush=True)
+        found += lines
+    return found
+
+
+if __name__ == "__main__":
+    main()

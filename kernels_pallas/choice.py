@@ -1,0 +1,90 @@
+"""Which implementation of a kernel runs; the one place to change after a measurement.
+
+In this order: the call's own `impl`, `with choose(gdn="pallas"):`, the environment variable
+`SANAWM_KERNELS=gdn=pallas,conv_glu=xla`, and `AUTO` by backend. Everything that is not a GPU, and
+a program whose arrays are shared out over several devices, runs XLA whatever is asked for: a
+Pallas call is a black box to the partitioner. (Inside `jax.shard_map` each device runs its own.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import AxisType
+
+VARIABLE = "SANAWM_KERNELS"
+# What "auto" is on a GPU, chosen by `python -m benchmarks.kernels`; XLA until measured.
+AUTO: dict[str, str] = {"conv_glu": "xla", "gdn": "xla"}
+# Every kernel's implementations, its portable one first.
+IMPLS: dict[str, tuple[str, ...]] = {
+    "conv_glu": ("xla", "xla_split", "pallas"),
+    "gdn": ("xla", "pallas"),
+}
+
+# part of the key of jit's cache: a change traces anew
+_chosen = jax.make_user_context(default_value=())
+
+
+def _checked(given: Mapping[str, str]) -> dict[str, str]:
+    for kernel, impl in given.items():
+        if kernel not in IMPLS:
+            raise ValueError(f"unknown kernel {kernel!r}; use one of {', '.join(IMPLS)}")
+        if impl not in ("auto", *IMPLS[kernel]):
+            raise ValueError(f"{kernel}={impl!r}; use one of auto, {', '.join(IMPLS[kernel])}")
+    return dict(given)
+
+
+def parse(text: str) -> dict[str, str]:
+    """`"gdn=pallas,conv_glu=xla"` as a dictionary.
+
+    Raises:
+      ValueError: not of this form, or an unknown kernel or implementation.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    return _checked({name.strip(): value.strip() for name, _, value in pairs})
+
+
+@contextmanager
+def choose(**impls: str) -> Iterator[None]:
+    """Overrides the choice for what is traced inside: `with choose(gdn="pallas"): ...`.
+
+    Raises:
+      ValueError: an unknown kernel or implementation.
+    """
+    merged = {**dict(_chosen.value), **_checked(impls)}
+    with _chosen(tuple(sorted(merged.items()))):
+        yield
+
+
+def is_partitioned() -> bool:
+    """Whether the partitioner, and not the program, shares arrays out over devices here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
+
+
+def pick(kernel: str, impl: str | None = None) -> str:
+    """The implementation to run.
+
+    Args:
+      kernel: a key of `IMPLS`.
+      impl: what the caller wants, even off a GPU (a Pallas kernel is then interpreted: for
+        tests); None or auto to go on to the other sources.
+
+    Raises:
+      ValueError: an unknown kernel or implementation.
+    """
+    if impl not in (None, "auto"):
+        return _checked({kernel: impl})[kernel]
+    if jax.default_backend() != "gpu" or is_partitioned():
+        return IMPLS[kernel][0]
+    wanted = {**parse(os.environ.get(VARIABLE, "")), **dict(_chosen.value)}
+    found = wanted.get(kernel, "auto")
+    return AUTO[kernel] if found == "auto" else found
+
+
+def interpret() -> bool:
+    """Whether Pallas kernels have to be interpreted: there is no GPU to compile them for."""
+    return jax.default_backend() != "gpu"

@@ -1,0 +1,75 @@
+"""SiLU, depthwise 3x3 convolution, SiLU gate: the middle of the DiT's feed-forward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import choice
+from kernels_pallas.conv_glu import gpu
+from kernels_pallas.conv_glu.reference import reference
+
+
+def conv_glu(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    impl: str | None = None,
+    tiles: gpu.Tiles | None = None,
+) -> jax.Array:
+    """`value * silu(gate)` of the two halves of `conv(silu(x)) + bias`, zero padding.
+
+    Args:
+      x: (..., H, W, 2C), before its activation; float32 or bfloat16, sums in float32.
+      kernel: (3, 3, 1, 2C).
+      bias: (2C,).
+      impl: xla, xla_split, pallas or None, see `kernels_pallas.choice`.
+      tiles: of the Pallas kernels.
+
+    Returns:
+      (..., H, W, C) in x's dtype.
+
+    Raises:
+      ValueError: an unknown implementation, or for pallas a kernel that is not 3x3.
+    """
+    impl = choice.pick("conv_glu", impl)
+    if impl != "pallas":
+        return reference(x, kernel, bias, is_split=impl == "xla_split")
+    if kernel.shape[:3] != (3, 3, 1):
+        raise ValueError(f"kernel {kernel.shape}: the Pallas kernel is 3x3 and depthwise")
+    *lead, height, width, channels = x.shape
+    halves = x.reshape(-1, height, width, 2, channels // 2)
+    # weights round to the compute dtype, as a convolution's would
+    taps = kernel.astype(x.dtype).astype(jnp.float32).reshape(3, 3, 2, channels // 2)
+    both = bias.astype(jnp.float32).reshape(2, channels // 2)
+    y: Any = _pallas(tiles or gpu.Tiles(), choice.interpret(), halves, taps, both)
+    return y.reshape(*lead, height, width, channels // 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pallas(
+    tiles: gpu.Tiles, interpret: bool, x: jax.Array, w: jax.Array, b: jax.Array
+) -> jax.Array:
+    return gpu.forward(x, w, b, tiles, interpret=interpret)
+
+
+def _forward(
+    tiles: gpu.Tiles, interpret: bool, x: jax.Array, w: jax.Array, b: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _pallas(tiles, interpret, x, w, b), (x, w, b)
+
+
+def _backward(
+    tiles: gpu.Tiles,
+    interpret: bool,
+    saved: tuple[jax.Array, jax.Array, jax.Array],
+    dy: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return gpu.backward(*saved, dy, tiles, interpret=interpret)
+
+
+_pallas.defvjp(_forward, _backward)

@@ -1,0 +1,268 @@
+"""The gated convolution as Triton kernels.
+
+A program owns a band of rows and a block of channels of one frame and walks over the columns. Both
+axes of the convolution are plain indices (rows unrolled, columns looped), so the vectors that
+Triton sees hold channels only: no shifted loads, no shared memory, and every element of a band
+is read once. SiLU and the products run in float32; rounding is where the XLA form rounds, or rarer.
+Axis letters: F frames, H W rows and columns, C channels of a half; x and its gradient hold
+2 halves, value and gate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+Rows = tuple[jax.Array, ...]  # one vector of channels a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of a program: forward, recomputation in the backward pass, and transposed convolution.
+
+    Attributes:
+      rows: of a band, which reads two more. Triton's compiler takes about their cube: seconds
+        for 4, half a minute for 6, minutes for 11.
+      channels: of a block, a power of two.
+      warps: of 32 threads that share the block's channels.
+    """
+
+    rows: int = 4
+    channels: int = 64
+    warps: int = 1
+    gate_rows: int = 4
+    dx_rows: int = 4
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return x / (1.0 + jnp.exp(-x))
+
+
+def _silu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sigmoid = 1.0 / (1.0 + jnp.exp(-x))
+    return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+
+
+class _Band:
+    """What a program of a kernel may read and write.
+
+    Refs are flat, and an index is one scalar, so that addresses cost few vector instructions.
+    """
+
+    def __init__(self, size: tuple[int, int, int], rows: int, block: int):
+        self.height, self.width, self.channels = size
+        self.rows = rows
+        self.block = block
+        self.first = pl.program_id(1) * rows
+        self.channel = pl.program_id(0) * block
+        # None where every block is full
+        at = self.channel + jnp.arange(block)
+        self.real = at < self.channels if self.channels % block else None
+
+    def _at(self, row: Any, column: Any, halves: int, half: int) -> Any:
+        place = (row * self.width + column) * halves + half
+        return pl.ds(place * self.channels + self.channel, self.block)
+
+    def _mask(self, inside: Any) -> jax.Array:
+        if self.real is None:
+            return jnp.broadcast_to(inside, (self.block,))
+        return self.real & inside
+
+    def load(self, ref: Any, row: int, column: Any, halves: int = 1, half: int = 0) -> jax.Array:
+        """Channels at a row counted from the band's first and a column; 0 outside the frame."""
+        y = self.first + row
+        inside = (y >= 0) & (y < self.height) & (column < self.width)
+        y, column = jnp.clip(y, 0, self.height - 1), jnp.minimum(column, self.width - 1)
+        at = self._at(y, column, halves, half)
+        return plgpu.load(ref.at[at], mask=self._mask(inside), other=0.0).astype(jnp.float32)
+
+    def store(
+        self, ref: Any, value: jax.Array, row: int, column: Any, halves: int = 1, half: int = 0
+    ) -> None:
+        y = self.first + row
+        at = self._at(jnp.minimum(y, self.height - 1), column, halves, half)
+        mask = self.real if self.height % self.rows == 0 else self._mask(y < self.height)
+        plgpu.store(ref.at[at], value.astype(ref.dtype), mask=mask)
+
+    def parameter(self, ref: Any, place: int) -> jax.Array:
+        """Channels of row `place` of a table that is C wide."""
+        at = pl.ds(place * self.channels + self.channel, self.block)
+        return plgpu.load(ref.at[at], mask=self.real, other=None if self.real is None else 0.0)
+
+    def taps(self, ref: Any, halves: int = 1, half: int = 0) -> list[list[jax.Array]]:
+        return [
+            [self.parameter(ref, (3 * i + j) * halves + half) for j in range(3)] for i in range(3)
+        ]
+
+    def walk(self, read: Any, use: Any, carry: Any) -> Any:
+        """Calls `use(column, (left, centre, right), carry)` for every column.
+
+        Args:
+          read: column -> vectors of it, zeros right of the frame.
+          use: -> the next carry.
+        """
+        centre = read(0)
+        left = jax.tree.map(jnp.zeros_like, centre)
+
+        def step(column: jax.Array, state: Any) -> Any:
+            left, centre, carry = state
+            right = read(column + 1)
+            return centre, right, use(column, (left, centre, right), carry)
+
+        return lax.fori_loop(0, self.width, step, (left, centre, carry))[2]
+
+
+def _window(columns: tuple[Rows, Rows, Rows], row: int, taps: list[list[jax.Array]]) -> jax.Array:
+    """Correlation at a row; above and below it are `row` and `row + 2` of a column."""
+    return sum(
+        (columns[j][row + i] * taps[i][j] for i in range(3) for j in range(3) if (i, j) != (0, 0)),
+        columns[0][row] * taps[0][0],
+    )
+
+
+def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any) -> None:
+    """Calls `use(column, row, value, gate)` with both halves of the convolution's result."""
+    dtype = x_ref.dtype
+    taps = [band.taps(w_ref, 2, half) for half in range(2)]
+    bias = [band.parameter(b_ref, half) for half in range(2)]
+
+    def read(column: Any) -> tuple[Rows, Rows]:
+        def one(half: int, row: int) -> jax.Array:
+            activated = _silu(band.load(x_ref, row - 1, column, 2, half))
+            return activated.astype(dtype).astype(jnp.float32)  # as it is written otherwise
+
+        value, gate = (tuple(one(h, r) for r in range(band.rows + 2)) for h in range(2))
+        return value, gate
+
+    def at_column(column: jax.Array, seen: Any, carry: None) -> None:
+        for row in range(band.rows):
+            value, gate = (
+                bias[half] + _window(tuple(c[half] for c in seen), row, taps[half])
+                for half in range(2)
+            )
+            use(column, row, value, gate)
+
+    band.walk(read, at_column, None)
+
+
+def _forward_kernel(x_ref: Any, w_ref: Any, b_ref: Any, y_ref: Any, *, band: Any) -> None:
+    tile = band()
+
+    def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array) -> None:
+        tile.store(y_ref, value * _silu(gate), row, column)
+
+    _gated(tile, x_ref, w_ref, b_ref, use)
+
+
+def _gate_kernel(x_ref: Any, w_ref: Any, b_ref: Any, dy_ref: Any, d_ref: Any, *, band: Any) -> None:
+    """Gradient of the convolution's result, which is computed again."""
+    tile = band()
+
+    def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array) -> None:
+        dy = tile.load(dy_ref, row, column)
+        activated, slope = _silu_and_slope(gate)
+        tile.store(d_ref, dy * activated, row, column, 2, 0)
+        tile.store(d_ref, dy * value * slope, row, column, 2, 1)
+
+    _gated(tile, x_ref, w_ref, b_ref, use)
+
+
+def _dx_kernel(x_ref: Any, w_ref: Any, d_ref: Any, dx_ref: Any, dw_ref: Any, *, band: Any) -> None:
+    """Gradients of the input, and of taps and bias summed over this band; halves are alike here."""
+    tile = band()
+    dtype = x_ref.dtype
+    taps = tile.taps(w_ref)
+    turned = [row[::-1] for row in taps[::-1]]
+
+    def read(column: Any) -> Rows:
+        return tuple(tile.load(d_ref, row - 1, column) for row in range(tile.rows + 2))
+
+    def use(column: jax.Array, seen: Any, sums: Rows) -> Rows:
+        found = list(sums)
+        for row in range(tile.rows):
+            x = tile.load(x_ref, row, column)
+            activated, slope = _silu_and_slope(x)
+            activated = activated.astype(dtype).astype(jnp.float32)
+            tile.store(dx_ref, _window(seen, row, turned) * slope, row, column)
+            for i in range(3):
+                for j in range(3):
+                    found[3 * i + j] += activated * seen[2 - j][row + 2 - i]
+            # a band's last rows may lie below the frame, where d reads as zero
+            found[9] += seen[1][row + 1]
+        return tuple(found)
+
+    zero = jnp.zeros((tile.block,), jnp.float32)
+    for i, total in enumerate(tile.walk(read, use, (zero,) * 10)):
+        at = pl.ds(i * tile.channels + tile.channel, tile.block)
+        plgpu.store(dw_ref.at[at], total, mask=tile.real)
+
+
+def _call(
+    body: Any,
+    inputs: list[jax.Array],
+    outputs: list[jax.ShapeDtypeStruct],
+    size: tuple[int, int, int],
+    rows: int,
+    tiles: Tiles,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Runs `body` on flat arrays: (N,) is shared, (F, N) a frame's, (F, bands, N) a band's."""
+    block = tiles.channels
+
+    def spec(a: Any) -> pl.BlockSpec:
+        if len(a.shape) == 1:
+            return pl.BlockSpec(a.shape, lambda c, r, f: (0,))
+        if len(a.shape) == 2:
+            return pl.BlockSpec((None, a.shape[-1]), lambda c, r, f: (f, 0))
+        return pl.BlockSpec((None, None, a.shape[-1]), lambda c, r, f: (f, r, 0))
+
+    return pl.pallas_call(
+        functools.partial(body, band=lambda: _Band(size, rows, block)),
+        # the first axis runs fastest: neighbouring blocks of channels share lines of memory
+        grid=(pl.cdiv(size[2], block), pl.cdiv(size[0], rows), outputs[0].shape[0]),
+        in_specs=[spec(a) for a in inputs],
+        out_specs=[spec(a) for a in outputs],
+        out_shape=outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=2),
+        interpret=interpret,
+        name="conv_glu" + body.__name__.removesuffix("_kernel"),
+    )(*inputs)
+
+
+def forward(
+    x: jax.Array, w: jax.Array, b: jax.Array, tiles: Tiles, *, interpret: bool
+) -> jax.Array:
+    """y (F, H, W, C) of x (F, H, W, 2, C), w (3, 3, 2, C) and b (2, C), the last two float32."""
+    frames, height, width, _, channels = x.shape
+    size = (height, width, channels)
+    inputs = [x.reshape(frames, -1), w.reshape(-1), b.reshape(-1)]
+    outputs = [jax.ShapeDtypeStruct((frames, height * width * channels), x.dtype)]
+    y = _call(_forward_kernel, inputs, outputs, size, tiles.rows, tiles, interpret)[0]
+    return y.reshape(frames, *size)
+
+
+def backward(
+    x: jax.Array, w: jax.Array, b: jax.Array, dy: jax.Array, tiles: Tiles, *, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, w and b, shaped like them; those of w and b in float32."""
+    frames, height, width, _, channels = x.shape
+    size = (height, width, channels)
+    flat, taps = x.reshape(frames, -1), w.reshape(-1)
+    inputs = [flat, taps, b.reshape(-1), dy.reshape(frames, -1)]
+    wide = jax.ShapeDtypeStruct(flat.shape, x.dtype)
+    (d,) = _call(_gate_kernel, inputs, [wide], size, tiles.gate_rows, tiles, interpret)
+    # value and gate are alike from here on
+    size = (height, width, 2 * channels)
+    bands = pl.cdiv(height, tiles.dx_rows)
+    outputs = [wide, jax.ShapeDtypeStruct((frames, bands, 20 * channels), jnp.float32)]
+    inputs = [flat, taps, d]
+    dx, sums = _call(_dx_kernel, inputs, outputs, size, tiles.dx_rows, tiles, interpret)
+    sums = jnp.sum(sums, (0, 1)).reshape(10, 2, channels)
+    return dx.reshape(x.shape), sums[:9].reshape(w.shape), sums[9]

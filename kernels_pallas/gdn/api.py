@@ -1,0 +1,254 @@
+"""The frame recurrence, its implementation chosen by `kernels_pallas.choice`.
+
+Shapes and meanings are those of the functions of the same names in `gdn.reference`. Tokens come
+in the compute dtype; maps and states are float32 in every implementation. On a GPU the Pallas
+kernels of tokens take bfloat16; float32 tokens go through XLA whatever is chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import choice
+from kernels_pallas.gdn import gpu, gpu_scan, reference
+from kernels_pallas.gdn.reference import Transition
+
+Tiles = gpu.Tiles
+_F32 = jnp.float32
+
+
+def _is_pallas(impl: str | None, dtype: Any = None, axis_name: str | None = None) -> bool:
+    # float32 tokens fit neither a GPU's matrix units nor, as tiles, its shared memory
+    is_too_wide = dtype == _F32 and not choice.interpret()
+    return axis_name is None and not is_too_wide and choice.pick("gdn", impl) == "pallas"
+
+
+def frame_transitions(
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    decay: jax.Array,
+    *,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> Transition:
+    """See `reference.frame_transitions`; k and v (B, F, P, N, D) in one dtype."""
+    if not _is_pallas(impl, k.dtype):
+        return reference.frame_transitions(k, v, beta, decay)
+    maps: Any = _maps(tiles or Tiles(), choice.interpret(), k, v, beta, decay)
+    return Transition(*maps)
+
+
+def normaliser_transitions(
+    k: jax.Array,
+    beta: jax.Array,
+    decay: jax.Array,
+    *,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> Transition:
+    """See `reference.normaliser_transitions`."""
+    if not _is_pallas(impl, k.dtype):
+        return reference.normaliser_transitions(k, beta, decay)
+    maps: Any = _maps(tiles or Tiles(), choice.interpret(), k, None, beta, decay)
+    return Transition(*maps)
+
+
+def scan_states(
+    transition: Transition,
+    initial: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    exclusive: bool = False,
+    reset: jax.Array | None = None,
+    axis_name: str | None = None,
+    addend: jax.Array | None = None,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.scan_states`; over ranks it always runs in XLA.
+
+    Args:
+      addend: (B, F, N, V, D), added to the reported states on their way to memory.
+    """
+    if not _is_pallas(impl, axis_name=axis_name):
+        states, final = reference.scan_states(
+            transition,
+            initial,
+            reverse=reverse,
+            exclusive=exclusive,
+            reset=reset,
+            axis_name=axis_name,
+        )
+        return (states if addend is None else addend + states), final
+    w, u = transition
+    if initial is None:
+        initial = jnp.zeros_like(u[:, 0])
+    drop = jnp.zeros(u.shape[1:2], _F32) if reset is None else reset.astype(_F32)
+    static = (tiles or Tiles(), choice.interpret(), reverse, exclusive)
+    return _scan(static, w, u, initial, drop, addend)
+
+
+def bidirectional_states(
+    transition: Transition,
+    initial: jax.Array | None = None,
+    *,
+    chunk_ends: jax.Array | None = None,
+    axis_name: str | None = None,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.bidirectional_states`."""
+    if not _is_pallas(impl, axis_name=axis_name):
+        return reference.bidirectional_states(
+            transition, initial, chunk_ends=chunk_ends, axis_name=axis_name
+        )
+    options: dict[str, Any] = {"impl": "pallas", "tiles": tiles}
+    backward, _ = scan_states(transition, reverse=True, exclusive=True, reset=chunk_ends, **options)
+    return scan_states(transition, initial, addend=backward, **options)
+
+
+def read_out(
+    states: jax.Array, q: jax.Array, *, impl: str | None = None, tiles: Tiles | None = None
+) -> jax.Array:
+    """See `reference.read_out`; in q's dtype from Pallas, else float32."""
+    if not _is_pallas(impl, q.dtype):
+        return reference.read_out(states, q)
+    return _read((tiles or Tiles(), choice.interpret(), None), states, q, None, None)
+
+
+def normalised_read_out(
+    states: jax.Array,
+    normaliser: jax.Array,
+    q: jax.Array,
+    plain_q: jax.Array,
+    eps: float,
+    *,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """See `reference.normalised_read_out`; in q's dtype from Pallas, else float32."""
+    if not _is_pallas(impl, q.dtype):
+        return reference.normalised_read_out(states, normaliser, q, plain_q, eps)
+    return _read((tiles or Tiles(), choice.interpret(), eps), states, q, normaliser, plain_q)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _maps(
+    tiles: Tiles,
+    interpret: bool,
+    k: jax.Array,
+    v: jax.Array | None,
+    beta: jax.Array,
+    decay: jax.Array,
+) -> list[jax.Array]:
+    batch, frames, _, heads, size = k.shape
+    tokens = [("tokens", k)] if v is None else [("tokens", k), ("tokens", v)]
+    matrix = ("matrix", jax.ShapeDtypeStruct((batch, frames, heads, size, size), _F32))
+    row = ("row", jax.ShapeDtypeStruct((batch, frames, heads, 1, size), _F32))
+    inputs = [*tokens, ("scalars", beta), ("number", decay)]
+    outputs = [matrix, row if v is None else matrix]
+    return gpu.run("maps", inputs, outputs, tiles, interpret=interpret)
+
+
+def _maps_forward(tiles: Tiles, interpret: bool, *args: Any) -> tuple[list[jax.Array], Any]:
+    return _maps(tiles, interpret, *args), args
+
+
+def _maps_backward(tiles: Tiles, interpret: bool, saved: Any, gradients: Any) -> tuple[Any, ...]:
+    k, v, beta, decay = saved
+    dw, du = gradients
+    like = [("tokens", k)] if v is None else [("tokens", k), ("tokens", v)]
+    inputs = [*like, ("scalars", beta), ("number", decay)]
+    inputs += [("matrix", dw), ("row" if v is None else "matrix", du)]
+    outputs = [
+        (kind, jax.ShapeDtypeStruct(a.shape, a.dtype))
+        for kind, a in [*like, ("scalars", beta), ("number", decay)]
+    ]
+    found = gpu.run("maps_gradient", inputs, outputs, tiles, interpret=interpret)
+    return (found[0], None, *found[1:]) if v is None else tuple(found)
+
+
+_maps.defvjp(_maps_forward, _maps_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(
+    static: tuple[Tiles, bool, bool, bool],
+    w: jax.Array,
+    u: jax.Array,
+    initial: jax.Array,
+    drop: jax.Array,
+    addend: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    tiles, interpret, reverse, exclusive = static
+    return gpu_scan.scan(
+        w, u, initial, drop, addend, tiles,
+        reverse=reverse, exclusive=exclusive, adjoint=False, interpret=interpret,
+    )  # fmt: skip
+
+
+def _scan_forward(static: Any, *args: Any) -> tuple[Any, Any]:
+    found: Any = _scan(static, *args)
+    states, final = found
+    w, _, initial, drop, addend = args
+    return (states, final), (w, initial, drop, addend, states)
+
+
+def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
+    tiles, interpret, reverse, exclusive = static
+    w, initial, drop, addend, states = saved
+    d_states, d_final = gradients
+    du, d_initial = gpu_scan.scan(
+        w, d_states, d_final, drop, None, tiles,
+        reverse=reverse, exclusive=exclusive, adjoint=True, interpret=interpret,
+    )  # fmt: skip
+    before = states if addend is None else states - addend
+    if not exclusive:  # the state that a frame starts from is what the frame before it reported
+        parts = [initial[:, None], before[:, :-1]]
+        if reverse:
+            parts = [before[:, 1:], initial[:, None]]
+        before = (1.0 - drop)[:, None, None, None] * jnp.concatenate(parts, 1)
+    dw = reference.einsum("bfnvd,bfnve->bfnde", before, du)
+    d_addend = None if addend is None else d_states
+    return dw, du, d_initial, jnp.zeros_like(drop), d_addend
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(
+    static: tuple[Tiles, bool, float | None],
+    states: jax.Array,
+    q: jax.Array,
+    normaliser: jax.Array | None,
+    plain_q: jax.Array | None,
+) -> jax.Array:
+    tiles, interpret, eps = static
+    inputs = [("matrix", states), ("tokens", q)]
+    if normaliser is not None and plain_q is not None:
+        inputs += [("row", normaliser), ("tokens", plain_q)]
+    outputs = [("tokens", jax.ShapeDtypeStruct(q.shape, q.dtype))]
+    return gpu.run("read", inputs, outputs, tiles, interpret=interpret, eps=eps)[0]
+
+
+def _read_forward(static: Any, *args: Any) -> tuple[jax.Array, Any]:
+    return _read(static, *args), args
+
+
+def _read_backward(static: Any, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
+    tiles, interpret, eps = static
+    kinds = ("matrix", "tokens", "row", "tokens")
+    given = [(kind, a) for kind, a in zip(kinds, saved, strict=True) if a is not None]
+    outputs = [(kind, jax.ShapeDtypeStruct(a.shape, a.dtype)) for kind, a in given]
+    inputs = [*given, ("tokens", dy)]
+    found = gpu.run("read_gradient", inputs, outputs, tiles, interpret=interpret, eps=eps)
+    return (*found, None, None) if eps is None else tuple(found)
+
+
+_read.defvjp(_read_forward, _read_backward)

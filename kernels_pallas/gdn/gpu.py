@@ -1,0 +1,293 @@
+"""The parallel parts of the frame recurrence as Triton kernels: frame maps and read-out.
+
+A program is one head of one frame and loops over tiles of its tokens, so keys, values and queries
+are read once, in their own dtype, and what is D x D stays on the chip. Matrix units take bfloat16:
+a float32 operand (a state, a map, beta k) is split into two bfloat16 parts, whose products leave
+an error of 2^-17, where the inputs' own rounding is 2^-9. float32 inputs are multiplied in float32.
+Axis letters: B batch, F frames, P tokens a frame, N heads, D key size, V value size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the kernels' programs.
+
+    Attributes:
+      tokens, warps, stages: of the forward kernels, a tile's tokens and its threads / 32.
+      backward_tokens, backward_warps: of their gradients.
+      scan_rows, scan_warps: rows of the state that one program of the recurrence carries.
+      scan_precision: tf32x3, bf16x3 or ieee, of the recurrence's products.
+    """
+
+    tokens: int = 64
+    warps: int = 8
+    stages: int = 2
+    backward_tokens: int = 64
+    backward_warps: int = 8
+    scan_rows: int = 16
+    scan_warps: int = 4
+    scan_precision: str = "tf32x3"
+
+
+def padded(size: int) -> int:
+    """The next power of two that a matrix unit takes."""
+    return max(16, pl.next_power_of_2(size))
+
+
+def _parts(a: jax.Array) -> list[jax.Array]:
+    """bfloat16 arrays that sum to a float32 one, to 2^-17."""
+    high = a.astype(jnp.bfloat16)
+    return [high, (a - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> jax.Array:
+    """Contraction of two matrices over one axis each, float32.
+
+    Args:
+      exact: multiply in float32; else in bfloat16, float32 operands split in two.
+    """
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+
+    def dot(a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
+        return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
+
+    if exact:
+        return dot(a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST)
+    parts_a = _parts(a) if a.dtype == jnp.float32 else [a]
+    parts_b = _parts(b) if b.dtype == jnp.float32 else [b]
+    # smallest first; low times low is below the rest's rounding
+    pairs = [(i, j) for i in range(len(parts_a)) for j in range(len(parts_b)) if i + j < 2]
+    terms = [dot(parts_a[i], parts_b[j]) for i, j in sorted(pairs, key=sum, reverse=True)]
+    return functools.reduce(jnp.add, terms)
+
+
+class Head:
+    """Tiles of one program's tokens and matrices; refs are padded, what is past the end reads 0."""
+
+    def __init__(self, tokens: int, tile: int, exact: bool):
+        self.tokens, self.tile, self.exact = tokens, tile, exact
+        self.steps = pl.cdiv(tokens, tile)
+
+    def rows(self, step: Any) -> tuple[Any, jax.Array]:
+        return pl.ds(step * self.tile, self.tile), (
+            step * self.tile + jnp.arange(self.tile) < self.tokens
+        )
+
+    def load(self, ref: Any, step: Any, size: int) -> jax.Array:
+        """(tile, padded size) tokens in their dtype."""
+        at, real = self.rows(step)
+        mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None]
+        return plgpu.load(ref.at[at, :], mask=mask, other=0.0)
+
+    def store(self, ref: Any, step: Any, value: jax.Array, size: int) -> None:
+        at, real = self.rows(step)
+        mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None]
+        plgpu.store(ref.at[at, :], value.astype(ref.dtype), mask=mask)
+
+    def load_scalars(self, ref: Any, step: Any) -> jax.Array:
+        at, real = self.rows(step)
+        return plgpu.load(ref.at[at], mask=real, other=0.0).astype(jnp.float32)
+
+    def dot(self, a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+        return product(a, b, axes, self.exact)
+
+
+def matrix_mask(rows: int, columns: int, size: tuple[int, int]) -> jax.Array:
+    """(rows, columns) bool, true inside `size`."""
+    inside = jnp.arange(rows)[:, None] < size[0]
+    return inside & (jnp.arange(columns)[None, :] < size[1])
+
+
+def load_matrix(ref: Any, size: tuple[int, int]) -> jax.Array:
+    return plgpu.load(ref.at[:, :], mask=matrix_mask(ref.shape[0], ref.shape[1], size), other=0.0)
+
+
+def store_matrix(ref: Any, value: jax.Array, size: tuple[int, int]) -> None:
+    plgpu.store(ref.at[:, :], value, mask=matrix_mask(ref.shape[0], ref.shape[1], size))
+
+
+def load_row(ref: Any, size: int) -> jax.Array:
+    """(D,) of a state that is a vector."""
+    return plgpu.load(ref.at[:], mask=jnp.arange(ref.shape[0]) < size, other=0.0)
+
+
+def _maps_kernel(*refs: Any, head: Head, size: int) -> None:
+    """w and u of numerator maps (v given) or of the normaliser's (a vector u)."""
+    k_ref, *v_ref, beta_ref, decay_ref, w_ref, u_ref = refs
+    wide = w_ref.shape[0]
+
+    def step(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        outer, u = sums
+        k = head.load(k_ref, i, size)
+        k_beta = k.astype(jnp.float32) * head.load_scalars(beta_ref, i)[:, None]
+        outer = outer + head.dot(k, k_beta, (0, 0))
+        if v_ref:
+            return outer, u + head.dot(head.load(v_ref[0], i, size), k_beta, (0, 0))
+        return outer, u + jnp.sum(k_beta, 0)
+
+    zero = jnp.zeros((wide, wide), jnp.float32)
+    start = zero if v_ref else jnp.zeros((wide,), jnp.float32)
+    outer, u = lax.fori_loop(0, head.steps, step, (zero, start))
+    eye = (jnp.arange(wide)[:, None] == jnp.arange(wide)[None, :]).astype(jnp.float32)
+    store_matrix(w_ref, decay_ref[...] * (eye - outer), (size, size))
+    if v_ref:
+        store_matrix(u_ref, u, (size, size))
+    else:
+        plgpu.store(u_ref.at[:], u, mask=jnp.arange(wide) < size)
+
+
+def _maps_gradient_kernel(*refs: Any, head: Head, size: int) -> None:
+    """With A = K^T diag(beta) K, w = g (I - A) and u = V^T diag(beta) K, token by token."""
+    has_values = len(refs) == 10
+    if has_values:
+        k_ref, v_ref, beta_ref, decay_ref, dw_ref, du_ref, dk_ref, dv_ref, db_ref, dg_ref = refs
+        du = load_matrix(du_ref, (size, size))
+    else:
+        k_ref, beta_ref, decay_ref, dw_ref, du_ref, dk_ref, db_ref, dg_ref = refs
+        v_ref = dv_ref = None
+        du = load_row(du_ref, size)
+    decay = decay_ref[...]
+    dw = load_matrix(dw_ref, (size, size))
+    both = dw + dw.T
+
+    def step(i: Any, total: jax.Array) -> jax.Array:
+        k = head.load(k_ref, i, size)
+        k32, beta = k.astype(jnp.float32), head.load_scalars(beta_ref, i)
+        through_w = head.dot(k, both, (1, 0))
+        if v_ref is not None:
+            through_u = head.dot(head.load(v_ref, i, size), du, (1, 0))
+            dv = head.dot(k, du, (1, 1)) * beta[:, None]
+            head.store(dv_ref, i, dv, size)
+        else:
+            through_u = jnp.broadcast_to(du[None, :], k32.shape)
+        head.store(dk_ref, i, beta[:, None] * (through_u - decay * through_w), size)
+        energy = 0.5 * jnp.sum(k32 * through_w, 1)  # k dw k^T
+        at, real = head.rows(i)
+        d_beta = jnp.sum(k32 * through_u, 1) - decay * energy
+        plgpu.store(db_ref.at[at], d_beta, mask=real)
+        return total + jnp.sum(beta * energy)
+
+    energy = lax.fori_loop(0, head.steps, step, jnp.float32(0.0))
+    wide = dw.shape[0]
+    diagonal = jnp.arange(wide)[:, None] == jnp.arange(wide)[None, :]
+    dg_ref[...] = jnp.sum(jnp.sum(jnp.where(diagonal, dw, 0.0), 1), 0) - energy
+
+
+def _read_kernel(*refs: Any, head: Head, size: int, eps: float | None) -> None:
+    """y = q S^T, divided by plain queries times the normaliser where there is one."""
+    states_ref, q_ref, *normaliser, y_ref = refs
+    states = load_matrix(states_ref, (size, size))
+    z, eps = (load_row(normaliser[0], size) if normaliser else None), eps or 0.0
+
+    def step(i: Any, carry: None) -> None:
+        y = head.dot(head.load(q_ref, i, size), states, (1, 1))
+        if z is not None:
+            plain = head.load(normaliser[1], i, size).astype(jnp.float32)
+            y = y / (jnp.sum(plain * z[None, :], 1) + eps)[:, None]
+        head.store(y_ref, i, y, size)
+
+    lax.fori_loop(0, head.steps, step, None)
+
+
+def _read_gradient_kernel(*refs: Any, head: Head, size: int, eps: float | None) -> None:
+    if eps is None:
+        states_ref, q_ref, dy_ref, ds_ref, dq_ref = refs
+        z_ref = plain_ref = dz_ref = dp_ref = z = None
+    else:
+        states_ref, q_ref, z_ref, plain_ref, dy_ref, ds_ref, dq_ref, dz_ref, dp_ref = refs
+        z = load_row(z_ref, size)
+    states = load_matrix(states_ref, (size, size))
+    wide = states.shape[0]
+
+    def step(i: Any, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        ds, dz = sums
+        q, dy = head.load(q_ref, i, size), head.load(dy_ref, i, size)
+        if z is None:
+            head.store(dq_ref, i, head.dot(dy, states, (1, 0)), size)
+            return ds + head.dot(dy, q, (0, 0)), dz
+        plain = head.load(plain_ref, i, size).astype(jnp.float32)
+        # a tile's last rows may lie past the end, where dy is 0
+        denominator = jnp.sum(plain * z[None, :], 1) + (eps or 0.0)
+        d_numerator = dy.astype(jnp.float32) / denominator[:, None]
+        dq = head.dot(d_numerator, states, (1, 0))
+        head.store(dq_ref, i, dq, size)
+        # sum_v dy_v y_v is sum_d q_d dq_d: the numerator is not needed again
+        d_denominator = -jnp.sum(q.astype(jnp.float32) * dq, 1) / denominator
+        head.store(dp_ref, i, d_denominator[:, None] * z[None, :], size)
+        dz = dz + jnp.sum(d_denominator[:, None] * plain, 0)
+        return ds + head.dot(d_numerator, q, (0, 0)), dz
+
+    start = (jnp.zeros((wide, wide), jnp.float32), jnp.zeros((wide,), jnp.float32))
+    ds, dz = lax.fori_loop(0, head.steps, step, start)
+    store_matrix(ds_ref, ds, (size, size))
+    if dz_ref is not None:
+        plgpu.store(dz_ref.at[:], dz, mask=jnp.arange(wide) < size)
+
+
+def _spec(a: Any, kind: str, tile: int) -> pl.BlockSpec:
+    """Blocks of one program: tokens (B, F, P, N, D), scalars (B, F, P, N), matrix, row, number."""
+    wide = padded(a.shape[-1])
+    if kind == "tokens":
+        long = pl.cdiv(a.shape[2], tile) * tile
+        return pl.BlockSpec((None, None, long, None, wide), lambda n, f, b: (b, f, 0, n, 0))
+    if kind == "scalars":
+        long = pl.cdiv(a.shape[2], tile) * tile
+        return pl.BlockSpec((None, None, long, None), lambda n, f, b: (b, f, 0, n))
+    if kind == "matrix":
+        return pl.BlockSpec((None, None, None, wide, wide), lambda n, f, b: (b, f, n, 0, 0))
+    if kind == "row":  # (B, F, N, 1, D)
+        return pl.BlockSpec((None, None, None, None, wide), lambda n, f, b: (b, f, n, 0, 0))
+    return pl.BlockSpec((None, None, None), lambda n, f, b: (b, f, n))
+
+
+def run(
+    kernel: str,
+    inputs: list[tuple[str, jax.Array]],
+    outputs: list[tuple[str, jax.ShapeDtypeStruct]],
+    tiles: Tiles,
+    *,
+    interpret: bool,
+    **static: Any,
+) -> list[jax.Array]:
+    """Runs a kernel over (B, F, N) programs.
+
+    Args:
+      kernel: maps, maps_gradient, read or read_gradient.
+      inputs: kinds of `_spec` and arrays; the first array of tokens gives the sizes.
+      outputs: kinds and what they are.
+      static: further arguments of the kernel.
+    """
+    body = {
+        "maps": _maps_kernel,
+        "maps_gradient": _maps_gradient_kernel,
+        "read": _read_kernel,
+        "read_gradient": _read_gradient_kernel,
+    }[kernel]
+    backward = kernel.endswith("gradient")
+    tile = tiles.backward_tokens if backward else tiles.tokens
+    batch, frames, tokens, heads, size = next(a.shape for kind, a in inputs if kind == "tokens")
+    exact = any(kind == "tokens" and a.dtype == jnp.float32 for kind, a in inputs)
+    warps = tiles.backward_warps if backward else tiles.warps
+    return pl.pallas_call(
+        functools.partial(body, head=Head(tokens, tile, exact), size=size, **static),
+        # heads run fastest: they share the lines of a token's row
+        grid=(heads, frames, batch),
+        in_specs=[_spec(a, kind, tile) for kind, a in inputs],
+        out_specs=[_spec(a, kind, tile) for kind, a in outputs],
+        out_shape=[a for _, a in outputs],
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name=f"gdn_{kernel}",
+    )(*(a for _, a in inputs))

@@ -1,0 +1,62 @@
+"""Which implementation of a kernel runs."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from kernels_pallas import choice
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_a_cpu_runs_xla_whatever_is_asked_for(monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "gdn=pallas")
+    with choice.choose(conv_glu="pallas"):
+        assert {choice.pick(kernel) for kernel in choice.IMPLS} == {"xla"}
+    assert choice.pick("gdn", "pallas") == "pallas"  # a test's own words
+
+
+def test_sources_in_their_order(on_gpu, monkeypatch):
+    assert choice.pick("gdn") == choice.AUTO["gdn"]
+    monkeypatch.setitem(choice.AUTO, "gdn", "pallas")
+    assert choice.pick("gdn") == choice.pick("gdn", "auto") == "pallas"
+    monkeypatch.setenv(choice.VARIABLE, " conv_glu=pallas, gdn=xla ")
+    assert (choice.pick("gdn"), choice.pick("conv_glu")) == ("xla", "pallas")
+    with choice.choose(gdn="auto"):
+        assert choice.pick("gdn") == "pallas"
+        with choice.choose(conv_glu="xla_split"):
+            assert (choice.pick("gdn"), choice.pick("conv_glu")) == ("pallas", "xla_split")
+    assert choice.pick("gdn") == "xla"
+
+
+def test_an_override_traces_anew(on_gpu):
+    traced = []
+
+    @jax.jit
+    def function(x):
+        traced.append(choice.pick("gdn"))
+        return x
+
+    for _ in range(2):
+        function(1.0)
+        with choice.choose(gdn="pallas"):
+            function(1.0)
+    assert traced == ["xla", "pallas"]
+
+
+def test_a_partitioned_program_runs_xla(on_gpu):
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+    with choice.choose(gdn="pallas"):
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert choice.pick("gdn") == "xla"
+        assert choice.pick("gdn") == "pallas"
+
+
+@pytest.mark.parametrize("text", ["gdn", "gdn=fast", "attention=xla", "gdn=xla_split"])
+def test_a_wrong_choice_names_the_right_ones(text):
+    with pytest.raises(ValueError, match="use one of"):
+        choice.parse(text)

@@ -1,0 +1,204 @@
+"""The frame recurrence's Pallas kernels against XLA, on inputs that are made to hurt."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from kernels_pallas import gdn
+from kernels_pallas.gdn import api, gpu_scan
+from tests.kernels.lowering import triton_kernels
+
+TILES = gdn.Tiles(tokens=16, backward_tokens=16, scan_rows=16, warps=4)
+NAMES = ("q", "k", "v", "q_rot", "k_rot", "beta", "decay", "initial")
+
+
+def _inputs(shape, dtype=jnp.float32, *, gate=None, strength=None, scale=1.0, hidden=()):
+    """Tokens, gates and a carried state.
+
+    Args:
+      shape: (B, F, P, N, D).
+      gate, strength: constant decay and beta; random by default.
+      scale: of the keys, 1 is the model's.
+      hidden: frames that are padding: beta 0, decay 1.
+    """
+    batch, frames, tokens, heads, size = shape
+    keys = jax.random.split(jax.random.key(sum(shape)), 8)
+    bound = size**-0.5 * tokens**-0.5
+    found = {
+        name: jax.random.normal(key, shape) for name, key in zip(NAMES[:5], keys[:5], strict=True)
+    }
+    found = {n: jax.nn.relu(a) if n in ("q", "k") else a for n, a in found.items()}
+    for name in ("k", "k_rot"):
+        found[name] = found[name] * bound * scale
+    beta = jax.nn.sigmoid(jax.random.normal(keys[5], shape[:4]))
+    decay = jax.nn.sigmoid(jax.random.normal(keys[6], (batch, frames, heads)) + 2)
+    beta = beta if strength is None else jnp.full_like(beta, strength)
+    decay = decay if gate is None else jnp.full_like(decay, gate)
+    padding = jnp.isin(jnp.arange(frames), jnp.array(hidden, int))
+    found["beta"] = jnp.where(padding[:, None, None], 0.0, beta)
+    found["decay"] = jnp.where(padding[:, None], 1.0, decay)
+    found["initial"] = jax.random.normal(keys[7], (batch, heads, size, size)) * 0.1
+    return {n: a.astype(dtype) if n in NAMES[:5] else a for n, a in found.items()}
+
+
+def _both_branches(inputs, impl, tiles, *, ends=None):
+    """The main branch, normalised, and the camera branch; and the carried-out state."""
+    options = {"impl": impl, "tiles": tiles}
+    q, k, v, q_rot, k_rot, beta, decay, initial = (inputs[name] for name in NAMES)
+    reset = None if ends is None else jnp.isin(jnp.arange(k.shape[1]), jnp.array(ends))
+    maps = gdn.frame_transitions(k_rot, v, beta, decay, **options)
+    states, final = gdn.bidirectional_states(maps, initial, chunk_ends=reset, **options)
+    maps = gdn.normaliser_transitions(k, beta, decay, **options)
+    normaliser, _ = gdn.bidirectional_states(maps, chunk_ends=reset, **options)
+    y = gdn.normalised_read_out(states, normaliser, q_rot, q, 1e-2, **options)
+    camera = gdn.read_out(states, q_rot, **options)
+    # rounded as the model does it, the gradient with it
+    y, camera = (a.astype(v.dtype).astype(jnp.float32) for a in (y, camera))
+    return y, camera, final
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "tiles", "ends"))
+def _run(inputs, weights, impl, tiles=TILES, ends=None):
+    run = functools.partial(_both_branches, impl=impl, tiles=tiles, ends=ends)
+    results, vjp = jax.vjp(run, inputs)
+    return results, vjp(weights)[0]
+
+
+def _results(inputs, impl, tiles=TILES, ends=None):
+    batch, _, _, heads, size = inputs["q"].shape
+    shapes = (inputs["q"].shape, inputs["q"].shape, (batch, heads, size, size))
+    keys = jax.random.split(jax.random.key(9), 3)
+    weights = tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    found = jax.tree.leaves_with_path(_run(inputs, weights, impl, tiles, ends))
+    return {jax.tree_util.keystr(path): np.asarray(a, np.float32) for path, a in found}
+
+
+def _error(found, wanted):
+    return np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-6)
+
+
+SHAPE = (2, 3, 18, 2, 8)
+HARD = {
+    "random": {},
+    "chunks": {"ends": (1,)},
+    "one frame of one token, head of 20": {"shape": (1, 1, 1, 1, 20)},
+    "forgets": {"gate": 1e-6},
+    "keeps": {"gate": 1.0},
+    "writes nothing": {"strength": 0.0},
+    "writes all": {"strength": 1.0},
+    "large keys": {"scale": 3.0},
+    "padding": {"hidden": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_equals_xla(case):
+    options = dict(HARD[case])
+    ends = options.pop("ends", None)
+    inputs = _inputs(options.pop("shape", SHAPE), **options)
+    wanted = _results(inputs, "xla", ends=ends)
+    found = _results(inputs, "pallas", ends=ends)
+    assert found.keys() == wanted.keys() and len(found) == 3 + len(NAMES)
+    for name, want in wanted.items():
+        assert np.isfinite(found[name]).all() and _error(found[name], want) < 2e-6, name
+
+
+def test_bfloat16_is_no_worse_than_xla():
+    inputs = _inputs(SHAPE, jnp.bfloat16)
+    wide = {name: a.astype(jnp.float32) for name, a in inputs.items()}
+    truth = _results(wide, "xla")
+    xla, pallas = _results(inputs, "xla"), _results(inputs, "pallas")
+    for name, want in truth.items():
+        assert _error(pallas[name], want) < max(1.1 * _error(xla[name], want), 2e-5), name
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_and_its_gradient(reverse, exclusive):
+    inputs = _inputs((1, 4, 8, 2, 4))
+    maps = gdn.frame_transitions(*(inputs[n] for n in ("k_rot", "v", "beta", "decay")))
+    reset = jnp.array([False, False, True, False])
+
+    def run(maps, initial, addend, impl):
+        return gdn.scan_states(
+            maps, initial, reverse=reverse, exclusive=exclusive, reset=reset, addend=addend,
+            impl=impl, tiles=TILES,
+        )  # fmt: skip
+
+    def both(impl):
+        weights = jax.random.normal(jax.random.key(3), maps.u.shape)
+
+        def total(maps, initial, addend):
+            states, final = run(maps, initial, addend, impl)
+            return jnp.sum(states * weights) + jnp.sum(jnp.sin(final)), (states, final)
+
+        gradient = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+        return gradient(maps, inputs["initial"], maps.u * 0.5)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6),
+        both("xla"),
+        both("pallas"),
+    )
+
+
+def test_finite_differences():
+    inputs = _inputs((1, 2, 3, 1, 4))
+    run = jax.jit(functools.partial(_both_branches, impl="pallas", tiles=TILES))
+    check_grads(run, (inputs,), order=1, modes=["rev"], rtol=2e-2, atol=2e-2, eps=1e-2)
+
+
+def test_lowers_for_cuda():
+    batch, frames, tokens, heads, size = 1, 121, 880, 20, 112
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((batch, frames, *shape), dtype)
+
+    token = like(tokens, heads, size, dtype=jnp.bfloat16)
+    matrix, row = like(heads, size, size), like(heads, 1, size)
+    beta, decay = like(tokens, heads), like(heads)
+    tiles = gdn.Tiles()
+
+    def maps(k, v, beta, decay, w, u):
+        saved = (k, v, beta, decay)
+        return api._maps(tiles, False, *saved), api._maps_backward(tiles, False, saved, (w, u))
+
+    def read(states, q, z, dy):
+        static, saved = (tiles, False, 1e-8), (states, q, z, q)
+        return api._read(static, *saved), api._read_backward(static, saved, dy)
+
+    def scan(w, u):
+        initial, drop = jnp.zeros_like(u[:, 0]), jnp.zeros(u.shape[1])
+        options = {"reverse": True, "exclusive": False, "interpret": False}
+        return [
+            gpu_scan.scan(w, u, initial, drop, None, tiles, adjoint=adjoint, **options)
+            for adjoint in (False, True)
+        ]
+
+    assert triton_kernels(maps, token, token, beta, decay, matrix, matrix) == [
+        "gdn_maps",
+        "gdn_maps_gradient",
+    ]
+    assert triton_kernels(read, matrix, token, row, token) == ["gdn_read", "gdn_read_gradient"]
+    assert triton_kernels(scan, matrix, row) == ["gdn_scan", "gdn_scan_adjoint"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
+@pytest.mark.parametrize("case", HARD)
+def test_on_a_gpu(case, precision):
+    options = dict(HARD[case])
+    ends, shape = options.pop("ends", None), options.pop("shape", (2, 5, 200, 2, 112))
+    tiles = gdn.Tiles(scan_precision=precision)
+    inputs = _inputs(shape, jnp.bfloat16, **options)
+    truth = _results({n: a.astype(jnp.float32) for n, a in inputs.items()}, "xla", ends=ends)
+    xla = _results(inputs, "xla", ends=ends)
+    for name, found in _results(inputs, "pallas", tiles, ends).items():
+        bound = max(1.1 * _error(xla[name], truth[name]), 1e-4)
+        assert np.isfinite(found).all() and _error(found, truth[name]) < bound, name
