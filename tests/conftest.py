@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import tests.environment  # noqa: F401  before jax starts
 
-# before jax starts: tests are about numbers, and two workers share two cores
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # nearly all of the time is compilation of tiny programs, which run once
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
+# isort: split
 from pathlib import Path
 
 import jax
