@@ -5,6 +5,7 @@ from __future__ import annotations
 import tests.environment  # noqa: F401  before jax starts
 
 # isort: split
+import gc
 from pathlib import Path
 
 import jax
@@ -12,6 +13,19 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """A module starts without the programs of those before it, and collects its own garbage alone.
+
+    Millions of objects, of imported libraries and of earlier tests, would be scanned again and
+    again while jax traces: late tests would take several times as long as when they run alone.
+    """
+    gc.unfreeze()
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
