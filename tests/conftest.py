@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import tests.environment  # noqa: F401  before jax starts
 
-# before jax starts: tests are about numbers, and two workers share two cores
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # nearly all of the time is compilation of tiny programs, which run once
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
+# isort: split
+import gc
 from pathlib import Path
 
 import jax
@@ -19,6 +13,19 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """A module starts without the programs of those before it, and collects its own garbage alone.
+
+    Millions of objects, of imported libraries and of earlier tests, would be scanned again and
+    again while jax traces: late tests would take several times as long as when they run alone.
+    """
+    gc.unfreeze()
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

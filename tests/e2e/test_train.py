@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,26 +24,8 @@ def _rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """The runs compile the same few programs again and again: keep them."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {
-        "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
-def vae_dir(tmp_path_factory, quick_compilation) -> Path:
+def vae_dir(tmp_path_factory) -> Path:
     """A trained autoencoder, made by the command line."""
     workdir = tmp_path_factory.mktemp("vae")
     command = [sys.executable, "train.py", "--config=tests/e2e/tiny_config.py:vae"]
@@ -53,7 +34,6 @@ def vae_dir(tmp_path_factory, quick_compilation) -> Path:
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, **quick_compilation, "JAX_PLATFORMS": "cpu"},
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"{workdir}/export"

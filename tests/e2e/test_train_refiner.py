@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -54,18 +53,13 @@ def make_stage1(folder: Path) -> Path:
     return folder
 
 
-pytestmark = pytest.mark.usefixtures("kept_compilations")
-
-
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory: pytest.TempPathFactory, kept_compilations: dict[str, str]) -> Path:
+def stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_stage1(tmp_path_factory.mktemp("stage1"))
 
 
 @pytest.fixture(scope="module")
-def base(
-    tmp_path_factory: pytest.TempPathFactory, stage1: Path, kept_compilations: dict[str, str]
-) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, stage1: Path) -> Path:
     """The workdir of a base trained by the command line."""
     workdir = tmp_path_factory.mktemp("base")
     done = subprocess.run(
@@ -76,7 +70,6 @@ def base(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, **kept_compilations, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{workdir}/export"
@@ -124,7 +117,6 @@ def test_the_export_is_a_refiner_that_sample_py_takes(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     refined = np.load(tmp_path / "out.npy")

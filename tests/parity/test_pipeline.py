@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.pipeline.generate import SanaWM
 from sanawm_jax.vae.tiling import Tiling
+from tests.environment import users_environment
 from tests.parity.compare import float32_attention, relative
 from tests.parity.stage1_reference import make_folder
 
@@ -52,9 +52,9 @@ def test_sample_py_equals_the_reference(made: Path) -> None:
         *("--save_latents", str(made / "latents.npy"), "--save_frames", str(made / "frames.npy")),
         *("--output_dir", str(made / "out"), "--name", "tiny", "--no_refiner"),
     ]
-    # compiled as a user's would be
-    env = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=users_environment()
+    )
     assert done.returncode == 0, done.stderr
     video = Path(done.stdout.strip().splitlines()[-1])
     assert video == made / "out" / "tiny_generated.mp4" and video.stat().st_size > 0
