@@ -35,7 +35,6 @@ from tests.zip_set import flip_bytes, folders, random_path
 
 ROOT = Path(__file__).parents[2]
 FRAMES, SIZE = 9, 64
-pytestmark = pytest.mark.usefixtures("kept_compilations")
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +86,7 @@ def flags_of(own: Path, folder: Path, out: Path, **over: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def encoded(
-    videos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory, kept_compilations: dict
-) -> Path:
+def encoded(videos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command made of the videos."""
     out = tmp_path_factory.mktemp("encoded")
     main(flags_of(videos, weights, out))
@@ -222,9 +219,7 @@ def results(workdir: Path) -> tuple[list[float], list[bytes]]:
     return [json.loads(row)["loss"] for row in rows], [file.read_bytes() for file in files]
 
 
-def test_training_on_them_resumes_bit_equal(
-    encoded: Path, weights: Path, tmp_path: Path, kept_compilations: dict[str, str]
-) -> None:
+def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_path: Path) -> None:
     """A whole run of the command with a worker process, and its second half without."""
     done = subprocess.run(
         [
@@ -236,7 +231,7 @@ def test_training_on_them_resumes_bit_equal(
         capture_output=True,
         text=True,
         # the precision of conftest.py: it shares this process' compiled programs
-        env={**os.environ, **kept_compilations, "JAX_DEFAULT_MATMUL_PRECISION": "highest"},
+        env={**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path / 'whole'}/export"
