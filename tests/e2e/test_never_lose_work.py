@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-_TIMEOUT = 600.0
+_TIMEOUT = 1800.0
 
 
 def _start(config: str, workdir: Path, cache: Path, *flags: str) -> subprocess.Popen:
@@ -121,10 +121,12 @@ def test_sigterm_and_three_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path: Path) -> None:
+def test_twenty_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # many steps: what runs fast counts, not what compiles fast
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     rng = random.Random(1)
     moments = [rng.choice(["start", "step", "step", "save"]) for _ in range(20)]
-    steps = "--config.steps=150"
+    steps = "--config.steps=120"
     hits = _broken_equals_unbroken(tmp_path, "configs/smoke.py", moments, [steps])
     # a kill that finds the run ended proves nothing
     assert sum(hits.values()) == 20
