@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
-	$(BIN)/python -m pytest tests/multi_device $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/multi_device $(ARGS)
 
 $(VENV)/.core: setup.cfg pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sanawm_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
