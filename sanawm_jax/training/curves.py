@@ -55,7 +55,9 @@ def draw(runs: dict[str, str | Path], out: str | Path, *, metric: str = "loss") 
         axis.plot(steps, values, color="#b8c4d8", linewidth=0.5)
         axis.plot(steps, smooth(values, max(1, len(values) // 100)), color="#1f4e9c")
         low, high = np.percentile(values, [0.1, 99.0])
-        axis.set(title=title, xlabel="step", ylabel=metric, yscale="log", ylim=(low, high))
+        axis.set(title=title, xlabel="step", ylabel=metric, yscale="log")
+        if low < high:
+            axis.set_ylim(low, high)
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     with atomic_write(out) as partial:
