@@ -124,6 +124,8 @@ def test_sigterm_to_one_stops_both_at_one_step(tmp_path: Path) -> None:
     processes = _start_two(tmp_path, "--config.steps=100000", "--config.save_every=1000")
     metrics, started = tmp_path / "metrics.jsonl", time.time()
     while not (metrics.exists() and metrics.stat().st_size) and time.time() < started + _TIMEOUT:
+        if any(process.poll() is not None for process in processes):
+            break
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
     first, other = map(_finish, processes)
