@@ -256,7 +256,7 @@ class Streamer:
 
     def _scan(self, step: _Scan, given: list[Any]) -> list[Any]:
         options = step.eqn.params
-        first, count, length = options["num_consts"], options["num_carry"], options["length"]
+        (first, count), length = _scan_sizes(options), options["length"]
         consts, carry, xs = given[:first], given[first : first + count], given[first + count :]
         order = range(length)[:: -1 if options["reverse"] else 1]
         collected: list[Any] = [None] * length
@@ -295,6 +295,15 @@ class Streamer:
 
     def _bring(self, slices: list[_Slice]) -> list[jax.Array]:
         return [upload(s.stack.part(s.index)) for s in slices]
+
+
+def _scan_sizes(options: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
+    if "num_consts" in options:
+        return options["num_consts"], options["num_carry"]
+    # from JAX 0.12 on a tree of (constants, carry, what is scanned) says so
+    constants, carry, _ = options["ft_in"].unpack()
+    return len(list(constants)), len(list(carry))
 
 
 def _key(slices: list[_Slice]) -> tuple[Any, ...]:
