@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from sanawm_jax.core.processes import is_first
 from sanawm_jax.errors import InputError
 from sanawm_jax.training.state import TrainState
 
@@ -157,7 +158,7 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Removes what is deleted, and what is partial; no save may be under way."""
-        if jax.process_index() != 0:
+        if not is_first():
             return
         for folder in (self._folder / _DELETED, *self._folder.glob(_PARTIAL)):
             shutil.rmtree(folder, ignore_errors=True)

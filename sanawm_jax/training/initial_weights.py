@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-
 import numpy as np
 
 from sanawm_jax.core.params import Params, build
@@ -14,25 +11,7 @@ from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.upstream_folder import open_stage1
 from sanawm_jax.weights import keymap
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensors:
-    """Tensors in memory as `keymap.TensorSource`."""
-
-    tensors: Mapping[str, np.ndarray]
-
-    def keys(self) -> Iterable[str]:
-        return self.tensors.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.tensors[key].shape
-
-    def dtype(self, key: str) -> np.dtype:
-        return self.tensors[key].dtype
-
-    def read(self, key: str) -> np.ndarray:
-        return self.tensors[key]
+from sanawm_jax.weights.files import Tensors
 
 
 def load_initial(name: str, config: DiTConfig) -> Params:
@@ -53,7 +32,7 @@ def load_initial(name: str, config: DiTConfig) -> Params:
     found, _, params = open_stage1(name).load_dit(np.float32, place=lambda path, array: array)
     if build(DiT, found)[1] == abstract:
         return params
-    tensors = _Tensors(keymap.export(key_table(found), params))
+    tensors = Tensors(keymap.export(key_table(found), params))
     try:
         return keymap.load(
             key_table(config),

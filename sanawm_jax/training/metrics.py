@@ -13,11 +13,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from sanawm_jax.training.line_file import LineFile, truncate
+from sanawm_jax.training.line_file import LineFile
 from sanawm_jax.training.spikes import NORM_LIMIT, SKIPPED_IN_ROW, SpikePolicy
 from sanawm_jax.training.step import STOP
-
-__all__ = ["MetricsWriter", "RowSink", "TrainingDiverged", "truncate"]
 
 
 class TrainingDiverged(FloatingPointError):

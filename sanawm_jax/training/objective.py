@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from sanawm_jax.core.frames import chunk_starts
 from sanawm_jax.core.lora import build_adapted, init_adapters, merge_lora
@@ -93,16 +92,15 @@ class Stage1Objective:
         base = load_initial(self._config.init_weights, self._model)
         return merge_lora(base, params, self.lora.scale)
 
-    def flops(self, latents: np.ndarray, text: np.ndarray) -> float:
-        """Of a step's share of one clip of latents (n, F, H, W, c) and text (U, L, width)."""
-        height, width = latents.shape[2:4]
+    def flops(self, grid: tuple[int, ...], text: int) -> float:
+        """Of a step's share of one clip on a grid (H, W) with L = `text` tokens."""
         config = self._config
         forward = forward_flops(
             self._model,
             self._frames,
-            height,
-            width,
-            text.shape[1],
+            grid[0],
+            grid[1],
+            text,
             chunk_size=config.chunk_size,
             split=config.chunk_split_strategy,
             camera=config.use_camera,

@@ -7,6 +7,7 @@ L text tokens.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -111,6 +112,39 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         rows.update({name: arrays[name][caption] for name in ("text", "text_mask")})
         return {k: a.reshape(*indices.shape, *a.shape[1:]) for k, a in rows.items()}
 
+    return task_of_latents(
+        config,
+        workdir,
+        model,
+        objective,
+        null=(np.asarray(arrays["text"][-1]), np.asarray(arrays["text_mask"][-1])),
+        grid=arrays["latents"].shape[2:4],
+        size=len(arrays["latents"]),
+        read=read,
+        sample=stage1_samples(config, objective, arrays),
+    )
+
+
+def task_of_latents(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    model: DiTConfig,
+    objective: Stage1Objective,
+    *,
+    null: tuple[np.ndarray, np.ndarray],
+    grid: tuple[int, ...],
+    size: int,
+    **reading: Any,
+) -> Task:
+    """Stage 1 on batches of latents, cameras and text, wherever they are read.
+
+    Args:
+      null: text (L, width) and mask (L,) of the empty caption.
+      grid: H and W of the latents.
+      size: number of examples.
+      reading: the fields of `Task` that say how batches are read and shown.
+    """
+
     def prepare(
         resident: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
@@ -119,18 +153,17 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     def export(params: Params) -> None:
         export_stage1(objective, model, params, config, workdir / "export")
 
-    null = {name: np.asarray(arrays[name][-1]) for name in ("text", "text_mask")}
+    text, text_mask = null
     return Task(
         abstract=objective.abstract,
         init=objective.init,
-        resident={**null, **objective.frozen()},
-        size=len(arrays["latents"]),
+        resident={"text": text, "text_mask": text_mask, **objective.frozen()},
+        size=size,
         prepare=prepare,
         loss=objective.loss,
         export=export,
-        read=read,
-        flops=objective.flops(arrays["latents"], arrays["text"]),
-        sample=stage1_samples(config, objective, arrays),
+        flops=objective.flops(grid, len(text)),
+        **reading,
     )
 
 

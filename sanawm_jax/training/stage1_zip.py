@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from sanawm_jax.core.params import Params
+from sanawm_jax.core.processes import is_first
 from sanawm_jax.data.bad_samples import BadSampleCounter
 from sanawm_jax.data.latent_cache import TextEncoder
 from sanawm_jax.data.text_cache import TextCache, build_text_cache
@@ -22,9 +22,8 @@ from sanawm_jax.data.zip_writer import LATENTS, RAW
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.upstream_folder import open_stage1
-from sanawm_jax.training.export import export_transformer
 from sanawm_jax.training.objective import Stage1Objective, compute_dtype
-from sanawm_jax.training.stage1 import check_channels
+from sanawm_jax.training.stage1 import check_channels, task_of_latents
 from sanawm_jax.training.tasks import Task, caption_encoder
 
 _PLUCKER_CHANNELS = 6  # of one pixel frame
@@ -106,15 +105,6 @@ def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: Di
     check_channels(model, {"latents": source.shape[0], "plucker": plucker, "text": text.width})
     objective = Stage1Objective(config, model, source.latent_frames)
 
-    def prepare(
-        resident: tuple[jax.Array, jax.Array], batch: dict[str, jax.Array], key: jax.Array
-    ) -> dict[str, jax.Array]:
-        return objective.prepare(batch, resident, key)
-
-    def export(params: Params) -> None:
-        folder = workdir / "export" / "transformer"
-        export_transformer(model, params, folder, config.export_dtype)
-
     def stream(rows: np.ndarray, seed: int) -> ZipStream:
         data = config.data
         return ZipStream(
@@ -128,20 +118,20 @@ def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: Di
             buffer=data.buffer,
         )
 
-    return Task(
-        abstract=objective.abstract,
-        init=objective.init,
-        resident=text(""),
+    return task_of_latents(
+        config,
+        workdir,
+        model,
+        objective,
+        null=text(""),
+        grid=source.shape[1:],
         size=len(source),
-        prepare=prepare,
-        loss=objective.loss,
-        export=export,
         stream=stream,
     )
 
 
 def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list[str]) -> TextCache:
-    """The captions as the run's text encoder reads them; made by the first process."""
+    """The captions as the run's text encoder reads them; the others wait in `training.loop`."""
     data = config.data
     cache = Path(data.text_cache).expanduser() if data.text_cache else workdir / "text"
     name = data.text_dir or config.init_weights
@@ -151,7 +141,7 @@ def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list
             "init_weights"
         )
     folder = open_stage1(name)
-    if jax.process_index() == 0:
+    if is_first():
         dtype = compute_dtype(config.dtype)
 
         @functools.cache
@@ -163,10 +153,6 @@ def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list
 
         name = f"{_digest(folder.part('text_encoder'))}-{data.text_length}-{dtype}"
         build_text_cache(cache, captions, encode, fingerprint=name)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("captions")
     return TextCache(cache)
 
 

@@ -258,7 +258,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         prepare=prepare,
         loss=objective.loss,
         export=export,
-        flops=objective.flops(cache["latents"], cache["text"]),
+        flops=objective.flops(cache["latents"].shape[2:4], cache["text"].shape[1]),
         sample=stage1_samples(config, objective, cache),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.pipeline.random_weights import TINY, write_random
 from sanawm_jax.training.dry_run import describe
 from sanawm_jax.training.loop import train
+from sanawm_jax.training.tasks import make_task
 from tests.e2e.tiny_config import get_config
 from tests.zip_set import flip_bytes, folders, random_path
 
@@ -245,6 +247,19 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
     losses, files = results(tmp_path / "whole")
     assert len(losses) == 4 and np.isfinite(losses).all() and files
     assert results(tmp_path / "parts") == (losses, files)
+
+
+def test_adapters_are_trained_on_them_too(encoded: Path, weights: Path, tmp_path: Path) -> None:
+    """Their base is with the data, and the export has them alone beside the whole."""
+    config = config_of(encoded, weights)
+    config.dit = ConfigDict(dataclasses.asdict(TINY.dit), convert_dict=False)
+    config.init_weights = str(weights)
+    config.lora.rank = 2
+    task = make_task(config, tmp_path)
+    assert "base" in task.resident and task.flops > 0
+    task.export(task.init(None))
+    names = ("lora/adapter_config.json", "transformer/config.json")
+    assert all((tmp_path / "export" / name).is_file() for name in names)
 
 
 def test_a_run_on_too_many_bad_samples_ends_with_one_line(

@@ -11,7 +11,8 @@ import pytest
 
 from sanawm_jax.errors import InputError
 from sanawm_jax.training.checkpoint import Checkpoints
-from sanawm_jax.training.metrics import MetricsWriter, TrainingDiverged, truncate
+from sanawm_jax.training.line_file import truncate
+from sanawm_jax.training.metrics import MetricsWriter, TrainingDiverged
 from sanawm_jax.training.optimizer import make_optimizer
 from sanawm_jax.training.state import create_state
 
