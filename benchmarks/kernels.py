@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -82,15 +83,15 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     kernel = _normal(1, (3, 3, 1, 2 * sizes.inner), jnp.float32, 0.3)
     bias = _normal(2, (2 * sizes.inner,), jnp.float32, 0.1)
     sweep = [
-        ConvTiles(),
-        ConvTiles(rows=2, gate_rows=2, dx_rows=2),
-        ConvTiles(channels=128, warps=2),
-        ConvTiles(rows=6, gate_rows=6, dx_rows=6),  # last, since it compiles for longest
-    ]
+        ConvTiles(rows, channels, warps, rows, rows)
+        for rows, channels, warps in (
+            (4, 64, 1), (2, 64, 1), (2, 128, 1), (4, 128, 1), (3, 128, 2), (6, 64, 1)
+        )
+    ]  # fmt: skip
     variants: dict[str, Callable[..., Any]] = {
         impl: lambda *a, impl=impl: conv_glu(*a, impl=impl) for impl in ("xla", "xla_split")
     }
-    for tiles in sweep[1:2] if is_tiny else sweep:
+    for tiles in sweep[:1] if is_tiny else sweep:
         name = f"pallas rows {tiles.rows} channels {tiles.channels} warps {tiles.warps}"
         variants[name] = lambda *a, tiles=tiles: conv_glu(*a, impl="pallas", tiles=tiles)
     y = _bytes(x) / 2
@@ -112,23 +113,19 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     maps = jax.jit(gdn.frame_transitions)(k_rot, v, beta, decay)
     states = jax.jit(lambda m: gdn.scan_states(m)[0])(maps)
     normaliser = jax.nn.relu(_normal(7, (*decay.shape, 1, sizes.head_dim), jnp.float32)) + 0.1
-    base = gdn.Tiles()
 
-    def sweep(*changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {"xla": {"impl": "xla"}}
-        for change in changes[:1] if is_tiny else changes:
-            name = " ".join(["pallas", *(f"{k} {v}" for k, v in change.items())])
-            found[name] = {"impl": "pallas", "tiles": dataclasses.replace(base, **change)}
-        return found
+    def sweep(tiles: dict[str, gdn.Tiles]) -> dict[str, dict[str, Any]]:
+        chosen = dict(list(tiles.items())[:1]) if is_tiny else tiles
+        pallas = {f"pallas {name}": {"impl": "pallas", "tiles": t} for name, t in chosen.items()}
+        return {"xla": {"impl": "xla"}, **pallas}
 
     def variants(function: Any, options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
         return {name: lambda *a, o=o: function(*a, **o) for name, o in options.items()}
 
-    tokens = sweep(
-        {"tokens": 64, "warps": 8},
-        {"tokens": 32, "warps": 8, "backward_tokens": 32},
-        {"tokens": 64, "warps": 8, "stages": 3, "backward_tokens": 32, "backward_warps": 4},
-    )
+    tokens = sweep({"default": gdn.Tiles()} | {
+        f"tokens {t} warps {w} stages {s}": gdn.Tiles.of(gdn.Tile(t, w, s))
+        for t, w, s in ((64, 8, 2), (64, 4, 3), (32, 4, 3), (128, 8, 2))
+    })  # fmt: skip
     forward, small = _bytes(k_rot, v), _bytes(maps, beta)
     yield Part(
         "gdn", "frame maps", (k_rot, v, beta, decay),
@@ -140,17 +137,20 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         variants(lambda *a, **o: tuple(gdn.normaliser_transitions(*a, **o)), tokens),
         _bytes(k, beta, maps.w), 2 * _bytes(k, beta) + _bytes(maps.w),
     )  # fmt: skip
-    scans = sweep(
-        {"scan_precision": "tf32x3", "scan_rows": 16},
-        {"scan_precision": "bf16x3", "scan_rows": 16},
-        {"scan_precision": "bf16x3", "scan_rows": 32, "scan_warps": 8},
-        {"scan_precision": "tf32x3", "scan_rows": 32, "scan_warps": 8},
-    )
-    yield Part(
-        "gdn", "recurrence, one direction", tuple(maps),
-        variants(lambda w, u, **o: gdn.scan_states(gdn.Transition(w, u), **o)[0], scans),
-        _bytes(maps, maps.u), _bytes(maps, maps) + 2 * _bytes(maps.u),
-    )  # fmt: skip
+    scans = sweep({
+        f"rows {r} warps {w} {p}": gdn.Tiles(scan_rows=r, scan_warps=w, scan_precision=p)
+        for r, w, p in (
+            (32, 8, "bf16x3"), (32, 4, "bf16x3"), (64, 8, "bf16x3"), (16, 4, "bf16x3"),
+            (32, 8, "tf32x3"),
+        )
+    })  # fmt: skip
+    for both, name in ((False, "recurrence, one direction"), (True, "recurrence, both")):
+        run = gdn.bidirectional_states if both else gdn.scan_states
+        yield Part(
+            "gdn", name, tuple(maps),
+            variants(lambda w, u, run=run, **o: run(gdn.Transition(w, u), **o)[0], scans),
+            _bytes(maps, maps.u), _bytes(maps, maps) + 2 * _bytes(maps.u),
+        )  # fmt: skip
 
     def read(states: Any, z: Any, q_rot: Any, q: Any, **options: Any) -> Any:
         y = gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options)
@@ -168,7 +168,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         z, _ = run(gdn.normaliser_transitions(k, beta, decay, **options), **options)
         return gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options).astype(q.dtype)
 
-    whole = sweep({"scan_precision": "tf32x3"}, {"scan_precision": "bf16x3"})
+    whole = sweep({"default": gdn.Tiles()})
     least = _bytes(q, k, v, q_rot, k_rot, beta)
     for both, name in ((False, "one direction"), (True, "both directions")):
         yield Part(
@@ -240,6 +240,7 @@ def measure(
     reference = next(iter(part.variants.values()))
     small = _cut(part.inputs, cut, part.kernel)
     wide = tuple(a.astype(jnp.float32) for a in small)
+    runs = _compile(part, small, passes)
     for name in passes:
         best: tuple[float, str] | None = None
         accurate: list[float] = []
@@ -251,10 +252,10 @@ def measure(
         for variant, function in part.variants.items():
             line = {"kernel": part.kernel, "part": part.name, "variant": variant, "pass": name}
             try:
-                run = jax.jit(_pass(name, function))
-                found = errors(run(_weights(name, function, small), *small), truth)
+                short, full = (future.result() for future in runs[name, variant])
+                found = errors(short(_weights(name, function, small), *small), truth)
                 weights = _weights(name, function, part.inputs)
-                time_of = milliseconds(run, (weights, *part.inputs), repeats)
+                time_of = milliseconds(full, (weights, *part.inputs), repeats)
             except Exception as error:  # what one variant does must not end the session
                 yield {**line, "error": f"{type(error).__name__}: {str(error)[:300]}"}
                 continue
@@ -275,6 +276,26 @@ def measure(
                 "kernel": part.kernel, "part": part.name, "pass": name,
                 "fastest": best[1], "ms": round(best[0], 4),
             }  # fmt: skip
+
+
+def _compile(
+    part: Part, small: tuple[jax.Array, ...], passes: tuple[str, ...]
+) -> dict[tuple[str, str], list[Future[Any]]]:
+    """Programs of every pass and variant on the short and on the full inputs.
+
+    They compile side by side: one after the other, a card would wait for minutes.
+    """
+
+    def one(name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> Any:
+        weights = jax.eval_shape(lambda: _weights(name, function, inputs))
+        return jax.jit(_pass(name, function)).lower(weights, *inputs).compile()
+
+    with ThreadPoolExecutor() as pool:
+        return {
+            (name, variant): [pool.submit(one, name, function, a) for a in (small, part.inputs)]
+            for name in passes
+            for variant, function in part.variants.items()
+        }
 
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:

@@ -41,23 +41,15 @@ class Tiles:
     dx_rows: int = 4
 
 
-def _silu(x: jax.Array) -> jax.Array:
-    return x / (1.0 + jnp.exp(-x))
-
-
-def _silu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    sigmoid = 1.0 / (1.0 + jnp.exp(-x))
-    return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
-
-
 class _Band:
     """What a program of a kernel may read and write.
 
     Refs are flat, and an index is one scalar, so that addresses cost few vector instructions.
     """
 
-    def __init__(self, size: tuple[int, int, int], rows: int, block: int):
+    def __init__(self, size: tuple[int, int, int], rows: int, block: int, is_exact: bool):
         self.height, self.width, self.channels = size
+        self.is_exact = is_exact
         self.rows = rows
         self.block = block
         self.first = pl.program_id(1) * rows
@@ -101,6 +93,20 @@ class _Band:
             [self.parameter(ref, (3 * i + j) * halves + half) for j in range(3)] for i in range(3)
         ]
 
+    def sigmoid(self, x: jax.Array) -> jax.Array:
+        if self.is_exact:
+            return 1.0 / (1.0 + jnp.exp(-x))
+        # One instruction, good to 2^-11, where exp and a division are twenty and bound the kernel;
+        # bfloat16 rounds what comes of it to 2^-9.
+        return 0.5 + 0.5 * plgpu.approx_tanh(0.5 * x)
+
+    def silu(self, x: jax.Array) -> jax.Array:
+        return x * self.sigmoid(x)
+
+    def silu_and_slope(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sigmoid = self.sigmoid(x)
+        return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+
     def walk(self, read: Any, use: Any, carry: Any) -> Any:
         """Calls `use(column, (left, centre, right), carry)` for every column.
 
@@ -135,7 +141,7 @@ def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any) -> None:
 
     def read(column: Any) -> tuple[Rows, Rows]:
         def one(half: int, row: int) -> jax.Array:
-            activated = _silu(band.load(x_ref, row - 1, column, 2, half))
+            activated = band.silu(band.load(x_ref, row - 1, column, 2, half))
             return activated.astype(dtype).astype(jnp.float32)  # as it is written otherwise
 
         value, gate = (tuple(one(h, r) for r in range(band.rows + 2)) for h in range(2))
@@ -156,7 +162,7 @@ def _forward_kernel(x_ref: Any, w_ref: Any, b_ref: Any, y_ref: Any, *, band: Any
     tile = band()
 
     def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array) -> None:
-        tile.store(y_ref, value * _silu(gate), row, column)
+        tile.store(y_ref, value * tile.silu(gate), row, column)
 
     _gated(tile, x_ref, w_ref, b_ref, use)
 
@@ -167,7 +173,7 @@ def _gate_kernel(x_ref: Any, w_ref: Any, b_ref: Any, dy_ref: Any, d_ref: Any, *,
 
     def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array) -> None:
         dy = tile.load(dy_ref, row, column)
-        activated, slope = _silu_and_slope(gate)
+        activated, slope = tile.silu_and_slope(gate)
         tile.store(d_ref, dy * activated, row, column, 2, 0)
         tile.store(d_ref, dy * value * slope, row, column, 2, 1)
 
@@ -188,7 +194,7 @@ def _dx_kernel(x_ref: Any, w_ref: Any, d_ref: Any, dx_ref: Any, dw_ref: Any, *, 
         found = list(sums)
         for row in range(tile.rows):
             x = tile.load(x_ref, row, column)
-            activated, slope = _silu_and_slope(x)
+            activated, slope = tile.silu_and_slope(x)
             activated = activated.astype(dtype).astype(jnp.float32)
             tile.store(dx_ref, _window(seen, row, turned) * slope, row, column)
             for i in range(3):
@@ -215,6 +221,8 @@ def _call(
 ) -> list[jax.Array]:
     """Runs `body` on flat arrays: (N,) is shared, (F, N) a frame's, (F, bands, N) a band's."""
     block = tiles.channels
+    # an interpreter has no approximate instructions
+    is_exact = interpret or inputs[0].dtype == jnp.float32
 
     def spec(a: Any) -> pl.BlockSpec:
         if len(a.shape) == 1:
@@ -224,7 +232,7 @@ def _call(
         return pl.BlockSpec((None, None, a.shape[-1]), lambda c, r, f: (f, r, 0))
 
     return pl.pallas_call(
-        functools.partial(body, band=lambda: _Band(size, rows, block)),
+        functools.partial(body, band=lambda: _Band(size, rows, block, is_exact)),
         # the first axis runs fastest: neighbouring blocks of channels share lines of memory
         grid=(pl.cdiv(size[2], block), pl.cdiv(size[0], rows), outputs[0].shape[0]),
         in_specs=[spec(a) for a in inputs],

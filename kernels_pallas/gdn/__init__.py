@@ -1,6 +1,7 @@
 """Frame-wise gated delta rule (Gated DeltaNet over whole frames)."""
 
 from kernels_pallas.gdn.api import (
+    Tile,
     Tiles,
     bidirectional_states,
     frame_transitions,
@@ -12,6 +13,7 @@ from kernels_pallas.gdn.api import (
 from kernels_pallas.gdn.reference import Transition, compose_states
 
 __all__ = [
+    "Tile",
     "Tiles",
     "Transition",
     "bidirectional_states",

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from kernels_pallas import choice
 from kernels_pallas.gdn import gpu, gpu_scan, reference
+from kernels_pallas.gdn.gpu_scan import Run
 from kernels_pallas.gdn.reference import Transition
 
-Tiles = gpu.Tiles
+Tile, Tiles = gpu.Tile, gpu.Tiles
 _F32 = jnp.float32
 
 
@@ -66,17 +67,12 @@ def scan_states(
     exclusive: bool = False,
     reset: jax.Array | None = None,
     axis_name: str | None = None,
-    addend: jax.Array | None = None,
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.scan_states`; over ranks it always runs in XLA.
-
-    Args:
-      addend: (B, F, N, V, D), added to the reported states on their way to memory.
-    """
+    """See `reference.scan_states`; over ranks it always runs in XLA."""
     if not _is_pallas(impl, axis_name=axis_name):
-        states, final = reference.scan_states(
+        return reference.scan_states(
             transition,
             initial,
             reverse=reverse,
@@ -84,13 +80,9 @@ def scan_states(
             reset=reset,
             axis_name=axis_name,
         )
-        return (states if addend is None else addend + states), final
-    w, u = transition
-    if initial is None:
-        initial = jnp.zeros_like(u[:, 0])
-    drop = jnp.zeros(u.shape[1:2], _F32) if reset is None else reset.astype(_F32)
-    static = (tiles or Tiles(), choice.interpret(), reverse, exclusive)
-    return _scan(static, w, u, initial, drop, addend)
+    runs = (Run(reverse, exclusive),)
+    states, final = _run_all(transition, initial, [reset], runs, tiles)
+    return states[0], final[0]
 
 
 def bidirectional_states(
@@ -102,14 +94,30 @@ def bidirectional_states(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.bidirectional_states`."""
+    """See `reference.bidirectional_states`; Pallas runs both directions at once."""
     if not _is_pallas(impl, axis_name=axis_name):
         return reference.bidirectional_states(
             transition, initial, chunk_ends=chunk_ends, axis_name=axis_name
         )
-    options: dict[str, Any] = {"impl": "pallas", "tiles": tiles}
-    backward, _ = scan_states(transition, reverse=True, exclusive=True, reset=chunk_ends, **options)
-    return scan_states(transition, initial, addend=backward, **options)
+    runs = (Run(reverse=False, exclusive=False), Run(reverse=True, exclusive=True))
+    states, final = _run_all(transition, initial, [None, chunk_ends], runs, tiles)
+    return states[0] + states[1], final[0]
+
+
+def _run_all(
+    transition: Transition,
+    initial: jax.Array | None,
+    resets: list[jax.Array | None],
+    runs: tuple[Run, ...],
+    tiles: Tiles | None,
+) -> tuple[jax.Array, jax.Array]:
+    """States and final states of every run; the first starts from `initial`, others from zero."""
+    w, u = transition
+    zero = jnp.zeros_like(u[:, 0])
+    start = jnp.stack([zero if initial is None else initial, *[zero] * (len(runs) - 1)])
+    never = jnp.zeros(u.shape[1:2], _F32)
+    drop = jnp.stack([never if reset is None else reset.astype(_F32) for reset in resets])
+    return _scan((tiles or Tiles(), choice.interpret(), runs), w, u, start, drop)
 
 
 def read_out(
@@ -152,7 +160,7 @@ def _maps(
     row = ("row", jax.ShapeDtypeStruct((batch, frames, heads, 1, size), _F32))
     inputs = [*tokens, ("scalars", beta), ("number", decay)]
     outputs = [matrix, row if v is None else matrix]
-    return gpu.run("maps", inputs, outputs, tiles, interpret=interpret)
+    return gpu.run("rows" if v is None else "maps", inputs, outputs, tiles, interpret=interpret)
 
 
 def _maps_forward(tiles: Tiles, interpret: bool, *args: Any) -> tuple[list[jax.Array], Any]:
@@ -169,7 +177,8 @@ def _maps_backward(tiles: Tiles, interpret: bool, saved: Any, gradients: Any) ->
         (kind, jax.ShapeDtypeStruct(a.shape, a.dtype))
         for kind, a in [*like, ("scalars", beta), ("number", decay)]
     ]
-    found = gpu.run("maps_gradient", inputs, outputs, tiles, interpret=interpret)
+    kernel = "rows_gradient" if v is None else "maps_gradient"
+    found = gpu.run(kernel, inputs, outputs, tiles, interpret=interpret)
     return (found[0], None, *found[1:]) if v is None else tuple(found)
 
 
@@ -178,44 +187,39 @@ _maps.defvjp(_maps_forward, _maps_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(
-    static: tuple[Tiles, bool, bool, bool],
+    static: tuple[Tiles, bool, tuple[Run, ...]],
     w: jax.Array,
     u: jax.Array,
     initial: jax.Array,
     drop: jax.Array,
-    addend: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    tiles, interpret, reverse, exclusive = static
-    return gpu_scan.scan(
-        w, u, initial, drop, addend, tiles,
-        reverse=reverse, exclusive=exclusive, adjoint=False, interpret=interpret,
-    )  # fmt: skip
+    tiles, interpret, runs = static
+    return gpu_scan.scan(w, u[None], initial, drop, runs, tiles, adjoint=False, interpret=interpret)
 
 
 def _scan_forward(static: Any, *args: Any) -> tuple[Any, Any]:
     found: Any = _scan(static, *args)
-    states, final = found
-    w, _, initial, drop, addend = args
-    return (states, final), (w, initial, drop, addend, states)
+    w, _, initial, drop = args
+    return found, (w, initial, drop, found[0])
 
 
 def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
-    tiles, interpret, reverse, exclusive = static
-    w, initial, drop, addend, states = saved
+    tiles, interpret, runs = static
+    w, initial, drop, states = saved
     d_states, d_final = gradients
     du, d_initial = gpu_scan.scan(
-        w, d_states, d_final, drop, None, tiles,
-        reverse=reverse, exclusive=exclusive, adjoint=True, interpret=interpret,
-    )  # fmt: skip
-    before = states if addend is None else states - addend
-    if not exclusive:  # the state that a frame starts from is what the frame before it reported
-        parts = [initial[:, None], before[:, :-1]]
-        if reverse:
-            parts = [before[:, 1:], initial[:, None]]
-        before = (1.0 - drop)[:, None, None, None] * jnp.concatenate(parts, 1)
-    dw = reference.einsum("bfnvd,bfnve->bfnde", before, du)
-    d_addend = None if addend is None else d_states
-    return dw, du, d_initial, jnp.zeros_like(drop), d_addend
+        w, d_states, d_final, drop, runs, tiles, adjoint=True, interpret=interpret
+    )
+    dw = jnp.zeros_like(w)
+    for i, run in enumerate(runs):
+        before = states[i]
+        if not run.exclusive:  # a frame starts from what the frame before it reported
+            parts = [initial[i, :, None], before[:, :-1]]
+            if run.reverse:
+                parts = [before[:, 1:], initial[i, :, None]]
+            before = (1.0 - drop[i])[:, None, None, None] * jnp.concatenate(parts, 1)
+        dw += reference.einsum("bfnvd,bfnve->bfnde", before, du[i])
+    return dw, jnp.sum(du, 0), d_initial, jnp.zeros_like(drop)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

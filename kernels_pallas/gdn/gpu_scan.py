@@ -8,7 +8,7 @@ Axis letters as in `gdn.gpu`.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,39 +28,56 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: str) -> j
     return product(a, b, axes, exact=precision == "ieee")
 
 
+class Run(NamedTuple):
+    """How one run of the recurrence goes over the frames, see `gdn.scan_states`."""
+
+    reverse: bool
+    exclusive: bool
+
+
 def _kernel(*refs: Any, frames: int, sizes: tuple[int, int], options: dict[str, Any]) -> None:
     """Forward: state -> drop -> S w + u. Its adjoint: + du -> S w^T -> drop, frames reversed."""
-    w_ref, u_ref, initial_ref, reset_ref, *addend_ref, states_ref, final_ref = refs
+    w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs
     rows, wide = states_ref.shape[1:]
     values, size = sizes
-    left = values - pl.program_id(0) * rows
-    row_mask = matrix_mask(rows, wide, (left, size))
+    row_mask = matrix_mask(rows, wide, (values - pl.program_id(0) * rows, size))
     map_mask = matrix_mask(wide, wide, (size, size))
-    exclusive, adjoint = options["exclusive"], options["adjoint"]
+    adjoint, runs = options["adjoint"], options["runs"]
 
-    def load(ref: Any, frame: Any) -> jax.Array:
-        return plgpu.load(ref.at[frame, :, :], mask=row_mask, other=0.0)
+    def of_run(field: str) -> Any:
+        """1 where the run is so, else 0; a number of the program unless all runs agree."""
+        first, *others = [int(getattr(run, field)) for run in runs]
+        return pl.program_id(3) * (others[0] - first) + first if others else first
 
-    def step(i: Any, state: jax.Array) -> jax.Array:
-        frame = frames - 1 - i if options["reverse"] else i
+    backwards = of_run("reverse")
+    if adjoint:
+        backwards = 1 - backwards
+    exclusive = jnp.float32(of_run("exclusive"))
+
+    def load(i: Any) -> tuple[Any, jax.Array, jax.Array]:
+        i = jnp.minimum(i, frames - 1)
+        frame = i + backwards * (frames - 1 - 2 * i)
         w = plgpu.load(w_ref.at[frame, :, :], mask=map_mask, other=0.0)
-        u, keep = load(u_ref, frame), 1.0 - reset_ref[frame]
+        return frame, w, plgpu.load(u_ref.at[frame, :, :], mask=row_mask, other=0.0)
+
+    def step(i: Any, carry: Any) -> Any:
+        state, (frame, w, u) = carry
+        # asked for before this frame's product, so that memory's delay hides behind it
+        following = load(i + 1)
+        keep = 1.0 - reset_ref[frame]
         if adjoint:  # u holds the gradient of the reported states
-            state = state if exclusive else state + u
-            told = state
-            state = _dot(state, w, (1, 1), options["precision"])
-            state = keep * (state + u if exclusive else state)
+            told = state + (1.0 - exclusive) * u
+            after = _dot(told, w, (1, 1), options["precision"])
+            state = keep * (after + exclusive * u)
         else:
             state = keep * state
             after = _dot(state, w, (1, 0), options["precision"]) + u
-            told, state = (state if exclusive else after), after
-        if addend_ref:
-            told = told + load(addend_ref[0], frame)
+            told, state = jnp.where(exclusive > 0, state, after), after
         plgpu.store(states_ref.at[frame, :, :], told, mask=row_mask)
-        return state
+        return state, following
 
     start = plgpu.load(initial_ref.at[:, :], mask=row_mask, other=0.0)
-    final = lax.fori_loop(0, frames, step, start)
+    final, _ = lax.fori_loop(0, frames, step, (start, load(0)))
     plgpu.store(final_ref.at[:, :], final, mask=row_mask)
 
 
@@ -69,52 +86,56 @@ def scan(
     u: jax.Array,
     initial: jax.Array,
     reset: jax.Array,
-    addend: jax.Array | None,
+    runs: tuple[Run, ...],
     tiles: Tiles,
     *,
-    reverse: bool,
-    exclusive: bool,
     adjoint: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """States of every frame, with `addend` added, and the state after the last.
+    """States of every frame, and the state after the last, of R runs side by side.
+
+    Runs wait for memory most of the time, so that two take little longer than one.
 
     Args:
-      w, u: maps (B, F, N, D, D) and (B, F, N, V, D), float32.
-      initial: (B, N, V, D).
-      reset: (F,) float32, 1 where the incoming state is dropped.
-      addend: (B, F, N, V, D) or None.
-      reverse, exclusive: see `gdn.scan_states`; of the forward run, also for its adjoint.
+      w: (B, F, N, D, D) float32, of all runs.
+      u: (R, B, F, N, V, D) float32, or with a leading 1 for the same in all.
+      initial: (R, B, N, V, D).
+      reset: (R, F) float32, 1 where the incoming state is dropped.
+      runs: one or two; of the forward pass, also for its adjoint.
       adjoint: u is the gradient of the states and initial that of the final state; reported are
         the gradients of the forward's u and of its initial state.
+
+    Returns:
+      (R, B, F, N, V, D) and (R, B, N, V, D).
     """
-    batch, frames, heads, values, size = u.shape
-    wide = padded(size)
+    _, batch, frames, heads, values, size = u.shape
+    shares_u = len(u) == 1
+    count, wide = len(runs), padded(size)
     rows = min(tiles.scan_rows, padded(values))
-    maps = pl.BlockSpec((None, frames, None, wide, wide), lambda r, n, b: (b, 0, n, 0, 0))
-    lines = pl.BlockSpec((None, frames, None, rows, wide), lambda r, n, b: (b, 0, n, r, 0))
-    state = pl.BlockSpec((None, None, rows, wide), lambda r, n, b: (b, n, r, 0))
-    flags = pl.BlockSpec((frames,), lambda r, n, b: (0,))
+    maps = pl.BlockSpec((None, frames, None, wide, wide), lambda r, n, b, d: (b, 0, n, 0, 0))
+    line = (None, None, frames, None, rows, wide)
+    added = pl.BlockSpec(line, lambda r, n, b, d: (0 if shares_u else d, b, 0, n, r, 0))
+    told = pl.BlockSpec(line, lambda r, n, b, d: (d, b, 0, n, r, 0))
+    state = pl.BlockSpec((None, None, None, rows, wide), lambda r, n, b, d: (d, b, n, r, 0))
+    flags = pl.BlockSpec((None, frames), lambda r, n, b, d: (d, 0))
+    # an interpreter has no such units
+    is_replaced = interpret and tiles.scan_precision in _PRESETS
     options = {
-        "reverse": reverse != adjoint,
-        "exclusive": exclusive,
+        "runs": runs,
         "adjoint": adjoint,
-        # an interpreter has no such units
-        "precision": "ieee" if interpret and tiles.scan_precision in _PRESETS else None,
+        "precision": "ieee" if is_replaced else tiles.scan_precision,
     }
-    options["precision"] = options["precision"] or tiles.scan_precision
-    extra = [] if addend is None else [addend]
     states, final = pl.pallas_call(
         functools.partial(_kernel, frames=frames, sizes=(values, size), options=options),
-        grid=(pl.cdiv(values, rows), heads, batch),
-        in_specs=[maps, lines, state, flags, *[lines] * len(extra)],
-        out_specs=[lines, state],
+        grid=(pl.cdiv(values, rows), heads, batch, count),
+        in_specs=[maps, added, state, flags],
+        out_specs=[told, state],
         out_shape=[
-            jax.ShapeDtypeStruct(u.shape, jnp.float32),
+            jax.ShapeDtypeStruct((count, *u.shape[1:]), jnp.float32),
             jax.ShapeDtypeStruct(initial.shape, jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.scan_warps, num_stages=tiles.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.scan_warps, num_stages=1),
         interpret=interpret,
         name="gdn_scan_adjoint" if adjoint else "gdn_scan",
-    )(w, u, initial, reset, *extra)
+    )(w, u, initial, reset)
     return states, final

@@ -21,6 +21,10 @@ zeros_init: Initializer = nnx.initializers.zeros
 @jax.custom_vjp
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """`x @ kernel + bias` with one rounding, after the bias, as a fused GEMM epilogue does it."""
+    if jax.default_backend() == "gpu":
+        # cuBLASLt adds the bias before it rounds; asked for float32, it would write the product
+        # at twice the size, for a kernel of its own to read, add and round
+        return x @ kernel + bias
     y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
     return (y + bias.astype(jnp.float32)).astype(x.dtype)
 

@@ -14,7 +14,7 @@ from kernels_pallas import gdn
 from kernels_pallas.gdn import api, gpu_scan
 from tests.kernels.lowering import triton_kernels
 
-TILES = gdn.Tiles(tokens=16, backward_tokens=16, scan_rows=16, warps=4)
+TILES = gdn.Tiles.of(gdn.Tile(tokens=16, warps=4), scan_rows=16, scan_precision="ieee")
 NAMES = ("q", "k", "v", "q_rot", "k_rot", "beta", "decay", "initial")
 
 
@@ -83,6 +83,8 @@ def _error(found, wanted):
     return np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-6)
 
 
+# results in the tokens' dtype; XLA may leave the rounding out where it is undone at once
+ROUNDED = ("[0][0]", "[0][1]", *(f"[1]['{name}']" for name in NAMES[:5]))
 SHAPE = (2, 3, 18, 2, 8)
 HARD = {
     "random": {},
@@ -125,21 +127,20 @@ def test_scan_and_its_gradient(reverse, exclusive):
     maps = gdn.frame_transitions(*(inputs[n] for n in ("k_rot", "v", "beta", "decay")))
     reset = jnp.array([False, False, True, False])
 
-    def run(maps, initial, addend, impl):
+    def run(maps, initial, impl):
         return gdn.scan_states(
-            maps, initial, reverse=reverse, exclusive=exclusive, reset=reset, addend=addend,
-            impl=impl, tiles=TILES,
-        )  # fmt: skip
+            maps, initial, reverse=reverse, exclusive=exclusive, reset=reset, impl=impl, tiles=TILES
+        )
 
     def both(impl):
         weights = jax.random.normal(jax.random.key(3), maps.u.shape)
 
-        def total(maps, initial, addend):
-            states, final = run(maps, initial, addend, impl)
+        def total(maps, initial):
+            states, final = run(maps, initial, impl)
             return jnp.sum(states * weights) + jnp.sum(jnp.sin(final)), (states, final)
 
-        gradient = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
-        return gradient(maps, inputs["initial"], maps.u * 0.5)
+        gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+        return gradient(maps, inputs["initial"])
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6),
@@ -174,10 +175,10 @@ def test_lowers_for_cuda():
         return api._read(static, *saved), api._read_backward(static, saved, dy)
 
     def scan(w, u):
-        initial, drop = jnp.zeros_like(u[:, 0]), jnp.zeros(u.shape[1])
-        options = {"reverse": True, "exclusive": False, "interpret": False}
+        runs = (gpu_scan.Run(False, False), gpu_scan.Run(True, True))
+        initial, drop = jnp.zeros((2, *u[:, 0].shape)), jnp.zeros((2, u.shape[1]))
         return [
-            gpu_scan.scan(w, u, initial, drop, None, tiles, adjoint=adjoint, **options)
+            gpu_scan.scan(w, u[None], initial, drop, runs, tiles, adjoint=adjoint, interpret=False)
             for adjoint in (False, True)
         ]
 
@@ -200,5 +201,5 @@ def test_on_a_gpu(case, precision):
     truth = _results({n: a.astype(jnp.float32) for n, a in inputs.items()}, "xla", ends=ends)
     xla = _results(inputs, "xla", ends=ends)
     for name, found in _results(inputs, "pallas", tiles, ends).items():
-        bound = max(1.1 * _error(xla[name], truth[name]), 1e-4)
+        bound = max(1.1 * _error(xla[name], truth[name]), 2e-3 if name in ROUNDED else 1e-4)
         assert np.isfinite(found).all() and _error(found, truth[name]) < bound, name
