@@ -42,8 +42,10 @@ def scale_for(largest: jax.Array) -> jax.Array:
 
     NaN and infinity get 1 and become NaN in e4m3, so a broken activation stays visible.
     """
-    _, exponent = jnp.frexp(largest.astype(jnp.float32) / LARGEST)
-    return jnp.ldexp(jnp.ones_like(largest, jnp.float32), exponent)
+    bits = lax.bitcast_convert_type(largest.astype(jnp.float32) / LARGEST, jnp.uint32)
+    # up to a whole exponent; so few operations because a compiler may repeat them for every element
+    rounded = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+    return jnp.where((rounded > 0) & (rounded < jnp.inf), rounded, 1.0)
 
 
 def to_float8(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -59,6 +61,7 @@ def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
     return {"values": jnp.swapaxes(values, -1, -2), "scale": scale}
 
 
+@jax.named_scope("fp8")
 def float8_matmul(
     x: jax.Array, values: jax.Array, scale: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import warnings
 from typing import Any
@@ -76,6 +77,25 @@ def test_product(rng: np.random.Generator) -> None:
     half = float8_matmul(jnp.asarray(x, jnp.bfloat16), **quantised, bias=jnp.asarray(bias))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(half, np.float32), got, rtol=0.05, atol=0.05)
+
+
+def test_what_xla_is_given() -> None:
+    """One product of two e4m3 matrices, contracted along their rows, then a number, then a vector.
+
+    That is what becomes one library call on a GPU; nothing may come between.
+    """
+    x = jax.ShapeDtypeStruct((2, 3, 32), jnp.bfloat16)
+    values = jax.ShapeDtypeStruct((48, 32), jnp.float8_e4m3fn)
+    scale, bias = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((48,), jnp.bfloat16)
+    traced = jax.jit(float8_matmul).trace(x, values, scale, bias)
+    lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    (start,) = (i for i, line in enumerate(lines) if "stablehlo.dot_general" in line)
+    assert "contracting_dims = [1] x [1]" in lines[start]
+    assert "(tensor<6x32xf8E4M3FN>, tensor<48x32xf8E4M3FN>) -> tensor<6x48xbf16>" in lines[start]
+    names = [re.search(r"stablehlo\.(\w+)", line) for line in lines[start + 1 :]]
+    arithmetic = [n[1] for n in names if n and n[1] not in ("broadcast_in_dim", "convert")]
+    # the first one multiplies the scales
+    assert arithmetic[:4] == ["multiply", "multiply", "add", "reshape"]
 
 
 def test_scales_are_powers_of_two_and_never_zero_or_infinite() -> None:
