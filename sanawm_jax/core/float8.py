@@ -2,9 +2,10 @@
 
     y = s_x s_w (x8 W8^T) + b,  x8 = e4m3(x / s_x),  W8 = e4m3(W^T / s_w)
 
-Both scales are one number a tensor: that is all that cuBLASLt's FP8 product takes on Hopper. They
-are powers of two, so scaling rounds nothing and a scale is exact in bfloat16 as well; e4m3 is a
-floating-point format, and the bit of range that this costs is not missed.
+Both scales are one number a tensor: that is all that XLA's FP8 product takes on Hopper, and a scale
+a token or an output channel is no more accurate on trained weights (small world, 20 steps: 0.088
+in place of 0.089), since e4m3 lacks bits and not range. They are powers of two, so scaling rounds
+nothing and a scale is exact in bfloat16 as well.
 
 XLA makes one library call of the lines in `float8_matmul`: a product of two e4m3 matrices, each
 with its contracted axis last, then a scalar factor, then a vector. Kernels are therefore (out, in),

@@ -41,7 +41,9 @@ def check_precision(name: str, dtype: Any, devices: int = 1) -> str:
     if name == "bf16":
         return name
     if dtype == jnp.float32:
-        raise InputError("--dtype=float32 means float32 everywhere; --precision=fp8 needs bfloat16")
+        raise InputError(
+            "--dtype=float32 is float32 everywhere; --precision=fp8 needs --dtype=bfloat16"
+        )
     if devices > 1:
         raise InputError("--precision=fp8 runs on one device, not with --devices")
     device = jax.devices()[0]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import fp8
+from sanawm_jax.core.float8 import float8_matmul, quantise
 
 GPU_TEXT = """
 HloModule jit_f, is_scheduled=true
@@ -32,9 +35,23 @@ def test_every_form(capsys: pytest.CaptureFixture) -> None:
 
 
 def fp8_forms() -> list[str]:
-    import jax.numpy as jnp
-
     return list(fp8.forms(jnp.ones((16, 16))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [18480, 300])
+def test_one_library_call(rows: int) -> None:
+    """On the card, scale and bias included, also of rows that are no multiple of 16."""
+    x = jax.random.normal(jax.random.key(0), (rows, 2240), jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (2240, 4480), jnp.bfloat16)
+    bias = jax.random.normal(jax.random.key(2), (4480,), jnp.bfloat16)
+    quantised = quantise(kernel)
+    compiled = jax.jit(float8_matmul).lower(x, **quantised, bias=bias).compile()
+    calls, reads_fp8 = fp8.products(compiled.as_text() or "")
+    assert reads_fp8 and any("$f8" in call for call in calls), calls
+    truth = x.astype(jnp.float32) @ kernel.astype(jnp.float32) + bias
+    got = compiled(x, **quantised, bias=bias).astype(jnp.float32)
+    assert 0.01 < jnp.linalg.norm(got - truth) / jnp.linalg.norm(truth) < 0.06
 
 
 def test_what_reads_fp8() -> None:

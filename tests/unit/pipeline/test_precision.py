@@ -175,7 +175,7 @@ def test_what_cannot_be(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
     for options, words in (
         ({"precision": "fp4"}, "--precision=fp4 is unknown; use one of bf16, fp8"),
-        ({"precision": "fp8", "dtype": "float32"}, "--precision=fp8 needs bfloat16"),
+        ({"precision": "fp8", "dtype": "float32"}, "--precision=fp8 needs --dtype=bfloat16"),
     ):
         with pytest.raises(InputError, match=words):
             sample(**{**given, **options})
