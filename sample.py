@@ -31,6 +31,7 @@ _TEXTS = {
     "action_mapping": "meaning of the keys: sana or diffusers",
     "intrinsics": "a .npy file or fx,fy,cx,cy in pixels of the image",
     "dtype": "bfloat16 or float32",
+    "precision": "of stage 1's large matrix products: bf16 (that is, --dtype) or fp8",
     "offload": "what stays on the accelerator: none, model (one network) or block (two layers)",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
     "stage1_latents": "refine or decode these latents: no image, camera or network is needed",

@@ -111,10 +111,12 @@ def _memory(side: str) -> dict[str, Any]:
     return {"peak_gib": round(peak / GIB, 3), "device": name}
 
 
-def random_params(module: Any, config: Any, dtype: Any) -> tuple[Any, Any]:
+def random_params(
+    module: Any, config: Any, dtype: Any, place: Callable[[str, Any], Any] | None = None
+) -> tuple[Any, Any]:
     """Graph definition and random parameters on the device, a leaf at a time.
 
-    The sizes are those of the reference's side: `fill_reference`.
+    The sizes are those of the reference's side: `fill_reference`. `place` as `keymap.load`'s.
     """
     import jax
     import jax.numpy as jnp
@@ -135,7 +137,21 @@ def random_params(module: Any, config: Any, dtype: Any) -> tuple[Any, Any]:
             flat[path] = 0.02 * jax.random.normal(key, leaf.shape, dtype)
         else:
             flat[path] = jnp.zeros(leaf.shape, dtype)
+        if place is not None:
+            flat[path] = place(path, flat[path])
     return graphdef, from_leaves(flat)
+
+
+def random_dit(config: Any, dtype: Any, precision: str) -> tuple[Any, Any]:
+    """`random_params` of the DiT, in FP8 the same numbers rounded; see `pipeline.precision`."""
+    from sanawm_jax.core.float8 import quantising
+    from sanawm_jax.dit.model import DiT
+    from sanawm_jax.pipeline.precision import build_dit
+
+    if precision == "bf16":
+        return random_params(DiT, config, dtype)
+    graphdef, abstract = build_dit(config, precision)
+    return graphdef, random_params(DiT, config, dtype, quantising(abstract, None))[1]
 
 
 def fill_reference(model: Any, device: str, dtype: Any) -> Any:

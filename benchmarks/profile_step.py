@@ -45,6 +45,7 @@ SCOPES = {
     "rope": "element-wise",
     "adaln": "element-wise",
     "norm": "element-wise",
+    "fp8": "element-wise",  # rounding to it; its products are gemm, measured by bf16's limit
 }
 _NAMED = re.compile(r"\b(" + "|".join(SCOPES) + r")\b")
 
@@ -183,12 +184,11 @@ def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[A
 
     from benchmarks.stage1 import inputs
     from sanawm_jax.core.params import apply
-    from sanawm_jax.dit.model import DiT
     from sanawm_jax.pipeline.stage1 import denoise_step
 
     config, _, grid, text = given.sizes
     dtype = common.jax_dtype(given.tiny)
-    graphdef, params = common.random_params(DiT, config, dtype)
+    graphdef, params = common.random_dit(config, dtype, given.precision)
     start, conditions = inputs(config, frames, grid, text, dtype, batch=given.batch)
     if not given.backward:
         scalars = tuple(map(jnp.float32, (0.7, 0.6, 5.0)))
@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latent_frames", type=int, nargs="+", default=[121])
     parser.add_argument("--batch", type=int, default=None, help="2 is guidance, the default")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
     parser.add_argument("--backward", action="store_true", help="loss and gradients instead")
     parser.add_argument("--remat", default="full", help="with --backward: none, dots or full")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")

@@ -2,15 +2,19 @@
 
     python -m benchmarks.stage1 --latent_frames 21 121
     python -m benchmarks.stage1 --compile        # the reference's blocks through torch.compile
+    python -m benchmarks.stage1 --precision fp8  # ours in FP8, and its error against bfloat16
     python -m benchmarks.stage1 --tiny
 
 Random weights of the released size, 704x1280, bfloat16. A step of ours also makes the Euler update.
+In FP8 a further line a length compares one step with bfloat16's from the same weights and latents:
+relative errors of the latents and of their change, which is the velocity.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from typing import Any
 
 from benchmarks import common
@@ -61,26 +65,46 @@ def ours(given: argparse.Namespace) -> None:
     """Measures `pipeline.stage1.denoise_step`."""
     import jax.numpy as jnp
 
-    from sanawm_jax.dit.model import DiT
     from sanawm_jax.pipeline.stage1 import denoise_step
 
     config, lengths, grid, text = sizes(given)
     dtype = common.jax_dtype(given.tiny)
-    graphdef, params = common.random_params(DiT, config, dtype)
+    graphdef, params = common.random_dit(config, dtype, given.precision)
+
+    def run(start: Any, conditions: Any) -> Any:
+        return denoise_step(
+            graphdef,
+            params,
+            jnp.array(start),  # the step takes its latents' memory
+            conditions,
+            *map(jnp.float32, (0.7, 0.6, 5.0)),
+            dtype=dtype,
+        ).block_until_ready()
+
+    made = {}
     for frames in lengths:
+        args = inputs(config, frames, grid, text, dtype)
+
+        def step(args: Any = args, frames: int = frames) -> None:
+            made[frames] = run(*args)
+
+        what = f"step of {frames} latent frames"
+        common.report("ours", what, step, given.repeats, precision=given.precision)
+    if given.precision == "bf16":
+        return
+    del params  # both at once would count to the memory
+    graphdef, params = common.random_dit(config, dtype, "bf16")
+    for frames, latents in made.items():
         start, conditions = inputs(config, frames, grid, text, dtype)
+        exact = run(start, conditions)
 
-        def step(start: Any = start, conditions: Any = conditions) -> None:
-            denoise_step(
-                graphdef,
-                params,
-                jnp.array(start),  # the step takes its latents' memory
-                conditions,
-                *map(jnp.float32, (0.7, 0.6, 5.0)),
-                dtype=dtype,
-            ).block_until_ready()
+        def error(unchanged: Any, latents: Any = latents, exact: Any = exact) -> float:
+            size = jnp.linalg.norm((exact - unchanged).ravel())
+            return float(f"{float(jnp.linalg.norm((latents - exact).ravel()) / size):.3g}")
 
-        common.report("ours", f"step of {frames} latent frames", step, given.repeats)
+        what = f"{given.precision} against bf16, {frames} latent frames"
+        line = {"side": "ours", "what": what, "latents": error(0.0), "velocity": error(start)}
+        print(json.dumps(line), flush=True)
 
 
 def reference(given: argparse.Namespace) -> None:
@@ -130,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latent_frames", type=int, nargs="+", default=[21, 121])
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="of ours")
     common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
 
 

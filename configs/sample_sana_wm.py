@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.refiner_kv_max_frames = 11
     config.refiner_seed = 42
     config.dtype = "bfloat16"
+    config.precision = "bf16"
     config.offload = "none"
     config.devices = 1
     config.vae_tiling = "auto"  # tiles of 512x512 pixels and 96 frames if larger; none, always

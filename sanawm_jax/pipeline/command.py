@@ -59,6 +59,7 @@ def sample(
     refine_options: dict[str, int] | None = None,
     offload: str = "none",
     devices: int = 1,
+    precision: str = "bf16",
     allow_pickle: bool = False,
 ) -> Path:
     """Runs one command line; the flags are described in `sample.py`.
@@ -69,6 +70,7 @@ def sample(
       refine_options: fields of `RefineOptions`.
       offload: what stays on the accelerator, see `pipeline.offload`.
       devices: that share stage 1's frames out.
+      precision: of stage 1's large matrix products, see `pipeline.precision`.
       allow_pickle: also read upstream's `model.pt`.
 
     Returns:
@@ -104,6 +106,7 @@ def sample(
             tiling=vae_tiling,
             offload=offload,
             devices=devices,
+            precision=precision,
             allow_pickle=allow_pickle,
         )
     refiner_noise = c2w = held_keys = kept = None

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from sanawm_jax.core.float8 import quantising
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import Schedule
@@ -22,6 +23,7 @@ from sanawm_jax.dit import keys as dit_keys
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.precision import build_dit
 from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
@@ -177,14 +179,24 @@ class Stage1Folder(ModelFolder):
         )
 
     def load_dit(
-        self, dtype: Any, place: Place | None = None
+        self, dtype: Any, place: Place | None = None, precision: str = "bf16"
     ) -> tuple[DiTConfig, nnx.GraphDef, Params]:
-        """Configuration, graph definition and parameters of the DiT; `place` as `keymap.load`."""
+        """Configuration, graph definition and parameters of the DiT.
+
+        Args:
+          place: as `keymap.load`.
+          precision: a checked one, see `pipeline.precision`.
+
+        Raises:
+          InputError: fp8, and no layer of this network can run in it.
+        """
         config, weights = self.dit_config(), self.dit_weights()
-        graphdef, abstract = build(DiT, config)
+        graphdef, abstract = build_dit(config, precision)
+        if precision == "fp8":
+            place = quantising(abstract, place)
         params = keymap.load(
             weights.entries,
-            abstract,
+            build(DiT, config)[1],
             weights.source,
             what=weights.what,
             dtype=dtype,

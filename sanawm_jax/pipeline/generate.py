@@ -22,6 +22,7 @@ from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.pipeline.memory_plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.pipeline.offload import check_offload, frame_mesh, on_all_devices, streaming_of
+from sanawm_jax.pipeline.precision import check_precision
 from sanawm_jax.pipeline.request import Request, make_request
 from sanawm_jax.pipeline.stage1 import Conditions, denoise
 from sanawm_jax.pipeline.upstream_folder import open_stage1
@@ -93,10 +94,11 @@ class SanaWM:
       tiling: how videos are decoded, see `decode_tiling`.
       offload: what stays on the device, see `pipeline.offload`.
       devices: local devices that share the latent frames of stage 1 out; all else runs on one.
+      precision: of the DiT's large matrix products, see `pipeline.precision`.
 
     Raises:
-      InputError: an unknown dtype, tiling or offload, too few devices, or a broken VAE
-        configuration.
+      InputError: an unknown dtype, tiling or offload, too few devices, a precision that this device
+        lacks, or a broken VAE configuration.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class SanaWM:
         tiling: str | Tiling = "auto",
         offload: str = "none",
         devices: int = 1,
+        precision: str = "bf16",
     ):
         self.folder = folder
         self.dtype = resolve_dtype(dtype)
@@ -115,6 +118,7 @@ class SanaWM:
         self.offload = check_offload(offload)
         self.devices = devices
         self.mesh = frame_mesh(devices, offload)
+        self.precision = check_precision(precision, self.dtype, devices)
         self.vae_config = folder.vae_config()
         self._parts: dict[str, Any] = {}
         self._checked: set[str] = set()
@@ -128,19 +132,27 @@ class SanaWM:
         tiling: str | Tiling = "auto",
         offload: str = "none",
         devices: int = 1,
+        precision: str = "bf16",
         allow_pickle: bool = False,
     ) -> SanaWM:
         """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
-          dtype, tiling, offload, devices: see the class.
+          dtype, tiling, offload, devices, precision: see the class.
           allow_pickle: see `upstream_folder.open_stage1`.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
         folder = open_stage1(name, allow_pickle=allow_pickle)
-        return cls(folder, dtype=dtype, tiling=tiling, offload=offload, devices=devices)
+        return cls(
+            folder,
+            dtype=dtype,
+            tiling=tiling,
+            offload=offload,
+            devices=devices,
+            precision=precision,
+        )
 
     def check(self, *parts: str) -> None:
         """Compares tensor names and shapes of `parts` with the file headers, each once.
@@ -198,7 +210,7 @@ class SanaWM:
         found = [
             text_need(text, dtype),
             vae_need(config, dtype, half="encoder", tile=(1, *pixels[1:])),
-            dit_need(dit, shape, batch, text_length, dtype).shared(self.devices),
+            dit_need(dit, shape, batch, text_length, dtype, self.precision).shared(self.devices),
         ]
         return [*found, self.decoder_need(shape)] if decode else found
 
@@ -264,7 +276,7 @@ class SanaWM:
         place, run = streaming_of(self.offload)
         if self.mesh is not None:
             place = on_all_devices(self.mesh)
-        _, graphdef, params = self._part("transformer", self.folder.load_dit, place)
+        _, graphdef, params = self._part("transformer", self.folder.load_dit, place, self.precision)
         sampled = denoise(
             graphdef,
             params,

@@ -19,9 +19,9 @@ from sanawm_jax.core.params import Params, build, leaves
 from sanawm_jax.core.programs import least_bytes, num_bytes, trace
 from sanawm_jax.core.streaming import stacked_axes
 from sanawm_jax.dit.config import DiTConfig
-from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.offload import OFFLOADS
+from sanawm_jax.pipeline.precision import build_dit
 from sanawm_jax.pipeline.stage1 import Conditions, denoise_step
 from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow
@@ -56,7 +56,10 @@ def _array(shape: Shape, dtype: Any) -> Any:
 
 
 def _abstract(params: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda a: _array(a.shape, dtype), params)
+    def one(a: Any) -> Any:
+        return a if a.dtype.itemsize == 1 else _array(a.shape, dtype)  # FP8 stays
+
+    return jax.tree.map(one, params)
 
 
 def need_of(params: Params, other: int = 0) -> Need:
@@ -73,14 +76,22 @@ def need_of(params: Params, other: int = 0) -> Need:
     return Need(weights, min(weights, resident + 2 * max(kinds.values())), other)
 
 
-def dit_need(config: DiTConfig, latents: Shape, batch: int, text_length: int, dtype: Any) -> Need:
+def dit_need(
+    config: DiTConfig,
+    latents: Shape,
+    batch: int,
+    text_length: int,
+    dtype: Any,
+    precision: str = "bf16",
+) -> Need:
     """Of one step of stage 1.
 
     Args:
       latents: (1, C, F, h, w).
       batch: 2 with guidance.
+      precision: see `pipeline.precision`.
     """
-    graphdef, params = build(DiT, config)
+    graphdef, params = build_dit(config, precision)
     params = _abstract(params, dtype)
     _, channels, frames, *grid = latents
 

@@ -180,7 +180,7 @@ def load(
       what: name of the weights for messages.
       dtype: dtype of the floating leaves; None keeps the file's.
       sharding: a sharding or a tree of them for `jax.device_put`; None is the default device.
-      place: (dotted path, array) -> leaf, in place of putting it on the device.
+      place: (dotted path, array) -> leaf or a dict of leaves, in place of putting it on the device.
       ignore: source names that are left out on purpose.
 
     Raises:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import stage1
+
 ROOT = Path(__file__).parents[2]
+
+
+def test_stage1_in_fp8(capsys: pytest.CaptureFixture) -> None:
+    stage1.main(["--tiny", "--repeats=1", "--side=ours", "--precision=fp8"])
+    step, errors = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert step["precision"] == "fp8" and step["seconds"] > 0
+    assert 0 < errors["latents"] < errors["velocity"] < 0.3
 
 
 @pytest.mark.parametrize(
