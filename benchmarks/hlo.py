@@ -113,6 +113,10 @@ class Program:
                 self.instructions[instruction.name] = instruction
                 self._home[instruction.name] = name
 
+    def home(self, name: str) -> str:
+        """The computation of an instruction."""
+        return self._home[name]
+
     def called(self, instruction: Instruction) -> Iterable[Instruction]:
         """What a fusion is made of, in order; else the instruction itself."""
         found = re.search(r"\bcalls=%?([\w.-]+)", instruction.text)

@@ -104,7 +104,7 @@ def summarise(
     rows: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(
         lambda: {"ms": 0.0, "kernels": 0, "flops": 0.0, "bytes": 0.0}
     )
-    first: dict[str, str] = {}
+    runs = executions(program, events)
     for name, kernel, nanoseconds in events:
         instruction = program.instructions.get(name)
         if instruction is None:
@@ -117,18 +117,54 @@ def summarise(
         row = rows[key]
         row["ms"] += nanoseconds * 1e-6 / steps
         row["kernels"] += 1 / steps
-        if instruction is None:
-            continue
-        # an instruction may be several kernels (split reductions): its work counts once
-        if first.setdefault(name, kernel) == kernel:
-            row["flops"] += program.flops(instruction) / steps
-            row["bytes"] += program.bytes(instruction) / steps
+        if instruction is not None and (count := runs.pop(name, 0)):
+            row["flops"] += program.flops(instruction) * count / steps
+            row["bytes"] += program.bytes(instruction) * count / steps
     total = sum(row["ms"] for row in rows.values())
     lines = [
         {"part": part, "scope": scope, "share": row["ms"] / total, **row}
         for (part, scope), row in rows.items()
     ]
     return sorted(lines, key=lambda line: -line["ms"])
+
+
+def executions(program: Program, events: Sequence[tuple[str, str, float]]) -> dict[str, int]:
+    """How often every instruction ran.
+
+    An instruction may be several kernels (split reductions, attention), some of one name; so it
+    ran as often as that one of its computation's instructions that has the fewest.
+    """
+    counts = collections.Counter((name, kernel) for name, kernel, _ in events)
+    least: dict[str, int] = {}
+    for (name, _), count in counts.items():
+        least[name] = min(count, least.get(name, count))
+    homes: dict[str, int] = {}
+    for name, count in least.items():
+        if name in program.instructions:
+            home = program.home(name)
+            homes[home] = min(count, homes.get(home, count))
+    return {name: homes[program.home(name)] for name in least if name in program.instructions}
+
+
+def longest(
+    program: Program, events: Sequence[tuple[str, str, float]], steps: int, count: int
+) -> list[str]:
+    """The instructions that take longest: ms a step, kernels, name, scope, result."""
+    times: collections.Counter[str] = collections.Counter()
+    kernels_of: collections.Counter[str] = collections.Counter()
+    for name, kernel, nanoseconds in events:
+        times[name or kernel] += nanoseconds  # pyright: ignore[reportArgumentType]
+        kernels_of[name or kernel] += 1
+    found = []
+    for name, nanoseconds in times.most_common(count):
+        instruction = program.instructions.get(name)
+        scope, text = (instruction.scope, instruction.text) if instruction else ("", "")
+        result = text.partition("=")[2].strip().partition(" ")[0][:60]
+        found.append(
+            f"{nanoseconds * 1e-6 / steps:9.3f} ms {kernels_of[name] / steps:6.0f}x"
+            f"  {name[:36]:36}  {scope[-70:]}  {result}"
+        )
+    return found
 
 
 def rates(line: dict[str, Any], device: str) -> dict[str, Any]:
@@ -232,6 +268,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--remat", default="full", help="with --backward: none, dots or full")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--repeats", type=int, default=3, help="profiled steps")
+    parser.add_argument("--longest", type=int, default=0, help="list so many instructions as well")
     parser.add_argument("--trace", type=Path, help="keep the profile in this folder")
     given = parser.parse_args(arguments)
     given.batch = given.batch or (1 if given.backward else 2)
@@ -261,6 +298,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}
             print(json.dumps({"what": what, "device": device, **rounded}), flush=True)
         print(f"{what} on {device}\n{table(lines)}", file=sys.stderr, flush=True)
+        for line in longest(program, events, given.repeats, given.longest):
+            print(line, file=sys.stderr, flush=True)
         found += lines
     return found
 

@@ -1,8 +1,6 @@
 """Frame-wise gated delta rule (Gated DeltaNet over whole frames)."""
 
 from kernels_pallas.gdn.api import (
-    Tile,
-    Tiles,
     bidirectional_states,
     frame_transitions,
     normalised_read_out,
@@ -10,6 +8,7 @@ from kernels_pallas.gdn.api import (
     read_out,
     scan_states,
 )
+from kernels_pallas.gdn.gpu import Tile, Tiles
 from kernels_pallas.gdn.reference import Transition, compose_states
 
 __all__ = [

@@ -7,6 +7,8 @@ Reference: diffusers `FlowMatchEulerDiscreteScheduler` and the loop of `SanaWMPi
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,13 +23,32 @@ def shift_sigma(sigma: Any, shift: Any) -> Any:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def check_sigmas(levels: Sequence[float]) -> tuple[float, ...]:
+    """Noise levels of a sampler as numbers.
+
+    Raises:
+      InputError: they do not fall from at most 1 to 0.
+    """
+    found = tuple(float(level) for level in levels)
+    falls = all(a > b for a, b in itertools.pairwise(found))
+    if len(found) < 2 or not falls or found[0] > 1 or found[-1] != 0:
+        raise InputError(f"sigmas={found} must fall from at most 1 to 0")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Fields of a published `scheduler_config.json` that change the flow-matching schedule."""
+    """Fields of a published `scheduler_config.json` that change the flow-matching schedule.
+
+    Attributes:
+      distilled_sigmas: ours: a refiner's noise levels, falling to 0, where they are not those of
+        the release; diffusers ignores them and takes them as the refiner's `sigmas=`.
+    """
 
     shift: float = 1.0
     num_train_timesteps: int = 1000
     shift_terminal: float | None = None
+    distilled_sigmas: tuple[float, ...] | None = None
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Schedule:
@@ -47,7 +68,10 @@ class Schedule:
         if switched := [name for name in options if raw.get(name)]:
             raise InputError(f"scheduler config: {', '.join(switched)} is not supported")
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in raw.items() if k in known})
+        found = {k: v for k, v in raw.items() if k in known}
+        if levels := found.get("distilled_sigmas"):
+            found["distilled_sigmas"] = check_sigmas(levels)
+        return cls(**found)
 
     def sigmas(self, steps: int) -> np.ndarray:
         """Noise levels (steps + 1,) float32 from 1 down to 0.

@@ -30,6 +30,7 @@ from sanawm_jax.pipeline.upstream_folder import (
     is_upstream,
     open_stage1,
 )
+from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.weights import upstream
 from sanawm_jax.weights.files import class_name, read_config
 from sanawm_jax.weights.writer import Spec, copy_folder, write_file, write_folder, write_json
@@ -266,7 +267,16 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
 
 
 def export_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
-    """Copies a refiner; both layouts have diffusers' names, in other folders."""
+    """Copies a refiner; both layouts have diffusers' names, in other folders.
+
+    Raises:
+      InputError: its noise levels are its own, and upstream's layout has no place for them.
+    """
+    if layout == "upstream" and folder.sigmas != SIGMAS:
+        raise InputError(
+            f"{folder.path} samples at noise levels of its own, for which upstream's layout has no "
+            "place; use --layout diffusers"
+        )
     for part in ("transformer", "connectors"):
         copy_folder(folder.part(part), out / part)
     if layout == "upstream":

@@ -23,6 +23,7 @@ from sanawm_jax.refiner import keys
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.model import Refiner
+from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
@@ -58,7 +59,7 @@ class RefinerFolder(ModelFolder):
         self.connectors = ConnectorsConfig.from_json(read_config(self.part("connectors")))
         self.text_config = GemmaConfig.from_json(read_config(self.part("text_encoder")))
         self.text_length = int(self.index.get("text_max_sequence_length", _TEXT_LENGTH))
-        self._check_scheduler()
+        self.sigmas = self._read_sigmas()
         self._check_widths()
 
     def _expect(self, part: str, classes: tuple[str, ...]) -> None:
@@ -69,15 +70,16 @@ class RefinerFolder(ModelFolder):
                 "--refiner_weights takes a refiner folder"
             )
 
-    def _check_scheduler(self) -> None:
+    def _read_sigmas(self) -> tuple[float, ...]:
         if "scheduler" not in self.parts:
-            return
+            return SIGMAS
         schedule = Schedule.from_json(read_config(self.part("scheduler"), "scheduler_config.json"))
         if schedule.shift != 1.0 or schedule.shift_terminal:
             raise InputError(
                 f"{self.path / 'scheduler'} shifts noise levels; the refiner's are distilled and "
                 "need shift=1 without shift_terminal"
             )
+        return schedule.distilled_sigmas or SIGMAS
 
     def _check_widths(self) -> None:
         text, connectors, registers = (

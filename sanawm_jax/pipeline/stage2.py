@@ -213,6 +213,7 @@ class LTX2Refiner:
             sink_frames=options.sink_size,
             block_frames=options.refiner_block_size,
             window_frames=options.refiner_kv_max_frames,
+            sigmas=self.folder.sigmas,
             dtype=self.dtype,
             progress=progress,
             run=run,

@@ -16,6 +16,7 @@ from sanawm_jax.dit.keys import extra_tensors
 from sanawm_jax.dit.keys import key_table as dit_table
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.keys import connectors_table, refiner_table
+from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import key_table as vae_table
 from sanawm_jax.weights import keymap
@@ -77,18 +78,32 @@ def export_connectors(
     _write(folder, "LTX2TextConnectors", config, tensors)
 
 
-def write_refiner_index(folder: str | Path, text_length: int) -> None:
+def write_refiner_index(
+    folder: str | Path, text_length: int, sigmas: tuple[float, ...] = SIGMAS
+) -> None:
     """Writes model_index.json and scheduler/ of a refiner folder."""
-    write_index(folder, 1.0, {**_REFINER_INDEX, "text_max_sequence_length": text_length})
+    extra = {} if sigmas == SIGMAS else {"distilled_sigmas": list(sigmas)}
+    index = {**_REFINER_INDEX, "text_max_sequence_length": text_length}
+    write_index(folder, 1.0, index, extra)
 
 
-def write_index(folder: str | Path, flow_shift: float, index: dict[str, Any] = _INDEX) -> None:
-    """Writes model_index.json and scheduler/ of a folder that holds the other components."""
+def write_index(
+    folder: str | Path,
+    flow_shift: float,
+    index: dict[str, Any] = _INDEX,
+    schedule: dict[str, Any] | None = None,
+) -> None:
+    """Writes model_index.json and scheduler/ of a folder that holds the other components.
+
+    Args:
+      schedule: further fields of the scheduler's configuration.
+    """
     folder = Path(folder)
     scheduler = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": flow_shift,
+        **(schedule or {}),
     }
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

@@ -1,7 +1,8 @@
 """The refiner's objective, truncated-sigma flow matching, as pure functions of arrays.
 
-The flow starts where the sampler starts: not at noise, but at a stage-1 clip with noise of level
-s = 0.909375 on it. With stage 1's latents z, the true ones r, noise e and a level sigma in (0, s]:
+The flow starts where the sampler starts: not at noise, but at a stage-1 clip with noise of level s
+on it, 0.909375 in the release. With stage 1's latents z, the true ones r, noise e and a level sigma
+in (0, s]:
 
     x1 = (1 - s) z + s e      alpha = sigma / s      x_t = (1 - alpha) r + alpha x1
     target v* = (x1 - r) / s  so that  x_t = r + sigma v*
@@ -72,8 +73,10 @@ def shifted_logit_normal_levels(key: jax.Array, batch: int, tokens: int) -> jax.
     return jnp.where(is_uniform, uniform_levels(uniform_key, batch), u)
 
 
-def sample_sigmas(key: jax.Array, batch: int, tokens: int, kind: str) -> jax.Array:
-    """Noise levels in [1e-6, s], (B,) float32: `u` of one of `LEVELS` times s.
+def sample_sigmas(
+    key: jax.Array, batch: int, tokens: int, kind: str, start: float = START_SIGMA
+) -> jax.Array:
+    """Noise levels in [1e-6, start], (B,) float32: `u` of one of `LEVELS` times start.
 
     Raises:
       InputError: unknown kind.
@@ -84,7 +87,7 @@ def sample_sigmas(key: jax.Array, batch: int, tokens: int, kind: str) -> jax.Arr
         u = uniform_levels(key, batch)
     else:
         u = shifted_logit_normal_levels(key, batch, tokens)
-    return clamp_sigmas(START_SIGMA * u)
+    return clamp_sigmas(start * u, start)
 
 
 def clamp_sigmas(sigma: jax.Array, start: float = START_SIGMA) -> jax.Array:
@@ -166,7 +169,12 @@ class Sequence:
 
 
 def clip_sequence(
-    stage1: jax.Array, truth: jax.Array, noise: jax.Array, sigma: jax.Array, sink_frames: int = 1
+    stage1: jax.Array,
+    truth: jax.Array,
+    noise: jax.Array,
+    sigma: jax.Array,
+    sink_frames: int = 1,
+    start: float = START_SIGMA,
 ) -> Sequence:
     """A whole clip: [sink of stage 1 | all other frames noised], as `sampler.refine_at_once`.
 
@@ -175,13 +183,14 @@ def clip_sequence(
       sigma: (B,).
       sink_frames: leading frames given as stage 1 has them, which is how sampling gives them; 0
         noises every frame.
+      start: s.
     """
     sink = stage1[:, :sink_frames].astype(jnp.float32)
     rest = (a[:, sink_frames:] for a in (stage1, truth, noise))
-    flow = truncated_flow(*rest, sigma=sigma)
+    flow = truncated_flow(*rest, sigma=sigma, start=start)
     return Sequence(
         latents=jnp.concatenate([sink, flow.noisy], 1),
-        sigma=clamp_sigmas(sigma),
+        sigma=clamp_sigmas(sigma, start),
         target=flow.target,
         positions=jnp.arange(stage1.shape[1]),
     )
@@ -228,6 +237,7 @@ def stream_sequence(
     noise: jax.Array,
     sigma: jax.Array,
     positions: jax.Array,
+    start: float = START_SIGMA,
 ) -> Sequence:
     """One chunk of a stream: [sink and history, given | current chunk noised].
 
@@ -236,11 +246,12 @@ def stream_sequence(
       stage1, truth, noise: (B, f, H, W, c) of the current chunk.
       sigma: (B,).
       positions: (F + f,) absolute frames of both.
+      start: s.
     """
-    flow = truncated_flow(stage1, truth, noise, sigma)
+    flow = truncated_flow(stage1, truth, noise, sigma, start)
     return Sequence(
         latents=jnp.concatenate([context.astype(jnp.float32), flow.noisy], 1),
-        sigma=clamp_sigmas(sigma),
+        sigma=clamp_sigmas(sigma, start),
         target=flow.target,
         positions=positions,
     )

@@ -134,22 +134,25 @@ def draw_history_kind(key: jax.Array, step: jax.Array, curriculum: Curriculum) -
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def euler_rollout(velocity: Velocity, start: jax.Array, steps: jax.Array) -> jax.Array:
+def euler_rollout(
+    velocity: Velocity, start: jax.Array, steps: jax.Array, level: float = START_SIGMA
+) -> jax.Array:
     """The flow's end from its start, without guidance.
 
     Args:
       velocity: (x (B, F, H, W, c), sigma (B,)) -> velocity of the same frames.
       start: (B, F, H, W, c), stage 1 with noise of level s: x1.
       steps: () int32, any number; levels fall evenly from s to 0.
+      level: s.
 
     Returns:
       the same shape, float32, cut off from every gradient.
     """
 
     def body(i: jax.Array, x: jax.Array) -> jax.Array:
-        sigma = START_SIGMA * (1.0 - i / steps)
+        sigma = level * (1.0 - i / steps)
         v = velocity(x, jnp.full((len(x),), sigma)).astype(jnp.float32)
-        return x - START_SIGMA / steps * v
+        return x - level / steps * v
 
     x = lax.fori_loop(0, steps, body, lax.stop_gradient(start.astype(jnp.float32)))
     return lax.stop_gradient(x)

@@ -46,6 +46,7 @@ class Objective:
 
     Attributes:
       levels: sampler of noise levels, see `refiner_flow.LEVELS`.
+      start: s, where sampling starts.
       augment: (low, high) amount of noise added to stage 1; high 0 is off.
       sink_frames: of a whole clip, given as stage 1 has them.
       layouts: of a stream, empty for whole clips.
@@ -54,6 +55,7 @@ class Objective:
     """
 
     levels: str
+    start: float = START_SIGMA
     augment: tuple[float, float] = (0.0, 0.0)
     sink_frames: int = 1
     layouts: tuple[ChunkLayout, ...] = ()
@@ -63,8 +65,11 @@ class Objective:
     corruption: history.Corruption = dataclasses.field(default_factory=history.Corruption)
 
 
-def make_objective(config: ConfigDict, frames: int) -> Objective:
+def make_objective(config: ConfigDict, frames: int, start: float = START_SIGMA) -> Objective:
     """The objective that a configuration names for clips of `frames` latent frames.
+
+    Args:
+      start: s, the first of the refiner's noise levels.
 
     Raises:
       InputError: unknown names, or sizes that do not fit the clips.
@@ -81,11 +86,12 @@ def make_objective(config: ConfigDict, frames: int) -> Objective:
             raise InputError(
                 f"sink_frames={config.sink_frames} must leave some of the {frames} latent frames"
             )
-        return Objective(config.levels, (low, high), config.sink_frames)
+        return Objective(config.levels, start, (low, high), config.sink_frames)
     stream = config.stream
     layouts = chunk_layouts(frames, first=stream.first, chunk=stream.chunk, window=stream.window)
     return Objective(
         config.levels,
+        start,
         (low, high),
         layouts=tuple(layouts),
         first=stream.first,
@@ -131,8 +137,8 @@ class PrepareRefiner:
             tokens = (frames - sink) * height * width
             # what sampling gives as it is stays as it is
             stage1 = jnp.concatenate([stage1[:, :sink], augmented[:, sink:]], 1)
-            sigma = sample_sigmas(sigma_key, rows, tokens, objective.levels)
-            sequence = clip_sequence(stage1, truth, noise, sigma, sink)
+            sigma = sample_sigmas(sigma_key, rows, tokens, objective.levels, objective.start)
+            sequence = clip_sequence(stage1, truth, noise, sigma, sink, objective.start)
             return {
                 "latents": sequence.latents,
                 "sigma": sequence.sigma,
@@ -155,7 +161,7 @@ class PrepareRefiner:
             "augmented": augmented,
             "truth": truth,
             "noise": noise,
-            "sigma": sample_sigmas(sigma_key, rows, tokens, objective.levels),
+            "sigma": sample_sigmas(sigma_key, rows, tokens, objective.levels, objective.start),
             "text": text,
             # a row's own randomness for what happens to its history
             "seed": jax.random.key_data(jax.random.split(seed_key, rows)),
@@ -249,6 +255,7 @@ class RefinerLoss:
             *parts,
             sigma=examples["sigma"],
             positions=jnp.concatenate([context, current]),
+            start=self.objective.start,
         )
         return self._loss(params, sequence, examples["text"])
 
@@ -284,7 +291,8 @@ class RefinerLoss:
         params, first = lax.stop_gradient(params), self.objective.first
         stage1 = examples["stage1"][:, context]
         noise = jax.vmap(lambda key: jax.random.normal(key, stage1.shape[1:]))(keys)
-        start = (1 - START_SIGMA) * stage1 + START_SIGMA * noise
+        level = self.objective.start
+        start = (1 - level) * stage1 + level * noise
         given = examples["truth"][:, context[:first]]
         cuts = [*range(first, len(context), self.objective.chunk), len(context)]
         for begin, end in itertools.pairwise(cuts):
@@ -305,6 +313,6 @@ class RefinerLoss:
                 )
 
             steps = examples["rollout_steps"][0]
-            sampled = history.euler_rollout(velocity, start[:, begin:end], steps)
+            sampled = history.euler_rollout(velocity, start[:, begin:end], steps, level)
             given = jnp.concatenate([given, sampled], 1)
         return given

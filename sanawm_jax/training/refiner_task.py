@@ -26,6 +26,7 @@ from sanawm_jax.core.lora import LoraConfig, build_adapted, init_adapters
 from sanawm_jax.core.params import Params, build, init
 from sanawm_jax.data.latent_cache import cache_facts, fingerprint_of
 from sanawm_jax.data.pair_cache import Sampler, build_pairs, build_text, stage1_sampler
+from sanawm_jax.diffusion.euler import check_sigmas
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Stage1Folder, find_weights
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
@@ -79,7 +80,8 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
             f"{config.base_dir} refines latents of {model.in_channels} channels, stage 1's have "
             f"{channels}"
         )
-    objective = make_objective(config, frames)
+    sigmas = base.sigmas if base else check_sigmas(config.sigmas)
+    objective = make_objective(config, frames, sigmas[0])
     data["refiner_text"] = _text(config, workdir, base)
     resident: dict[str, Any] = {name: np.asarray(a) for name, a in data.items()}
     logging.info("%d pairs of %d clips", len(data["stage1"]), clips)
@@ -111,7 +113,7 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
         if lora:
             _export_adapters(config, model, params, lora, workdir / "export")
         else:
-            _export_whole(config, model, params, base, workdir / "export")
+            _export_whole(config, model, params, base, workdir / "export", sigmas)
 
     prepare = PrepareRefiner(objective, clips)
     return Task(abstract, make, resident, len(data["stage1"]), prepare, loss, export)
@@ -154,12 +156,13 @@ def _export_whole(
     params: Params,
     base: RefinerFolder | None,
     folder: Path,
+    sigmas: tuple[float, ...],
 ) -> None:
     export_refiner(model, params, folder / "transformer", config.export_dtype)
     if base is not None:  # else they are there already
         for part in ("text_encoder", "tokenizer", "connectors"):
             shutil.copytree(base.part(part), folder / part, dirs_exist_ok=True)
-    write_refiner_index(folder, base.text_length if base else config.text.length)
+    write_refiner_index(folder, base.text_length if base else config.text.length, sigmas)
 
 
 def _clips_and_pairs(

@@ -50,8 +50,9 @@ def test_reads_a_gpu_program():
     assert program.bytes(at["gemm"]) == 2 * (16 * 8 + 8 * 4 + 16 * 4)  # not the scratch memory
     assert program.flops(at["fmha"]) == 2 * 2 * (2 * 3 * 6 * 10 * 8)
     assert program.bytes(at["one"]) == 4 * (2 * 8 * 4) + 4  # the slice, not all five
-    events = [("gemm", "k", 3e6), ("gemm", "k", 1e6), ("fmha", "f", 2e6), ("kernel", "t", 5e6)]
-    events += [("copy", "c", 1e6), ("one", "l", 1e6), ("", "MemcpyD2D", 7e6), ("?", "n", 5e5)]
+    events = [("gemm", "k", 3e6), ("gemm", "k", 1e6), *[("fmha", "f", 5e5)] * 4]
+    events += [("kernel", "t", 2.5e6), ("copy", "c", 5e5), ("one", "l", 5e5)] * 2
+    events += [("", "MemcpyD2D", 7e6), ("?", "n", 5e5)]
     lines = profile_step.summarise(program, events, steps=2)
     found = {(line["part"], line["scope"]): line for line in lines}
     assert {key: line["ms"] for key, line in found.items()} == {
@@ -63,6 +64,13 @@ def test_reads_a_gpu_program():
         ("unattributed", "other"): 0.25,
     }
     assert found["gemm", "linear"]["flops"] == 2 * 16 * 4 * 8
+    # two kernels of one name a run
+    assert found["attention", "attention"]["flops"] == program.flops(at["fmha"])
+    slowest = profile_step.longest(program, events, 2, 2)
+    assert [line.split()[:4] for line in slowest] == [
+        ["3.500", "ms", "0x", "MemcpyD2D"],
+        ["2.500", "ms", "1x", "kernel"],
+    ]
     h100 = profile_step.rates(found["gemm", "linear"], "NVIDIA H100 80GB HBM3")
     assert h100["tflops"] == pytest.approx(1024 / 2e-3 * 1e-12)
     assert h100["of_peak"] == pytest.approx(h100["tflops"] / 685)
