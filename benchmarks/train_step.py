@@ -163,7 +163,7 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
     return {
         **line,
         **{key: share and round(share, 4) for key, share in shares.items()},
-        "pflop": round(task.flops / 1e15, 4),
+        "pflop": float(f"{task.flops / 1e15:.4g}"),
         "loss": float(jnp.ravel(metrics["loss"])[0]),
         **common.memory("ours"),
     }
@@ -176,8 +176,8 @@ def _plan(compiled: Any) -> dict[str, float]:
     # the donated state is both given and made
     whole = given + made - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return {
-        "needs_gib": round(whole / common.GIB, 3),
-        "given_gib": round(given / common.GIB, 3),
+        "needs_gib": round(whole / common.GIB, 4),
+        "given_gib": round(given / common.GIB, 4),
     }
 
 

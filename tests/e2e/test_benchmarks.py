@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    ("name", "measured"),
-    [("stage1", 1), ("vae", 2), ("refiner", 2), pytest.param("pipeline", 1)],
-)
-def test_tiny(name: str, measured: int) -> None:
+def run(name: str, *flags: str) -> list[dict[str, Any]]:
+    """The lines of a benchmark's `--tiny` run, none of which is an error."""
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--repeats=1"],
+        [sys.executable, "-m", f"benchmarks.{name}", "--tiny", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -27,7 +26,16 @@ def test_tiny(name: str, measured: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert not [line for line in lines if "error" in line], done.stderr
+    assert lines and not [line for line in lines if "error" in line], done.stderr
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [("stage1", 1), ("vae", 2), ("refiner", 2), pytest.param("pipeline", 1)],
+)
+def test_tiny(name: str, measured: int) -> None:
+    lines = run(name, "--repeats=1")
     ratios = {line["what"]: line["ratio"] for line in lines if "ratio" in line}
     sides = {
         side: {line["what"]: line for line in lines if "seconds" in line and line["side"] == side}
@@ -41,3 +49,18 @@ def test_tiny(name: str, measured: int) -> None:
         assert ratio == pytest.approx(reference["seconds"] / ours["seconds"], abs=1e-3)
         for line in (ours, reference):
             assert line["seconds"] > 0 and 0 < line["peak_gib"] < 64 and line["device"]
+
+
+def test_train_step() -> None:
+    """A line a length, shortest first; rematerialisation takes memory off, adapters even more."""
+    flags = ("train_step", "--repeats=1", "--latent_frames")
+    five, nine = run(*flags, "9", "5")
+    (kept,) = run(*flags, "9", "--remat=none")
+    (adapted,) = run(*flags, "9", "--lora=2", "--chunk_causal")
+    assert [line["latent_frames"] for line in (five, nine)] == [5, 9]
+    for line in (five, nine, kept, adapted):
+        assert line["seconds"] > 0 and math.isfinite(line["loss"])
+        assert line["mfu"] is None and line["of_achievable"] is None  # a CPU has no peak
+    assert five["pflop"] < nine["pflop"] and adapted["pflop"] < nine["pflop"]
+    assert five["given_gib"] <= nine["given_gib"] < nine["needs_gib"] < kept["needs_gib"]
+    assert adapted["given_gib"] < nine["given_gib"]
