@@ -273,10 +273,11 @@ def test_films_show_the_first_samples_that_can_be_read(encoded: Path, tmp_path: 
     rows = first_samples(open_set(tmp_path / "set"), 3)
     assert list(rows["caption"]) == ["two", ""]  # of b and c
     np.testing.assert_array_equal(rows["latents"][0], whole[1]["latents"])
+    indexed = open_set(tmp_path / "set")
     for file in (tmp_path / "set" / "latents").glob("*.zip"):
         file.unlink()
     with pytest.raises(InputError, match="none of the first samples can be shown"):
-        first_samples(open_set(tmp_path / "set"), 3)
+        first_samples(indexed, 3)
 
 
 def test_a_run_on_too_many_bad_samples_ends_with_one_line(
