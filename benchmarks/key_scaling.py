@@ -1,10 +1,10 @@
 """Why the recurrence scales its keys: the same small run under three scalings, and a picture.
 
-    python -m benchmarks.key_scaling --workdir=DIR --out=docs/key_scaling.png
+    python -m benchmarks.key_scaling --workdir=DIR --out=docs/key_scaling.png  # 8 minutes
     python -m benchmarks.key_scaling --tiny --workdir=DIR
 
 A frame writes S tokens' keys k of size D into the state at once, S W + U with
-W = g (I - K^T diag(beta) K). Keys times 1/sqrt(D S) keep the norm of W at most one; with
+W = g (I - K^T diag(beta) K). Keys times 1/sqrt(D S) keep the norm of W near one or below; with
 1/sqrt(D), or as they are, it grows with S and the state by that factor a frame.
 
 Clips of the small world are rendered, encoded by its autoencoder and learnt from by `train.py`'s
@@ -35,6 +35,7 @@ from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.dit import attention
 from sanawm_jax.dit.attention import KEY_SCALES
+from sanawm_jax.training.curves import smooth
 from sanawm_jax.training.loop import start_run
 from sanawm_jax.training.tasks import Task, cached_clips, open_source, task_of_cache
 
@@ -141,7 +142,10 @@ def _json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Loss and gradient norm over steps, a curve a scaling; a cross where a run is no number."""
+    """Loss and gradient norm over steps, a curve a scaling; a cross where a run is no number.
+
+    The strong lines of the loss are means over twenty steps.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -156,7 +160,11 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
         for axis, metric in zip(axes, ("loss", "grad_norm"), strict=True):
             known = [(row["step"], row[metric]) for row in rows if math.isfinite(row[metric])]
             x, y = np.array(known, np.float64).reshape(-1, 2).T
-            axis.plot(x, y, color=colour, label=label, linewidth=0.8)
+            if metric == "loss":
+                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
+                axis.plot(x, smooth(y, 20), color=colour, label=label)
+            else:  # a mean would show its peaks alone
+                axis.plot(x, y, color=colour, linewidth=0.8)
             if is_over:
                 # at the last number, or without one at the top
                 place = (last["step"], y[-1]) if len(y) else (last["step"], 0.95)

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import train_step
+from sanawm_jax.training import loop
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,3 +67,16 @@ def test_train_step() -> None:
     assert five["pflop"] < nine["pflop"] and adapted["pflop"] < nine["pflop"]
     assert five["given_gib"] <= nine["given_gib"] < nine["needs_gib"] < kept["needs_gib"]
     assert adapted["given_gib"] < nine["given_gib"]
+
+
+def test_a_length_that_does_not_fit_is_a_line(monkeypatch, capsys) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(loop, "start_run", full)
+    train_step.main(["--tiny", "--one", "--latent_frames", "5", "3"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["latent_frames"], line["error"]) for line in lines] == [
+        (3, "out of memory"),
+        (5, "out of memory"),
+    ]
