@@ -47,23 +47,32 @@ def run_sides(
     words = list(sys.argv[1:] if arguments is None else arguments)
     found: dict[str, dict[str, Any]] = {}
     for side in sides:
-        command = [sys.executable, sys.argv[0], *words, f"--side={side}"]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-        )
-        for text in done.stdout.splitlines():
-            line = json.loads(text)
-            print(text, flush=True)
+        lines, status = in_own_process([*words, f"--side={side}"])
+        for line in lines:
             found.setdefault(line["what"], {})[side] = line
-        if done.returncode:
-            print(json.dumps({"side": side, "error": done.returncode}), flush=True)
+        if status:
+            print(json.dumps({"side": side, "error": status}), flush=True)
     first = next(iter(sides))
     for what, lines in found.items():
         for side, line in lines.items():
             if side != first and first in lines:
                 ratio = line["seconds"] / lines[first]["seconds"]
                 print(json.dumps({"what": what, "side": side, "ratio": round(ratio, 3)}))
+
+
+def in_own_process(words: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """Starts this script anew, prints its lines, and returns them with the exit status."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, sys.argv[0], *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    lines = done.stdout.splitlines()
+    for line in lines:
+        print(line, flush=True)
+    return [json.loads(line) for line in lines], done.returncode
 
 
 def report(side: str, what: str, call: Callable[[], Any], repeats: int, **extra: Any) -> None:
@@ -76,23 +85,22 @@ def report(side: str, what: str, call: Callable[[], Any], repeats: int, **extra:
       repeats: calls after the first, which compiles.
       extra: further fields of the line.
     """
+    line = {"side": side, "what": what, **timed(call, repeats), **memory(side), **extra}
+    print(json.dumps(line), flush=True)
+
+
+def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """`seconds`, the median of the calls after the first, and `first_seconds`, of that one."""
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    line = {
-        "side": side,
-        "what": what,
-        "seconds": round(statistics.median(times[1:] or times), 4),
-        "first_seconds": round(times[0], 2),
-        **_memory(side),
-        **extra,
-    }
-    print(json.dumps(line), flush=True)
+    median = statistics.median(times[1:] or times)
+    return {"seconds": round(median, 4), "first_seconds": round(times[0], 2)}
 
 
-def _memory(side: str) -> dict[str, Any]:
+def memory(side: str) -> dict[str, Any]:
     """Peak of the device's memory, or of the process's where there is no accelerator."""
     if side == "ours":
         import jax

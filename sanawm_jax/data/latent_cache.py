@@ -102,6 +102,24 @@ def build_cache(
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
+def read_rows(arrays: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Clips of a cache as training reads them, each with its caption's text.
+
+    Args:
+      arrays: of `build_cache`.
+      indices: of the clips, of any shape (...).
+
+    Returns:
+      latents (..., F, H, W, c), camera (..., F, 20), plucker (..., F, H, W, 48), text (..., L, C)
+      and text_mask (..., L).
+    """
+    flat = indices.ravel()
+    caption = arrays["caption"][flat]
+    rows = {name: arrays[name][flat] for name in _PER_CLIP}
+    rows.update({name: arrays[name][caption] for name in ("text", "text_mask")})
+    return {name: a.reshape(*indices.shape, *a.shape[1:]) for name, a in rows.items()}
+
+
 def cache_facts(folder: str | Path) -> tuple[str, list[str]]:
     """Fingerprint of a finished cache, and its distinct captions in the order of their numbers."""
     progress = json.loads((Path(folder) / "progress.json").read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from sanawm_jax.data.zip_index import Item, Pack, ZipIndex
 from sanawm_jax.errors import InputError
 
 _OPEN_ZIPS = 32  # file handles a process keeps
-_MEASURED = 100
+MEASURED = 100
 _OPEN_CAMERAS = 8  # a zip's cameras are megabytes
 _T = TypeVar("_T")
 
@@ -79,7 +79,7 @@ class ZipLatents:
           InputError: the first hundred cannot be read, or the set is empty.
         """
         last = "the set is empty"
-        for item in self.index.items[:_MEASURED]:
+        for item in self.index.items[:MEASURED]:
             try:
                 latents = self._latents(self.index.packs[item.pack], item)
             except BadSample as error:

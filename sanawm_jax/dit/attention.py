@@ -9,6 +9,7 @@ Reference: diffusers `BidirectionalGDNUCPESinglePathLiteLA`, `_SoftmaxUCPESingle
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,13 @@ from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.ucpe import RayTransforms, apply_ucpe, bounded_rms
 
 GDN_EPS = 1e-8  # of the denominator
+# What keys are multiplied by, from D and P. A frame writes P keys at once: only the first bounds
+# the spectrum of its map W. The others are there to show that, see docs/training.md.
+KEY_SCALES: dict[str, Callable[[int, int], float]] = {
+    "1/sqrt(D*S)": lambda size, tokens: size**-0.5 * tokens**-0.5,
+    "1/sqrt(D)": lambda size, tokens: size**-0.5,
+    "none": lambda size, tokens: 1.0,
+}
 
 
 class Context(NamedTuple):
@@ -40,6 +48,7 @@ class Context(NamedTuple):
     key_mask: jax.Array | None  # B F bool, frames that the caller hides
     grid: tuple[int, int]  # token rows, columns
     layout: FrameLayout  # chunks, and padding to the size of a mesh
+    key_scale: str = "1/sqrt(D*S)"  # of the recurrence, one of KEY_SCALES
 
 
 class ShortConv(nnx.Module):
@@ -168,9 +177,8 @@ def _mask(ctx: Context, dtype: jnp.dtype) -> jax.Array | None:
     return None if ctx.frame_mask is None else ctx.frame_mask.astype(dtype)[..., None, None]
 
 
-def _scaled_keys(k: jax.Array) -> jax.Array:
-    # D^-1/2 P^-1/2 bounds the spectrum of W: P keys enter a frame's map at once
-    return k * (k.shape[-1] ** -0.5 * k.shape[2] ** -0.5)
+def _scaled_keys(k: jax.Array, ctx: Context) -> jax.Array:
+    return k * KEY_SCALES[ctx.key_scale](k.shape[-1], k.shape[2])
 
 
 def _gdn_main(
@@ -179,7 +187,7 @@ def _gdn_main(
     """Numerator on rotated q and k, denominator on plain ones: (B, F, P, N, D) -> (B, F, P, C)."""
     beta, decay = gates
     dtype = v.dtype
-    k = _scaled_keys(k)
+    k = _scaled_keys(k, ctx)
     q_rot, k_rot = q, k
     if ctx.angles is not None:
         q_rot = apply_rope(q, ctx.angles[:, :, None])
@@ -226,7 +234,7 @@ def _gdn_camera(
     """Numerator only, in ray space: (B, F, P, N, D) -> (B, F, P, C)."""
     beta, decay = gates
     dtype = v.dtype
-    k = _scaled_keys(k)
+    k = _scaled_keys(k, ctx)
 
     def size(a: jax.Array) -> jax.Array:
         return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
-import optax
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -89,10 +88,8 @@ def _train_on(
     task: Task,
     signal: TerminationSignal,
 ) -> TrainState:
-    optimizer, spike = optimizer_of(config), SpikePolicy(**config.spike.to_dict())
-    params = task.init(shardings(task.abstract, mesh))
-    average = config.ema_decay > 0
-    state = create_state(params, optimizer, mesh, average=average, guarded=spike.is_on)
+    spike = SpikePolicy(**config.spike.to_dict())
+    state, resident, steps = start_run(mesh, config, task)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.keep_checkpoints,
@@ -119,8 +116,6 @@ def _train_on(
         spike=spike if spike.is_on else None,
         sinks=make_sinks(config, workdir, task, mesh),
     )
-    resident = _place_resident(task.resident, mesh)
-    steps = _compile(config, task, optimizer, spike, state, resident)
     watchers = make_watchers(config, workdir, task, resident)
     try:
         state = _run(
@@ -150,24 +145,21 @@ def _train_on(
     return state
 
 
-def _place_resident(resident: Any, mesh: Mesh) -> Any:
-    """Whole on every device, but for a frozen `base`, which lies like trained weights."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    if not isinstance(resident, dict) or "base" not in resident:
-        return place(resident, whole)
-    rest = {name: value for name, value in resident.items() if name != "base"}
-    base = place(resident["base"], shardings(resident["base"], mesh))
-    return {**place(rest, whole), "base": base}
+def start_run(
+    mesh: Mesh, config: ml_collections.ConfigDict, task: Task
+) -> tuple[TrainState, Any, StepFunction]:
+    """What a run has before its first step: state, resident data and the compiled steps.
 
+    The mesh is to be set (`jax.set_mesh`), here and where the steps are called.
 
-def _compile(
-    config: ml_collections.ConfigDict,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    spike: SpikePolicy,
-    state: TrainState,
-    resident: Any,
-) -> StepFunction:
+    Raises:
+      InputError: an optimizer, schedule or policy that does not exist.
+    """
+    optimizer, spike = optimizer_of(config), SpikePolicy(**config.spike.to_dict())
+    params = task.init(shardings(task.abstract, mesh))
+    average = config.ema_decay > 0
+    state = create_state(params, optimizer, mesh, average=average, guarded=spike.is_on)
+    resident = _place_resident(task.resident, mesh)
     optim = config.optimizer
     rate = functools.partial(
         learning_rate,
@@ -177,7 +169,7 @@ def _compile(
         schedule=optim.schedule,
         final_fraction=optim.final_fraction,
     )
-    return compile_steps(
+    steps = compile_steps(
         state_shardings=jax.tree.map(lambda a: a.sharding, state),
         resident_shardings=jax.tree.map(lambda a: a.sharding, resident),
         prepare=task.prepare,
@@ -188,6 +180,17 @@ def _compile(
         accumulation=config.accumulation,
         spike=spike if spike.is_on else None,
     )
+    return state, resident, steps
+
+
+def _place_resident(resident: Any, mesh: Mesh) -> Any:
+    """Whole on every device, but for a frozen `base`, which lies like trained weights."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if not isinstance(resident, dict) or "base" not in resident:
+        return place(resident, whole)
+    rest = {name: value for name, value in resident.items() if name != "base"}
+    base = place(resident["base"], shardings(resident["base"], mesh))
+    return {**place(rest, whole), "base": base}
 
 
 def _run(

@@ -19,6 +19,7 @@ from sanawm_jax.core.lora import combine
 from sanawm_jax.core.params import Params, cast
 from sanawm_jax.core.processes import is_first
 from sanawm_jax.core.sharding import axis_size, place
+from sanawm_jax.data.latent_cache import read_rows
 from sanawm_jax.data.pair_cache import denoise_batch
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.media.video import write_mp4
@@ -28,8 +29,15 @@ from sanawm_jax.training.precision import compute_dtype
 _ENLARGED = 8  # pixels that a latent is shown as, if there is no decoder
 
 
+def first_rows(arrays: dict[str, np.ndarray], clips: int) -> dict[str, np.ndarray]:
+    """Up to `clips` first clips of `data.latent_cache.build_cache`, see `read_rows` there."""
+    return read_rows(arrays, np.arange(min(clips, len(arrays["latents"]))))
+
+
 def stage1_samples(
-    config: ml_collections.ConfigDict, objective: Any, arrays: dict[str, np.ndarray]
+    config: ml_collections.ConfigDict,
+    objective: Any,
+    read: Callable[[int], dict[str, np.ndarray]],
 ) -> Callable[[Params, Any, Path], None]:
     """What `Task.sample` is for stage 1.
 
@@ -39,28 +47,28 @@ def stage1_samples(
 
     Args:
       objective: `training.objective.Stage1Objective`.
-      arrays: of `data.latent_cache.build_cache`.
+      read: number of clips -> rows of the first ones, at least one and at most that many, the
+        same in every call and process; see `data.latent_cache.read_rows`.
     """
     dtype = compute_dtype(config.dtype)
 
     def sample(params: Params, resident: Any, folder: Path) -> None:
         samples = config.samples
-        replicas = axis_size("data") * axis_size("fsdp")
+        rows = read(samples.clips)
         # rows have to divide among the replicas
-        count = -(-min(samples.clips, len(arrays["latents"])) // replicas) * replicas
-        rows = np.arange(count) % len(arrays["latents"])
+        replicas = axis_size("data") * axis_size("fsdp")
+        known = len(rows["latents"])
+        order = np.arange(-(-known // replicas) * replicas) % known
         sigmas = Schedule(shift=config.flow_shift).sigmas(samples.steps)
-        caption = np.asarray(arrays["caption"])[rows]
-        latents = np.asarray(arrays["latents"][rows], np.float32)
-        noise = np.random.default_rng(config.seed).normal(size=latents.shape).astype(np.float32)
-        inputs = {
-            "noise": noise,
-            "first": latents[:, :1],
-            "text": np.asarray(arrays["text"])[caption],
-            "text_mask": np.asarray(arrays["text_mask"])[caption],
-            "camera": np.asarray(arrays["camera"][rows], np.float32),
-            "plucker": np.asarray(arrays["plucker"][rows], np.float32),
+        inputs: dict[str, Any] = {
+            name: np.asarray(rows[name])[order] for name in ("text", "text_mask")
         }
+        for name in ("latents", "camera", "plucker"):
+            inputs[name] = np.asarray(rows[name], np.float32)[order]
+        latents = inputs.pop("latents")
+        inputs["first"] = latents[:, :1]
+        rng = np.random.default_rng(config.seed)
+        inputs["noise"] = rng.normal(size=latents.shape).astype(np.float32)
         mesh = jax.sharding.get_mesh()
         whole = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
         if whole is not None:
@@ -86,7 +94,7 @@ def stage1_samples(
         )
         if whole is not None:
             made = jax.jit(lambda x: x, out_shardings=whole)(made)
-        host = np.asarray(made)[: samples.clips]
+        host = np.asarray(made)[:known]
         if is_first():
             _write(host, config.get("vae_dir", ""), folder, dtype)
 

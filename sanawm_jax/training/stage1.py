@@ -6,6 +6,7 @@ L text tokens.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from absl import logging
 
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params
+from sanawm_jax.data.latent_cache import read_rows
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.errors import InputError
 from sanawm_jax.training.objective import Stage1Objective
-from sanawm_jax.training.samples import stage1_samples
+from sanawm_jax.training.samples import first_rows, stage1_samples
 from sanawm_jax.training.tasks import Task, export_stage1
 
 _NAMES = ("latents", "camera", "plucker", "caption", "text", "text_mask")
@@ -104,14 +106,6 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         )
     check_channels(model, {n: arrays[n].shape[-1] for n in ("latents", "plucker", "text")})
     objective = Stage1Objective(config, model, arrays["latents"].shape[1])
-
-    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        flat = indices.ravel()
-        caption = arrays["caption"][flat]
-        rows = {name: arrays[name][flat] for name in ("latents", "camera", "plucker")}
-        rows.update({name: arrays[name][caption] for name in ("text", "text_mask")})
-        return {k: a.reshape(*indices.shape, *a.shape[1:]) for k, a in rows.items()}
-
     return task_of_latents(
         config,
         workdir,
@@ -120,8 +114,8 @@ def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         null=(np.asarray(arrays["text"][-1]), np.asarray(arrays["text_mask"][-1])),
         grid=arrays["latents"].shape[2:4],
         size=len(arrays["latents"]),
-        read=read,
-        sample=stage1_samples(config, objective, arrays),
+        read=functools.partial(read_rows, arrays),
+        sample=stage1_samples(config, objective, functools.partial(first_rows, arrays)),
     )
 
 

@@ -13,16 +13,17 @@ import numpy as np
 from absl import logging
 
 from sanawm_jax.core.processes import is_first
-from sanawm_jax.data.bad_samples import BadSampleCounter
+from sanawm_jax.data.bad_samples import BadSample, BadSampleCounter
 from sanawm_jax.data.latent_cache import TextEncoder
 from sanawm_jax.data.text_cache import TextCache, build_text_cache
 from sanawm_jax.data.zip_index import Selection, index_zips
-from sanawm_jax.data.zip_latents import ZipLatents
+from sanawm_jax.data.zip_latents import MEASURED, ZipLatents
 from sanawm_jax.data.zip_writer import LATENTS, RAW
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.upstream_folder import open_stage1
 from sanawm_jax.training.objective import Stage1Objective, compute_dtype
+from sanawm_jax.training.samples import stage1_samples
 from sanawm_jax.training.stage1 import check_channels, task_of_latents
 from sanawm_jax.training.tasks import Task, caption_encoder
 
@@ -127,7 +128,28 @@ def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: Di
         grid=source.shape[1:],
         size=len(source),
         stream=stream,
+        sample=stage1_samples(config, objective, functools.partial(first_samples, source)),
     )
+
+
+def first_samples(source: ZipLatents, clips: int) -> dict[str, np.ndarray]:
+    """Rows of up to `clips` first samples that can be read, always with the same captions.
+
+    Raises:
+      InputError: none of the first hundred can be read.
+    """
+    rows: list[dict[str, np.ndarray]] = []
+    last = ""
+    for number in range(min(len(source.index.items), clips + MEASURED)):
+        try:
+            rows.append(source[number])
+        except BadSample as error:  # the stream names and counts it
+            last = str(error)
+        if len(rows) == clips:
+            break
+    if not rows:
+        raise InputError(f"none of the first samples can be shown; the last one: {last}")
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list[str]) -> TextCache:

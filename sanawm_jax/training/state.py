@@ -62,7 +62,8 @@ def create_state(
         # the step donates its input, so the average must not share buffers with the parameters
         ema = jax.tree.map(jnp.copy, params) if average else None
         guard = new_guard() if guarded else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, guard)
+        # the parameters themselves are no output: given shardings, a jit would copy them
+        return TrainState(jnp.zeros((), jnp.int32), {}, optimizer.init(params), ema, guard)
 
     placed = None if mesh is None else shardings(jax.eval_shape(make, params), mesh)
     # without shardings of its outputs a jit puts zeros, which depend on nothing, on one device

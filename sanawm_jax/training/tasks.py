@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.export import export_transformer, export_vae, write_index
 from sanawm_jax.training.objective import Stage1Objective
 from sanawm_jax.training.precision import compute_dtype
-from sanawm_jax.training.samples import stage1_samples
+from sanawm_jax.training.samples import first_rows, stage1_samples
 from sanawm_jax.training.step import Loss, Metrics, Prepare
 from sanawm_jax.training.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.vae.config import VAEConfig
@@ -216,9 +217,22 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
     """Trains stage 1 on cached latents of a trained autoencoder."""
     if not config.vae_dir:
         raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
+    return task_of_cache(config, workdir, cached_clips(config, workdir, open_source(config)))
+
+
+def task_of_cache(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    cache: dict[str, np.ndarray],
+    **options: Any,
+) -> Task:
+    """Stage 1 on encoded clips that lie on the device.
+
+    Args:
+      cache: of `cached_clips`.
+      options: of every call of the network, see `Stage1Objective`.
+    """
     folder = workdir / "export"
-    clips = open_source(config)
-    cache = cached_clips(config, workdir, clips)
     resident: dict[str, Any] = {name: np.asarray(a) for name, a in cache.items()}
     size = len(cache["latents"])
     logging.info(
@@ -230,7 +244,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         chunk_plucker_channels=cache["plucker"].shape[-1],
         **config.dit.to_dict(),
     )
-    objective = Stage1Objective(config, model, cache["latents"].shape[1])
+    objective = Stage1Objective(config, model, cache["latents"].shape[1], **options)
 
     def prepare(resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> Any:
         rows = {name: resident[name][batch] for name in ("latents", "camera", "plucker")}
@@ -259,7 +273,7 @@ def dit_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
         loss=objective.loss,
         export=export,
         flops=objective.flops(cache["latents"].shape[2:4], cache["text"].shape[1]),
-        sample=stage1_samples(config, objective, cache),
+        sample=stage1_samples(config, objective, functools.partial(first_rows, cache)),
     )
 
 

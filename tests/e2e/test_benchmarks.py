@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import stage1
+from benchmarks import stage1, train_step
+from sanawm_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_stage1_in_fp8(capsys: pytest.CaptureFixture) -> None:
-    stage1.main(["--tiny", "--repeats=1", "--side=ours", "--precision=fp8"])
-    step, errors = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert step["precision"] == "fp8" and step["seconds"] > 0
-    assert 0 < errors["latents"] < errors["velocity"] < 0.3
-
-
-@pytest.mark.parametrize(
-    ("name", "measured"),
-    [("stage1", 1), ("vae", 2), ("refiner", 2), pytest.param("pipeline", 1)],
-)
-def test_tiny(name: str, measured: int) -> None:
+def run(name: str, *flags: str) -> list[dict[str, Any]]:
+    """The lines of a benchmark's `--tiny` run, none of which is an error."""
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--repeats=1"],
+        [sys.executable, "-m", f"benchmarks.{name}", "--tiny", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -36,7 +29,16 @@ def test_tiny(name: str, measured: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert not [line for line in lines if "error" in line], done.stderr
+    assert lines and not [line for line in lines if "error" in line], done.stderr
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [("stage1", 1), ("vae", 2), ("refiner", 2), pytest.param("pipeline", 1)],
+)
+def test_tiny(name: str, measured: int) -> None:
+    lines = run(name, "--repeats=1")
     ratios = {line["what"]: line["ratio"] for line in lines if "ratio" in line}
     sides = {
         side: {line["what"]: line for line in lines if "seconds" in line and line["side"] == side}
@@ -50,3 +52,38 @@ def test_tiny(name: str, measured: int) -> None:
         assert ratio == pytest.approx(reference["seconds"] / ours["seconds"], abs=1e-3)
         for line in (ours, reference):
             assert line["seconds"] > 0 and 0 < line["peak_gib"] < 64 and line["device"]
+
+
+def test_train_step() -> None:
+    """A line a length, shortest first; rematerialisation takes memory off, adapters even more."""
+    flags = ("train_step", "--repeats=1", "--latent_frames")
+    five, nine = run(*flags, "9", "5")
+    (kept,) = run(*flags, "9", "--remat=none")
+    (adapted,) = run(*flags, "9", "--lora=2", "--chunk_causal")
+    assert [line["latent_frames"] for line in (five, nine)] == [5, 9]
+    for line in (five, nine, kept, adapted):
+        assert line["seconds"] > 0 and math.isfinite(line["loss"])
+        assert line["mfu"] is None and line["of_achievable"] is None  # a CPU has no peak
+    assert five["pflop"] < nine["pflop"] and adapted["pflop"] < nine["pflop"]
+    assert five["given_gib"] <= nine["given_gib"] < nine["needs_gib"] < kept["needs_gib"]
+    assert adapted["given_gib"] < nine["given_gib"]
+
+
+def test_a_length_that_does_not_fit_is_a_line(monkeypatch, capsys) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(loop, "start_run", full)
+    train_step.main(["--tiny", "--one", "--latent_frames", "5", "3"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["latent_frames"], line["error"]) for line in lines] == [
+        (3, "out of memory"),
+        (5, "out of memory"),
+    ]
+
+
+def test_stage1_in_fp8(capsys: pytest.CaptureFixture) -> None:
+    stage1.main(["--tiny", "--repeats=1", "--side=ours", "--precision=fp8"])
+    step, errors = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert step["precision"] == "fp8" and step["seconds"] > 0
+    assert 0 < errors["latents"] < errors["velocity"] < 0.3

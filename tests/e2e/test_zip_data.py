@@ -31,6 +31,7 @@ from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.pipeline.random_weights import TINY, write_random
 from sanawm_jax.training.dry_run import describe
 from sanawm_jax.training.loop import train
+from sanawm_jax.training.stage1_zip import first_samples
 from sanawm_jax.training.tasks import make_task
 from tests.e2e.tiny_config import get_config
 from tests.zip_set import flip_bytes, folders, random_path
@@ -228,6 +229,7 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
             *(sys.executable, "train.py", "--config=tests/e2e/tiny_config.py:zip"),
             *(f"--workdir={tmp_path / 'whole'}", f"--config.data_dir={encoded}"),
             *(f"--config.data.text_dir={weights}", "--config.data.num_workers=1"),
+            *("--config.samples.every=2", "--config.samples.steps=2"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -237,6 +239,8 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path / 'whole'}/export"
+    films = {str(f.relative_to(tmp_path / "whole")) for f in tmp_path.rglob("clip_*.mp4")}
+    assert films == {f"samples/{step}/clip_{i}.mp4" for step in (2, 4) for i in (0, 1)}
     config = config_of(encoded, weights)
     assert "2 clips of 2 x 2 x 2 latents" in describe(config)
     # a run that ended after its first half, which goes on without a worker process
@@ -260,6 +264,20 @@ def test_adapters_are_trained_on_them_too(encoded: Path, weights: Path, tmp_path
     task.export(task.init(None))
     names = ("lora/adapter_config.json", "transformer/config.json")
     assert all((tmp_path / "export" / name).is_file() for name in names)
+
+
+def test_films_show_the_first_samples_that_can_be_read(encoded: Path, tmp_path: Path) -> None:
+    whole = open_set(encoded)
+    shutil.copytree(encoded, tmp_path / "set")
+    flip_bytes(tmp_path / "set" / "latents" / "clips_00000.zip", "a.npz")
+    rows = first_samples(open_set(tmp_path / "set"), 3)
+    assert list(rows["caption"]) == ["two", ""]  # of b and c
+    np.testing.assert_array_equal(rows["latents"][0], whole[1]["latents"])
+    indexed = open_set(tmp_path / "set")
+    for file in (tmp_path / "set" / "latents").glob("*.zip"):
+        file.unlink()
+    with pytest.raises(InputError, match="none of the first samples can be shown"):
+        first_samples(indexed, 3)
 
 
 def test_a_run_on_too_many_bad_samples_ends_with_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sanawm_jax.errors import InputError
 from sanawm_jax.training.export import export_transformer, write_index
 from sanawm_jax.training.initial_weights import load_initial
 from sanawm_jax.training.objective import Stage1Objective
-from sanawm_jax.training.samples import stage1_samples
+from sanawm_jax.training.samples import first_rows, stage1_samples
 from sanawm_jax.training.stage1 import dit_config, synthetic_latents
 from sanawm_jax.training.tasks import export_stage1
 from sanawm_jax.weights import keymap
@@ -137,7 +138,9 @@ def test_adapters_alone_are_trained_on_a_frozen_base(adapted: Any, tmp_path: Pat
     jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(merged))
 
     # films of what the adapters have learned
-    stage1_samples(config, objective, arrays)(moved, {"base": base}, tmp_path / "films")
+    stage1_samples(config, objective, functools.partial(first_rows, arrays))(
+        moved, {"base": base}, tmp_path / "films"
+    )
     assert len(list((tmp_path / "films").glob("clip_*.mp4"))) == 2
 
 

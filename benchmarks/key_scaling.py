@@ -1,0 +1,209 @@
+"""Why the recurrence scales its keys: the same small run under three scalings, and a picture.
+
+    python -m benchmarks.key_scaling --workdir=DIR --out=docs/key_scaling.png  # 8 minutes
+    python -m benchmarks.key_scaling --tiny --workdir=DIR
+
+A frame writes S tokens' keys k of size D into the state at once, S W + U with
+W = g (I - K^T diag(beta) K). Keys times 1/sqrt(D S) keep the norm of W near one or below; with
+1/sqrt(D), or as they are, it grows with S and the state by that factor a frame.
+
+Clips of the small world are rendered, encoded by its autoencoder and learnt from by `train.py`'s
+step: the same weights, batches, noise and rate for each scaling, no update left out. A run ends
+where its loss or its gradient is no number. JSON lines: step, loss, gradient norm, and the largest
+number in any layer's state for the clips of the first batch; null stands for what is no number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import common as recipes
+from sanawm_jax.atomic import atomic_write
+from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
+from sanawm_jax.data.loader import Loader
+from sanawm_jax.dit import attention
+from sanawm_jax.dit.attention import KEY_SCALES
+from sanawm_jax.training.curves import smooth
+from sanawm_jax.training.loop import start_run
+from sanawm_jax.training.tasks import Task, cached_clips, open_source, task_of_cache
+
+_SMALL_WORLD = Path(attention.__file__).parents[1] / "assets" / "small_world"
+_PER_CALL = 10  # steps, and the distance of the printed lines
+
+
+def run_config(given: argparse.Namespace) -> ConfigDict:
+    """Two recurrent layers on 48 clips of 129 frames of 64x64: 17 latent frames of 64 tokens.
+
+    Pre-training begins without softmax layers (`configs/curriculum.py`), and they scale no keys.
+    """
+    config = recipes.training("dit")
+    config.update(recipes.stage1())
+    config.dtype = "float32"
+    config.vae_dir, config.text_dir = str(_SMALL_WORLD / "vae"), str(_SMALL_WORLD)
+    config.text_length, config.cache_batch, config.views = 64, 4, 1
+    side, frames, clips = (16, 17, 4) if given.tiny else (64, 129, 48)
+    config.synthetic = ConfigDict(dict(clips=clips, num_frames=frames, height=side, width=side))
+    config.dit = ConfigDict(
+        dict(
+            num_layers=2,
+            softmax_every_n=0,
+            hidden_size=64,
+            num_attention_heads=4,
+            linear_head_dim=16,
+            chunk_plucker_post_attn_blocks=2,
+            mlp_ratio=1.5,
+        )
+    )
+    config.unroll = True
+    config.batch_size = 2
+    config.steps = given.steps
+    config.steps_per_call = _PER_CALL
+    config.ema_decay = 0.0
+    config.spike.policy = "none"
+    config.optimizer.update(learning_rate=given.learning_rate, warmup_steps=100)
+    return config
+
+
+def largest_state(task: Task, params: Any, resident: Any, batch: Any, key: jax.Array) -> float:
+    """Largest magnitude in the states of all layers, in one forward pass; NaN stays NaN.
+
+    Args:
+      batch: (B,) indices of clips.
+      key: of their noise.
+    """
+    found: list[float] = []
+    run = attention.recurrent_states
+
+    def watched(*args: Any) -> jax.Array:
+        states = run(*args)
+        jax.debug.callback(lambda a: found.append(float(a)), jnp.max(jnp.abs(states)))
+        return states
+
+    with mock.patch.object(attention, "recurrent_states", watched):
+        # a new function, so that no earlier trace without the watch is taken
+        loss = jax.jit(lambda p, r, b, k: task.loss(p, task.prepare(r, b, k))[0])
+        jax.block_until_ready(loss(params, resident, batch, key))
+    jax.effects_barrier()
+    return float(np.max(found))
+
+
+def train(config: ConfigDict, task: Task, name: str) -> list[dict[str, Any]]:
+    """Trains and prints, and returns all steps' rows until the run ends or is no number."""
+    mesh = make_mesh(**config.mesh.to_dict())
+    rows: list[dict[str, Any]] = []
+    with jax.set_mesh(mesh):
+        state, resident, steps = start_run(mesh, config, task)
+        loader = Loader(range(task.size), config.batch_size, seed=config.seed)
+        key = jax.random.key(config.seed)
+        signals = place_signals(mesh, 0.0, 0.0)
+        begun, watched = time.perf_counter(), None
+        for step in range(0, config.steps, _PER_CALL):
+            indices = loader.next(min(_PER_CALL, config.steps - step))
+            watched = indices[0] if watched is None else watched
+            is_shown = step % (20 * _PER_CALL) == 0
+            size = largest_state(task, state.params, resident, watched, key) if is_shown else None
+            batches = place_batches(indices, mesh, config.batch_size)
+            state, metrics = steps(state, resident, batches, key, signals)
+            values = [np.asarray(metrics[n], np.float64) for n in ("loss", "grad_norm")]
+            for i, (loss, norm) in enumerate(zip(*values, strict=True)):
+                row = {"key_scale": name, "step": step + i + 1, "loss": loss, "grad_norm": norm}
+                if i == 0 and size is not None:
+                    row["largest_state"] = size
+                rows.append(row)
+                is_over = not (math.isfinite(loss) and math.isfinite(norm))
+                if (i == 0 and is_shown) or is_over or row["step"] == config.steps:
+                    seconds = round(time.perf_counter() - begun, 1)
+                    print(json.dumps({**_json(row), "seconds": seconds}), flush=True)
+                if is_over:
+                    return rows
+        loader.close()
+    return rows
+
+
+def _json(row: dict[str, Any]) -> dict[str, Any]:
+    def value(a: Any) -> Any:
+        if not isinstance(a, float):
+            return a
+        return float(f"{a:.4g}") if math.isfinite(a) else None
+
+    return {name: value(a) for name, a in row.items()}
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Loss and gradient norm over steps, a curve a scaling; a cross where a run is no number.
+
+    The strong lines of the loss are means over twenty steps.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
+    colours = dict(zip(KEY_SCALES, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
+    for name, rows in runs.items():
+        colour, last = colours[name], rows[-1]
+        is_over = not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"]))
+        label = f"{name}: no number at step {last['step']}" if is_over else name
+        for axis, metric in zip(axes, ("loss", "grad_norm"), strict=True):
+            known = [(row["step"], row[metric]) for row in rows if math.isfinite(row[metric])]
+            x, y = np.array(known, np.float64).reshape(-1, 2).T
+            if metric == "loss":
+                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
+                axis.plot(x, smooth(y, 20), color=colour, label=label)
+            else:  # a mean would show its peaks alone
+                axis.plot(x, y, color=colour, linewidth=0.8)
+            if is_over:
+                # at the last number, or without one at the top
+                place = (last["step"], y[-1]) if len(y) else (last["step"], 0.95)
+                transform = axis.transData if len(y) else axis.get_xaxis_transform()
+                axis.plot(*place, "X", color=colour, markersize=8, transform=transform)
+    for axis, title in zip(axes, ("loss", "gradient norm"), strict=True):
+        axis.set(xlabel="step", ylabel=title, xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_write(out) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Runs one command line and returns the rows of every scaling."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--key_scales", nargs="+", choices=list(KEY_SCALES), default=[*KEY_SCALES])
+    parser.add_argument("--out", type=Path, help="a PNG of the curves")
+    parser.add_argument("--workdir", type=Path, help="keeps the encoded clips")
+    parser.add_argument("--tiny", action="store_true", help="clips of 3 latent frames, 4 tokens")
+    given = parser.parse_args(arguments)
+    config = run_config(given)
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = given.workdir or Path(folder)
+        cache = cached_clips(config, workdir, open_source(config))
+        runs = {
+            name: train(config, task_of_cache(config, workdir, cache, key_scale=name), name)
+            for name in given.key_scales
+        }
+        lines = [json.dumps(_json(row)) + "\n" for rows in runs.values() for row in rows]
+        (workdir / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    if given.out:
+        draw(runs, given.out)
+    return runs
+
+
+if __name__ == "__main__":
+    main()

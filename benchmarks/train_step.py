@@ -1,0 +1,212 @@
+"""One stage-1 training step at the released size: seconds, utilisation, peak memory.
+
+    python -m benchmarks.train_step                              # all weights, six lengths
+    python -m benchmarks.train_step --lora 32 --latent_frames 21
+    python -m benchmarks.train_step --chunk_causal --latent_frames 121
+    python -m benchmarks.train_step --tiny                       # seconds on a CPU
+
+What `train.py` compiles for `configs/stage1_bidirectional.py`, on one device: noise, loss and
+gradients in bfloat16 over float32 masters with rematerialisation, clipping, optimizer and guard,
+the state donated. One clip of random latents of 704x1280, camera and 300 text tokens lies on the
+device. Weights are random and nowhere zero, since zeros would save a card power and so time.
+
+Every length has a process of its own, shortest first; one that does not fit prints a line with
+`error` and what it `needs_gib` by the compiler's plan. `mfu` is that of a run's log, over the data
+sheet's peak; `of_achievable` divides by what large products reach, as `benchmarks.profile_step`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.profile_step import LIMITS
+
+
+def run_config(given: argparse.Namespace) -> Any:
+    """The configuration of a run on one device."""
+    from configs import stage1_bidirectional, stage1_chunk_causal
+    from sanawm_jax.pipeline.random_weights import TINY
+
+    recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
+    config = recipe.get_config()
+    config.mesh.update(data=1, fsdp=1, context=1, tensor=1)
+    config.batch_size = 1
+    config.remat = given.remat
+    config.optimizer.name = given.optimizer
+    config.ema_decay = given.ema_decay
+    config.lora.rank = given.lora
+    if given.tiny:
+        config.dtype = "float32"
+        config.dit.update(dataclasses.asdict(TINY.dit))
+    if given.lora:
+        config.init_weights = "random"  # a name: `build_task` makes the base
+    return config
+
+
+def build_task(config: Any, frames: int, grid: tuple[int, int], text: int) -> tuple[Any, Any]:
+    """The task of a run with random weights, and a batch (1, 1, ...) of each of its arrays.
+
+    Args:
+      frames, grid: latent frames, rows and columns.
+      text: tokens of the caption.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from benchmarks.stage1 import inputs
+    from sanawm_jax.core.params import from_leaves, leaves
+    from sanawm_jax.core.sharding import place
+    from sanawm_jax.dit.model import DiT
+    from sanawm_jax.training.objective import Stage1Objective
+    from sanawm_jax.training.precision import compute_dtype
+    from sanawm_jax.training.stage1 import dit_config, task_of_latents
+
+    model, dtype = dit_config(config), compute_dtype(config.dtype)
+
+    class Objective(Stage1Objective):
+        """Begins with random weights, and knows no folder."""
+
+        def init(self, shardings: Any) -> Any:
+            if not self.lora:
+                return place(common.random_params(DiT, model, jnp.float32)[1], shardings)
+            made = [
+                (path, 0.02 * jax.random.normal(jax.random.key(i), leaf.shape))
+                for i, (path, leaf) in enumerate(leaves(self.abstract))
+            ]
+            return place(from_leaves(dict(made)), shardings)
+
+        def frozen(self) -> dict[str, Any]:
+            return {"base": common.random_params(DiT, model, dtype)[1]} if self.lora else {}
+
+    latents, conditions = inputs(model, frames, grid, text, jnp.float32, batch=1)
+    rows = {
+        "latents": latents,
+        "camera": conditions.camera,
+        "plucker": conditions.plucker,
+        "text": conditions.text,
+        "text_mask": conditions.text_mask,
+    }
+    batch = {name: np.asarray(a)[None] for name, a in rows.items()}
+    task = task_of_latents(
+        config,
+        Path(tempfile.gettempdir()),  # nothing is exported
+        model,
+        Objective(config, model, frames),
+        null=(np.zeros(rows["text"].shape[1:], np.float32), np.ones((text,), np.int32)),
+        grid=grid,
+        size=1,
+    )
+    return task, batch
+
+
+def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
+    """The line of one length."""
+    import jax
+    import jax.numpy as jnp
+
+    from sanawm_jax.core.peak import mfu, peak_flops
+    from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
+    from sanawm_jax.failures import explain
+    from sanawm_jax.training.loop import start_run
+
+    config = run_config(given)
+    grid, text = ((2, 2), 8) if given.tiny else ((22, 40), 300)
+    name = f"adapters of rank {given.lora}" if given.lora else "all weights"
+    kind = "chunk-causal" if given.chunk_causal else "bidirectional"
+    line: dict[str, Any] = {
+        "side": "ours",
+        "what": f"{kind} training step of {name}, {frames} latent frames",
+        "latent_frames": frames,
+    }
+    mesh = make_mesh(**config.mesh.to_dict())
+    device = mesh.devices.flat[0]
+    with jax.set_mesh(mesh):
+        try:
+            task, batch = build_task(config, frames, grid, text)
+            state, resident, steps = start_run(mesh, config, task)
+            arguments = (
+                resident,
+                place_batches(batch, mesh, config.batch_size),
+                jax.random.key(config.seed),
+                place_signals(mesh, 0.0, 0.0),
+            )
+            compiled: Any = None
+            metrics: dict[str, Any] = {}
+
+            def step() -> None:
+                nonlocal compiled, state, metrics
+                if compiled is None:
+                    compiled = steps.lower(state, *arguments).compile()  # pyright: ignore
+                    line.update(_plan(compiled))
+                state, metrics = compiled(state, *arguments)
+                jax.block_until_ready((state, metrics))
+
+            line.update(common.timed(step, given.repeats))
+        except Exception as error:
+            if "out of device memory" not in (explain(error) or ""):
+                raise
+            return {**line, "error": "out of memory", "device": device.device_kind}
+    peak = next((v["gemm"] * 1e12 for n, v in LIMITS.items() if n in device.device_kind), None)
+    shares = {
+        "mfu": mfu(task.flops, line["seconds"], mesh.size, peak_flops(device)),
+        "of_achievable": mfu(task.flops, line["seconds"], mesh.size, peak),
+    }
+    return {
+        **line,
+        **{key: share and round(share, 4) for key, share in shares.items()},
+        "pflop": float(f"{task.flops / 1e15:.4g}"),
+        "loss": float(jnp.ravel(metrics["loss"])[0]),
+        **common.memory("ours"),
+    }
+
+
+def _plan(compiled: Any) -> dict[str, float]:
+    """GiB that the compiled step needs in all, and of them what it is given: state, data."""
+    plan = compiled.memory_analysis()
+    given, made = plan.argument_size_in_bytes, plan.output_size_in_bytes
+    # the donated state is both given and made
+    whole = given + made - plan.alias_size_in_bytes + plan.temp_size_in_bytes
+    return {
+        "needs_gib": round(whole / common.GIB, 4),
+        "given_gib": round(given / common.GIB, 4),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--latent_frames", type=int, nargs="+", help="21 41 61 81 101 121")
+    parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
+    parser.add_argument("--chunk_causal", action="store_true", help="chunks of 3 latent frames")
+    parser.add_argument("--remat", default="full", help="none, dots or full")
+    parser.add_argument("--optimizer", default="adamw", help="or muon, with half the moments")
+    parser.add_argument("--ema_decay", type=float, default=0.0, help="0 keeps no average")
+    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
+    parser.add_argument("--repeats", type=int, default=3, help="steps that the median is of")
+    parser.add_argument("--one", action="store_true", help="of each length, in this process")
+    given = parser.parse_args(arguments)
+    lengths = given.latent_frames or ([5] if given.tiny else [21, 41, 61, 81, 101, 121])
+    # as much as leaves the libraries room; JAX takes 0.75 by default
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for frames in sorted(lengths):
+        if given.one:
+            print(json.dumps(measure(given, frames)), flush=True)
+            continue
+        # the last --latent_frames counts
+        _, status = common.in_own_process([*words, "--latent_frames", str(frames), "--one"])
+        if status:
+            print(json.dumps({"latent_frames": frames, "error": status}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
