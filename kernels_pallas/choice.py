@@ -1,7 +1,8 @@
 """Which implementation of a kernel runs; the one place to change after a measurement.
 
 In this order: the call's own `impl`, `with choose(gdn="pallas"):`, the environment variable
-`SANAWM_KERNELS=gdn=pallas,conv_glu=xla`, and `AUTO` by backend. Everything that is not a GPU, and
+`SANAWM_KERNELS=gdn=pallas,conv_glu=xla`, and `AUTO` on an NVIDIA GPU of Ampere's generation or
+newer, else XLA. Everything that is not a GPU, and
 a program whose arrays are shared out over several devices, runs XLA whatever is asked for: a
 Pallas call is a black box to the partitioner. (Inside `jax.shard_map` each device runs its own.)
 """
@@ -16,8 +17,9 @@ import jax
 from jax.sharding import AxisType
 
 VARIABLE = "SANAWM_KERNELS"
-# What "auto" is on a GPU, chosen by `python -m benchmarks.kernels`; XLA until measured.
-AUTO: dict[str, str] = {"conv_glu": "xla", "gdn": "xla"}
+# What "auto" is where Triton has bfloat16: the fastest of `python -m benchmarks.kernels` on an H100.
+AUTO: dict[str, str] = {"conv_glu": "pallas", "gdn": "pallas"}
+_LEAST_CAPABILITY = 8.0  # bfloat16 matrix units
 # Every kernel's implementations, its portable one first.
 IMPLS: dict[str, tuple[str, ...]] = {
     "conv_glu": ("xla", "xla_split", "pallas"),
@@ -82,7 +84,18 @@ def pick(kernel: str, impl: str | None = None) -> str:
         return IMPLS[kernel][0]
     wanted = {**parse(os.environ.get(VARIABLE, "")), **dict(_chosen.value)}
     found = wanted.get(kernel, "auto")
-    return AUTO[kernel] if found == "auto" else found
+    if found != "auto":
+        return found
+    return AUTO[kernel] if has_bfloat16() else IMPLS[kernel][0]
+
+
+def has_bfloat16() -> bool:
+    """Whether the first device is an NVIDIA GPU whose matrix units take bfloat16."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    try:
+        return float(capability) >= _LEAST_CAPABILITY
+    except ValueError:  # AMD names an architecture
+        return False
 
 
 def interpret() -> bool:

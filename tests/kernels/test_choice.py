@@ -11,6 +11,7 @@ from kernels_pallas import choice
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(choice, "has_bfloat16", lambda: True)
 
 
 def test_a_cpu_runs_xla_whatever_is_asked_for(monkeypatch):
@@ -21,8 +22,6 @@ def test_a_cpu_runs_xla_whatever_is_asked_for(monkeypatch):
 
 
 def test_sources_in_their_order(on_gpu, monkeypatch):
-    assert choice.pick("gdn") == choice.AUTO["gdn"]
-    monkeypatch.setitem(choice.AUTO, "gdn", "pallas")
     assert choice.pick("gdn") == choice.pick("gdn", "auto") == "pallas"
     monkeypatch.setenv(choice.VARIABLE, " conv_glu=pallas, gdn=xla ")
     assert (choice.pick("gdn"), choice.pick("conv_glu")) == ("xla", "pallas")
@@ -31,6 +30,20 @@ def test_sources_in_their_order(on_gpu, monkeypatch):
         with choice.choose(conv_glu="xla_split"):
             assert (choice.pick("gdn"), choice.pick("conv_glu")) == ("pallas", "xla_split")
     assert choice.pick("gdn") == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("9.0", "pallas"), ("7.5", "xla"), ("gfx90a", "xla"), (None, "xla")]
+)
+def test_cards_without_bfloat16_run_xla(monkeypatch, capability, expected):
+    class Device:
+        pass
+
+    if capability is not None:
+        Device.compute_capability = capability
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert choice.pick("conv_glu") == expected
 
 
 def test_an_override_traces_anew(on_gpu):
@@ -43,9 +56,9 @@ def test_an_override_traces_anew(on_gpu):
 
     for _ in range(2):
         function(1.0)
-        with choice.choose(gdn="pallas"):
+        with choice.choose(gdn="xla"):
             function(1.0)
-    assert traced == ["xla", "pallas"]
+    assert traced == ["pallas", "xla"]
 
 
 def test_a_partitioned_program_runs_xla(on_gpu):
