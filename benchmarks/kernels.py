@@ -31,6 +31,7 @@ import numpy as np
 from kernels_pallas import choice, gdn
 from kernels_pallas.conv_glu import Tiles as ConvTiles
 from kernels_pallas.conv_glu import conv_glu
+from sanawm_jax.core.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Part:
       inputs: arrays; those that are not float are not differentiated.
       variants: name -> function of the inputs, giving an array or a tuple; the first is XLA.
       forward_bytes, backward_bytes: least that each pass moves.
+      flops: of the forward pass, where matrix units bound it.
     """
 
     kernel: str
@@ -66,6 +68,7 @@ class Part:
     variants: dict[str, Callable[..., Any]]
     forward_bytes: float
     backward_bytes: float
+    flops: float = 0.0
 
 
 def _bytes(*arrays: Any) -> float:
@@ -178,7 +181,26 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         )  # fmt: skip
 
 
-PARTS = {"conv_glu": conv_parts, "gdn": gdn_parts}
+def attention_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
+    """Self-attention of one prompt over all tokens of a clip."""
+    del is_tiny
+    shape = (1, sizes.frames * sizes.tokens, sizes.heads, sizes.head_dim)
+    q, k, v = (_normal(i, shape, sizes.dtype) for i in range(3))
+
+    def run(impl: str) -> Callable[..., Any]:
+        def attend(*inputs: jax.Array) -> jax.Array:
+            with choice.choose(attention=impl):
+                return attention(*inputs)
+
+        return attend
+
+    variants = {impl: run(impl) for impl in choice.IMPLS["attention"]}
+    flops = 4.0 * shape[1] ** 2 * sizes.heads * sizes.head_dim
+    inputs = (q, k, v)
+    yield Part("attention", "attention", inputs, variants, 4 * _bytes(q), 8 * _bytes(q), flops)
+
+
+PARTS = {"attention": attention_parts, "conv_glu": conv_parts, "gdn": gdn_parts}
 
 
 def _pass(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,10 +223,14 @@ def _weights(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -
 def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> float:
     """Time of a call of a compiled function: the median of runs of ten queued ones, over ten.
 
+    Calls of more than 50 ms are timed one by one.
+
     A launch hides behind the call before it, and the wait for the last is shared by all.
     """
     jax.block_until_ready(function(*inputs))
-    calls, times = 10, []
+    start = time.perf_counter()
+    jax.block_until_ready(function(*inputs))
+    calls, times = (10 if time.perf_counter() - start < 0.05 else 1), []
     for _ in range(1 + repeats):  # the first warms up
         out = None
         start = time.perf_counter()
@@ -260,12 +286,14 @@ def measure(
                 yield {**line, "error": f"{type(error).__name__}: {str(error)[:300]}"}
                 continue
             moved = part.forward_bytes if name == "forward" else part.backward_bytes
+            is_bound = part.flops > 0 and name == "forward"
             accurate = accurate or found
             is_good = all(a <= max(1.1 * b, 1e-4) for a, b in zip(found, accurate, strict=True))
             yield {
                 **line,
                 "ms": round(time_of, 4),
                 "gbps": float(f"{moved / time_of * 1e-6:.4g}"),
+                **({"tflops": round(part.flops / time_of * 1e-9, 1)} if is_bound else {}),
                 "errors": [float(f"{e:.3g}") for e in found],
                 "as_accurate_as_xla": is_good and bool(np.isfinite(found).all()),
             }
@@ -300,6 +328,8 @@ def _compile(
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:
     """The first frames of tokens; of GDN, of the first batch row."""
+    if kernel == "attention":
+        return tuple(a[:, :8800] for a in inputs)  # ten frames: logits of 6 GB in float32
     if kernel == "conv_glu":
         return inputs[0][:frames], *inputs[1:]
     return tuple(a[:1, :frames] for a in inputs)
@@ -322,7 +352,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     found = []
     for kernel in given.only:
         for part in PARTS[kernel](sizes, given.tiny):
-            cut = 2 if given.tiny else (8 if kernel == "conv_glu" else 21)
+            cut = 2 if given.tiny else (21 if kernel == "gdn" else 8)
             for line in measure(part, cut, 1 if given.tiny else given.repeats, tuple(given.passes)):
                 line |= {"frames": sizes.frames, "device": device, "auto": choice.AUTO[kernel]}
                 print(json.dumps(line), flush=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention import flash_attention
+
 
 @jax.named_scope("attention")
 def attention(
@@ -33,15 +35,10 @@ def attention(
     Returns:
       (B, T, N, D) in q's dtype.
     """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
     # cuDNN never writes the logits to memory; with a mask it would, and it takes no float32
-    is_flash = jax.default_backend() == "gpu" and key_mask is None and q.dtype == jnp.bfloat16
+    if jax.default_backend() == "gpu" and key_mask is None and q.dtype == jnp.bfloat16:
+        return flash_attention(q, k, v, scale or q.shape[-1] ** -0.5, key_count=key_count)
+    mask = None if key_mask is None else key_mask[:, None, None, :]
     return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        key_value_seq_lengths=key_count,
-        implementation="cudnn" if is_flash else None,
+        q, k, v, mask=mask, scale=scale, key_value_seq_lengths=key_count
     )

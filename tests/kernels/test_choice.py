@@ -17,7 +17,7 @@ def on_gpu(monkeypatch):
 def test_a_cpu_runs_xla_whatever_is_asked_for(monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "gdn=pallas")
     with choice.choose(conv_glu="pallas"):
-        assert {choice.pick(kernel) for kernel in choice.IMPLS} == {"xla"}
+        assert all(choice.pick(kernel) == impls[0] for kernel, impls in choice.IMPLS.items())
     assert choice.pick("gdn", "pallas") == "pallas"  # a test's own words
 
 
@@ -33,7 +33,8 @@ def test_sources_in_their_order(on_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected"), [("9.0", "pallas"), ("7.5", "xla"), ("gfx90a", "xla"), (None, "xla")]
+    ("capability", "expected"),
+    [("9.0", "pallas"), ("7.5", "xla"), ("gfx90a", "xla"), (None, "xla")],
 )
 def test_cards_without_bfloat16_run_xla(monkeypatch, capability, expected):
     class Device:

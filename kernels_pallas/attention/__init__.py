@@ -1,0 +1,5 @@
+"""Softmax attention over long sequences: cuDNN's, or JAX's own kernel for Hopper."""
+
+from kernels_pallas.attention.api import flash_attention
+
+__all__ = ["flash_attention"]

@@ -1,0 +1,118 @@
+"""Flash attention of any length and head size through kernels of libraries.
+
+`cudnn` is `jax.nn.dot_product_attention`. `mosaic` is the FlashAttention-3 kernel that JAX ships in
+`jax.experimental.pallas.ops.gpu`: it runs on Hopper alone, in float16, on sequences that are whole
+numbers of tiles and heads of 64, 128, ... channels, without a scale or a mask. What the DiT has is
+none of that (heads of 112, 106,480 tokens), so tokens and channels are padded; a channel of the
+padding hides the tokens of the padding.
+Axis letters: B batch, T queries, S keys, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import choice
+
+# (q, k, v), each (B, T, N, D) -> (B, T, N, D), softmax(q k^T) v
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+_QUERIES, _KEYS, _CHANNELS = 128, 128, 64  # what the kernel takes whole numbers of
+_SHORTEST = 8192  # tokens from which padding is worth it
+_HIDDEN = -1e4  # a logit whose exponential is 0 in float32
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    *,
+    key_count: jax.Array | None = None,
+    impl: str | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) v on a GPU, without the logits ever in memory.
+
+    Args:
+      q: (B, T, N, D) bfloat16.
+      k, v: (B, S, N, D) bfloat16.
+      scale: of the logits.
+      key_count: (B,) int32, hides every key from that one on.
+      impl: cudnn, mosaic or None, see `kernels_pallas.choice`.
+
+    Returns:
+      (B, T, N, D) in q's dtype.
+    """
+    is_long = min(q.shape[1], k.shape[1]) >= _SHORTEST and q.shape[2] == k.shape[2]
+    if key_count is None and is_long and choice.pick("attention", impl) == "mosaic":
+        return _mosaic(scale, q, k, v)
+    return _cudnn(q, k, v, scale, key_count)
+
+
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None = None
+) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation="cudnn"
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mosaic(scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=_KEYS, max_concurrent_steps=2)
+    attend: Any = functools.partial(attention_mgpu.attention, config=config)
+    return padded_attention(q, k, v, scale, attend)
+
+
+def _mosaic_forward(scale: float, *inputs: jax.Array) -> tuple[jax.Array, Any]:
+    # what is differentiated runs forward in the library whose backward pass it takes
+    return jax.vjp(functools.partial(_cudnn, scale=scale), *inputs)
+
+
+def _mosaic_backward(scale: float, vjp: Any, dy: jax.Array) -> Any:
+    del scale
+    return vjp(dy)
+
+
+_mosaic.defvjp(_mosaic_forward, _mosaic_backward)
+
+
+def padded_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, attend: Attend, dtype: Any = jnp.float16
+) -> jax.Array:
+    """Attention through a kernel that takes only whole tiles and neither scale nor mask.
+
+    Args:
+      q, k, v, scale: as of `flash_attention`.
+      attend: the kernel.
+      dtype: that it runs in.
+    """
+    queries, keys, size = q.shape[1], k.shape[1], q.shape[-1]
+    wide = -(size + 1) % _CHANNELS + size + 1  # one channel to spare at least
+    more_keys = -keys % _KEYS
+    limit = float(jnp.finfo(dtype).max)
+
+    def fit(a: jax.Array, rows: int, extra: np.ndarray) -> jax.Array:
+        """(B, T, N, D) with more tokens, and `extra` (T or 1, channels) in the new channels."""
+        a = jnp.clip(a.astype(jnp.float32), -limit, limit).astype(dtype)
+        a = jnp.pad(a, ((0, 0), (0, rows), (0, 0), (0, 0)))
+        shape = (*a.shape[:3], wide - size)
+        tail = jnp.broadcast_to(jnp.asarray(extra, dtype)[None, :, None], shape)
+        return jnp.concatenate([a, tail], -1)
+
+    none = np.zeros((1, wide - size))
+    ones, hidden = none.copy(), np.zeros((keys + more_keys, wide - size))
+    ones[0, 0], hidden[keys:, 0] = 1.0, _HIDDEN
+    y = attend(
+        fit(q.astype(jnp.float32) * scale, -queries % _QUERIES, ones),
+        fit(k, more_keys, hidden),
+        fit(v, more_keys, none),
+    )
+    return y[:, :queries, :, :size].astype(q.dtype)

@@ -1,0 +1,74 @@
+"""Attention through a kernel of whole tiles, its padding, and who runs where."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import choice
+from kernels_pallas.attention import api, flash_attention
+
+
+def _tokens(queries, keys, size, dtype=jnp.float32):
+    shapes = ((2, queries, 3, size), (2, keys, 3, size), (2, keys, 3, size))
+    return tuple(
+        jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)
+    )
+
+
+def _plain(q, k, v):
+    """What the kernel computes, and the sizes that it takes."""
+    assert q.shape[1] % 128 == k.shape[1] % 128 == q.shape[3] % 64 == 0
+    return jax.nn.dot_product_attention(q, k, v, scale=1.0)
+
+
+@pytest.mark.parametrize(("queries", "keys", "size"), [(5, 130, 16), (128, 256, 64), (200, 7, 112)])
+def test_padding_changes_nothing(queries, keys, size):
+    q, k, v = _tokens(queries, keys, size)
+    found = api.padded_attention(q, k, v, 0.3, _plain, dtype=jnp.float32)
+    wanted = jax.nn.dot_product_attention(q, k, v, scale=0.3)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_keys_stay_hidden_from_queries_that_see_nothing_else():
+    q, k, v = _tokens(3, 4, 16)
+    # logits of -300 are far above those of the padding
+    found = api.padded_attention(q * 0 + 1, k * 0 - 1, v, 300 / 16, _plain, dtype=jnp.float32)
+    np.testing.assert_allclose(found[:, 0], v.mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_takes_large_values():
+    q, k, v = _tokens(128, 128, 16)
+    found = api.padded_attention(q, k, v * 1e6, 0.25, _plain)
+    assert np.isfinite(found).all()
+
+
+def test_short_sequences_stay_in_the_library(monkeypatch):
+    monkeypatch.setattr(api, "_cudnn", lambda q, *_: "cudnn")
+    monkeypatch.setattr(api, "_mosaic", lambda scale, q, *_: "mosaic")
+    long, short = (jnp.zeros((1, n, 1, 8), jnp.bfloat16) for n in (8192, 300))
+    options = {"scale": 1.0, "impl": "mosaic"}
+    assert flash_attention(long, long, long, **options) == "mosaic"
+    assert flash_attention(long, short, short, **options) == "cudnn"
+    counts = jnp.ones((1,), jnp.int32)
+    assert flash_attention(long, long, long, **options, key_count=counts) == "cudnn"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    q, k, v = _tokens(8200, 8300, 112, jnp.bfloat16)
+    wide = tuple(a.astype(jnp.float32) for a in (q[:, :500], k, v))
+    truth = np.asarray(jax.nn.dot_product_attention(*wide))
+
+    def error(impl):
+        y = jax.jit(lambda *a: flash_attention(*a, 112**-0.5, impl=impl))(q, k, v)
+        return np.linalg.norm(np.asarray(y[:, :500], np.float32) - truth) / np.linalg.norm(truth)
+
+    assert error("mosaic") < 1.1 * error("cudnn")
+    gradient = jax.jit(
+        jax.grad(lambda q: flash_attention(q, k, v, 0.1, impl="mosaic").astype(jnp.float32).sum())
+    )(q)
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
+    assert choice.AUTO["attention"] in choice.IMPLS["attention"]
