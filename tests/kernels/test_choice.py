@@ -33,7 +33,8 @@ def test_sources_in_their_order(on_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected"), [("9.0", "pallas"), ("7.5", "xla"), ("gfx90a", "xla"), (None, "xla")]
+    ("capability", "expected"),
+    [("9.0", "pallas"), ("7.5", "xla"), ("gfx90a", "xla"), (None, "xla")],
 )
 def test_cards_without_bfloat16_run_xla(monkeypatch, capability, expected):
     class Device:
