@@ -17,13 +17,15 @@ import jax
 from jax.sharding import AxisType
 
 VARIABLE = "SANAWM_KERNELS"
-# What "auto" is where Triton has bfloat16: the fastest of `python -m benchmarks.kernels` on an H100.
-AUTO: dict[str, str] = {"conv_glu": "pallas", "gdn": "pallas"}
+# What "auto" is where Triton has bfloat16. For conv_glu and gdn the fastest of
+# `python -m benchmarks.kernels` on an H100; ucpe is not measured yet.
+AUTO: dict[str, str] = {"conv_glu": "pallas", "gdn": "pallas", "ucpe": "pallas"}
 _LEAST_CAPABILITY = 8.0  # bfloat16 matrix units
 # Every kernel's implementations, its portable one first.
 IMPLS: dict[str, tuple[str, ...]] = {
     "conv_glu": ("xla", "xla_split", "pallas"),
     "gdn": ("xla", "pallas"),
+    "ucpe": ("xla", "pallas"),
 }
 
 # part of the key of jit's cache: a change traces anew

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from kernels_pallas import gdn
+from kernels_pallas import gdn, ucpe
 from sanawm_jax.core.frames import FrameLayout, frame_attention, neighbours, recurrent_states
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
-from sanawm_jax.core.rope import apply_rope
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.dit.config import DiTConfig
-from sanawm_jax.dit.ucpe import RayTransforms, apply_ucpe, bounded_rms
+from sanawm_jax.dit.ucpe import RayTransforms
 
 GDN_EPS = 1e-8  # of the denominator
 # What keys are multiplied by, from D and P. A frame writes P keys at once: only the first bounds
@@ -190,8 +189,8 @@ def _gdn_main(
     k = _scaled_keys(k, ctx)
     q_rot, k_rot = q, k
     if ctx.angles is not None:
-        q_rot = apply_rope(q, ctx.angles[:, :, None])
-        k_rot = apply_rope(k, ctx.angles[:, :, None])
+        q_rot = ucpe.apply_rope(q, ctx.angles[:, :, None])
+        k_rot = ucpe.apply_rope(k, ctx.angles[:, :, None])
     with jax.named_scope("gdn"):
         states = recurrent_states(gdn.frame_transitions(k_rot, v, beta, decay), ctx.layout)
         normaliser = recurrent_states(gdn.normaliser_transitions(k, beta, decay), ctx.layout)
@@ -203,23 +202,19 @@ def _gdn_main(
 
 def _to_ray_space(
     q: jax.Array, k: jax.Array, v: jax.Array, rays: RayTransforms
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    transposed = jnp.swapaxes(rays.ray_from_world, -1, -2)
-    moved = (
-        (q, apply_ucpe(q, transposed, rays.angles)),
-        (k, apply_ucpe(k, rays.world_from_ray, rays.angles)),
-        (v, apply_ucpe(v, rays.world_from_ray, rays.angles)),
-    )
-    # translations inflate the channels; bring each head back to its former size
-    q, k, v = (bounded_rms(before, after) for before, after in moved)
-    return q, k, v
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Moved q, k and v, and the mean squared inflation of keys (B, F, N)."""
+    q, _ = ucpe.to_ray_space(q, jnp.swapaxes(rays.ray_from_world, -1, -2), rays.angles)
+    k, inflation = ucpe.to_ray_space(k, rays.world_from_ray, rays.angles)
+    v, _ = ucpe.to_ray_space(v, rays.world_from_ray, rays.angles)
+    return q, k, v, inflation
 
 
 def _from_ray_space(y: jax.Array, ctx: Context, rays: RayTransforms) -> jax.Array:
     mask = _mask(ctx, y.dtype)
     if mask is not None:
         y = y * mask[..., None]
-    y = apply_ucpe(y, rays.ray_from_world, rays.angles, inverse=True)
+    y = ucpe.apply_ucpe(y, rays.ray_from_world, rays.angles, inverse=True)
     return rearrange(y, "B F P N D -> B F P (N D)")
 
 
@@ -234,14 +229,7 @@ def _gdn_camera(
     """Numerator only, in ray space: (B, F, P, N, D) -> (B, F, P, C)."""
     beta, decay = gates
     dtype = v.dtype
-    k = _scaled_keys(k, ctx)
-
-    def size(a: jax.Array) -> jax.Array:
-        return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)
-
-    before = size(k)
-    q, k, v = _to_ray_space(q, k, v, rays)
-    inflation = jnp.square(size(k) / before).mean(axis=2)  # B F N
+    q, k, v, inflation = _to_ray_space(q, _scaled_keys(k, ctx), v, rays)
     beta = beta / jnp.maximum(inflation, 1.0)[:, :, None]
     if ctx.frame_mask is not None:
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
@@ -254,8 +242,8 @@ def _gdn_camera(
 
 def _softmax_main(q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context) -> jax.Array:
     if ctx.angles is not None:
-        q = apply_rope(q, ctx.angles[:, :, None])
-        k = apply_rope(k, ctx.angles[:, :, None])
+        q = ucpe.apply_rope(q, ctx.angles[:, :, None])
+        k = ucpe.apply_rope(k, ctx.angles[:, :, None])
     if ctx.frame_mask is not None:
         # padded keys are zeroed, not hidden, in the reference's main branch
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
@@ -274,7 +262,7 @@ def _camera_scale(head_dim: int) -> float:
 def _softmax_camera(
     q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context, rays: RayTransforms
 ) -> jax.Array:
-    q, k, v = _to_ray_space(q, k, v, rays)
+    q, k, v, _ = _to_ray_space(q, k, v, rays)
     if ctx.frame_mask is not None:
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, v = q * real, v * real

@@ -1,0 +1,82 @@
+"""Rotary embedding and UCPE ray transforms of the heads of tokens, for XLA on any device.
+
+Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
+Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.named_scope("rope")
+def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax.Array:
+    """Rotates neighbouring channels (2i, 2i+1) of x by angles[..., i], in float32.
+
+    Args:
+      x: (..., D) with D = 2 * angles.shape[-1].
+      angles: broadcastable to x without its last axis halved.
+      inverse: rotate back.
+    """
+    x32 = x.astype(jnp.float32)
+    even, odd = x32[..., 0::2], x32[..., 1::2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if inverse:
+        sin = -sin
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+@jax.named_scope("ucpe")
+def apply_ucpe(
+    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, *, inverse: bool = False
+) -> jax.Array:
+    """Transforms the first half of every head, rotates the second.
+
+    Args:
+      x: (B, F, P, N, D).
+      matrices: (B, F, P, 4, 4) float32, applied to channels in groups of 4.
+      angles: (F, P, D/4) or None for no rotation.
+      inverse: rotate back.
+    """
+    first, second = jnp.split(x, 2, -1)
+    groups = first.reshape(*first.shape[:-1], -1, 4).astype(jnp.float32)
+    # as multiply-adds it fuses with its neighbours; a batch of 4x4 products cannot
+    columns = matrices[:, :, :, None, None]  # B F P 1 1 i j
+    moved = columns[..., 0] * groups[..., 0, None]
+    for j in range(1, 4):
+        moved = moved + columns[..., j] * groups[..., j, None]
+    first = moved.reshape(first.shape).astype(x.dtype)
+    if angles is not None:
+        second = apply_rope(second, angles[:, :, None], inverse=inverse)
+    return jnp.concatenate([first, second], -1)
+
+
+def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Scales x down, never up, to the reference's RMS over a head; both (..., D)."""
+
+    def rms(a: jax.Array) -> jax.Array:
+        a = a.astype(jnp.float32)
+        return jnp.sqrt(jnp.mean(a * a, -1, keepdims=True) + eps)
+
+    scale = jnp.minimum(rms(reference) / jnp.maximum(rms(x), eps), 1.0)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+@jax.named_scope("ucpe")
+def to_ray_space(
+    x: jax.Array, matrices: jax.Array, angles: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """`apply_ucpe`, each head scaled back to its former size where translations inflated it.
+
+    Returns:
+      Heads like x, and their mean squared inflation (B, F, N) float32: what the size after, over
+      the size before, is squared, on average over a frame's tokens.
+    """
+
+    def size(a: jax.Array) -> jax.Array:
+        return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)
+
+    y = _bounded_rms(x, apply_ucpe(x, matrices, angles))
+    return y, jnp.square(size(y) / size(x)).mean(axis=2)
