@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import choice, gdn
+from kernels_pallas import choice, gdn, ucpe
 from kernels_pallas.conv_glu import Tiles as ConvTiles
 from kernels_pallas.conv_glu import conv_glu
 
@@ -178,7 +178,33 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         )  # fmt: skip
 
 
-PARTS = {"conv_glu": conv_parts, "gdn": gdn_parts}
+def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
+    """What the camera branch does to a tensor of heads, and to its output."""
+    shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
+    x = _normal(0, shape, sizes.dtype)
+    matrices = _normal(1, (*shape[:3], 4, 4), jnp.float32)
+    angles = _normal(2, (1, *shape[1:3], sizes.head_dim // 4), jnp.float32)
+    sweep = [
+        ucpe.Tiles(tokens, warps, joined)
+        for tokens, warps, joined in (
+            (16, 4, True), (32, 8, True), (32, 4, True), (8, 2, True), (16, 4, False), (8, 4, False)
+        )
+    ]  # fmt: skip
+    options: dict[str, Any] = {"xla": {"impl": "xla"}}
+    for t in sweep[:1] if is_tiny else sweep:
+        name = f"pallas tokens {t.tokens} warps {t.warps} {'joined' if t.joined else 'strided'}"
+        options[name] = {"impl": "pallas", "tiles": t}
+
+    def variants(function: Any) -> dict[str, Callable[..., Any]]:
+        return {name: lambda x, m, a, o=o: function(x, m, a[0], **o) for name, o in options.items()}
+
+    small = _bytes(matrices, angles, angles)
+    inputs, moved = (x, matrices, angles), 2 * _bytes(x) + small
+    yield Part("ucpe", "to ray space", inputs, variants(ucpe.to_ray_space), moved, 2 * moved)
+    yield Part("ucpe", "from ray space", inputs, variants(ucpe.apply_ucpe), moved, 2 * moved)
+
+
+PARTS = {"conv_glu": conv_parts, "gdn": gdn_parts, "ucpe": ucpe_parts}
 
 
 def _pass(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,7 +325,7 @@ def _compile(
 
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:
-    """The first frames of tokens; of GDN, of the first batch row."""
+    """The first frames of tokens; of heads, of the first batch row."""
     if kernel == "conv_glu":
         return inputs[0][:frames], *inputs[1:]
     return tuple(a[:1, :frames] for a in inputs)
@@ -310,7 +336,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--latent_frames", type=int, default=121)
-    parser.add_argument("--batch", type=int, default=2, help="of gdn; conv_glu runs one prompt")
+    parser.add_argument("--batch", type=int, default=2, help="of gdn and ucpe; conv_glu runs one")
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")

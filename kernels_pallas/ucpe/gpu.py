@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,13 +31,13 @@ class Tiles:
     Attributes:
       tokens: that it owns, a power of two.
       warps: of 32 threads.
-      joined: store half a head as one block of neighbouring channels, which the registers of a
-        thread are shuffled into; else as four blocks of every fourth channel.
+      joined: read and write half a head as one block of neighbouring channels, which is taken
+        apart and put together on the chip; else as four blocks of every fourth channel.
     """
 
     tokens: int = 16
     warps: int = 4
-    joined: bool = False
+    joined: bool = True
 
 
 class _Tokens:
@@ -64,35 +65,43 @@ class _Tokens:
         place = self.row[:, None] * (2 * self.groups) + 2 * self.group[None, :]
         return plgpu.load(ref.at[place + at], mask=self.mask, other=0.0)
 
-    def _start(self, head: Any, half: int) -> jax.Array:
-        """(tokens, 1) where half a head begins."""
-        return self.row[:, None] * (self.heads * self.dim) + (
-            head * self.dim + half * self.dim // 2
+    def load(self, ref: Any, head: Any) -> tuple[Any, Any]:
+        """Both halves of a head in their dtype, for `quad`."""
+        first, second = (
+            tuple(
+                plgpu.load(ref.at[place], mask=mask, other=0.0)
+                for place, mask in self._places(head, half)
+            )
+            for half in range(2)
         )
-
-    def load(self, ref: Any, head: Any) -> tuple[Quad, Quad]:
-        """Both halves of a head, in their dtype."""
-
-        def one(half: int, j: int) -> jax.Array:
-            place = self._start(head, half) + 4 * self.group[None, :]
-            return plgpu.load(ref.at[place + j], mask=self.mask, other=0.0)
-
-        first, second = (tuple(one(half, j) for j in range(4)) for half in range(2))
         return first, second
+
+    def quad(self, loaded: tuple[jax.Array, ...]) -> Quad:
+        """What `load` gave of half a head, in float32."""
+        if self.tiles.joined:
+            pairs = loaded[0].reshape(self.tiles.tokens, -1, 2, 2)
+            even, odd = (jnp.unstack(a, axis=-1) for a in jnp.unstack(pairs, axis=-1))
+            loaded = (even[0], odd[0], even[1], odd[1])
+        return tuple(a.astype(jnp.float32) for a in loaded)
 
     def store(self, ref: Any, head: Any, half: int, values: Quad) -> None:
         values = tuple(value.astype(ref.dtype) for value in values)
-        start = self._start(head, half)
-        if not self.tiles.joined:
-            for j, value in enumerate(values):
-                plgpu.store(ref.at[start + 4 * self.group[None, :] + j], value, mask=self.mask)
+        if self.tiles.joined:
+            even, odd = (jnp.stack([values[j], values[j + 2]], -1) for j in range(2))
+            values = (jnp.stack([even, odd], -1).reshape(self.tiles.tokens, -1),)
+        for (place, mask), value in zip(self._places(head, half), values, strict=True):
+            plgpu.store(ref.at[place], value, mask=mask)
+
+    def _places(self, head: Any, half: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Where the blocks of half a head are, and which of their elements exist."""
+        row = self.row[:, None] * (self.heads * self.dim)
+        start = row + (head * self.dim + half * self.dim // 2)
+        if self.tiles.joined:
+            channel = jnp.arange(4 * self.group.shape[0])
+            yield start + channel[None, :], self.real[:, None] & (channel < self.dim // 2)[None, :]
             return
-        even, odd = (jnp.stack([values[j], values[j + 2]], -1) for j in range(2))
-        channels = 4 * self.group.shape[0]
-        value = jnp.stack([even, odd], -1).reshape(self.tiles.tokens, channels)
-        channel = jnp.arange(channels)
-        mask = self.real[:, None] & (channel < self.dim // 2)[None, :]
-        plgpu.store(ref.at[start + channel[None, :]], value, mask=mask)
+        for j in range(4):
+            yield start + 4 * self.group[None, :] + j, self.mask
 
 
 def _squares(*quads: Quad) -> jax.Array:
@@ -121,7 +130,7 @@ def _kernel(*refs: Any, size: tuple[int, int, int], tiles: Tiles, bounded: bool)
     def step(head: Any, loaded: Any) -> Any:
         # asked for before this head's work, so that memory's delay hides behind it
         following = tile.load(x_ref, jnp.minimum(head + 1, tile.heads - 1))
-        x = jax.tree.map(lambda a: a.astype(jnp.float32), loaded)
+        x = tile.quad(loaded[0]), tile.quad(loaded[1])
         first = tuple(
             functools.reduce(jnp.add, (row[j] * x[0][j] for j in range(4))) for row in matrix
         )

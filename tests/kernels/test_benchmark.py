@@ -14,6 +14,7 @@ from benchmarks import kernels
     ("kernel", "parts"),
     [
         ("conv_glu", {"conv_glu"}),
+        ("ucpe", {"to ray space", "from ray space"}),
         pytest.param(
             "gdn",
             {

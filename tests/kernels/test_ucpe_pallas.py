@@ -15,13 +15,13 @@ from tests.kernels.lowering import triton_kernels
 
 # tokens that tiles divide and do not, groups of channels that are a power of two and not
 CASES = [
-    ((2, 3, 5, 2, 16), ucpe.Tiles(tokens=4)),
-    ((1, 2, 8, 1, 24), ucpe.Tiles(tokens=8, joined=True)),
-    ((1, 1, 1, 3, 112), ucpe.Tiles(tokens=2, joined=True)),
+    ((2, 3, 5, 2, 16), ucpe.Tiles(tokens=4, joined=False)),
+    ((1, 2, 8, 1, 24), ucpe.Tiles(tokens=8)),
+    ((1, 1, 1, 3, 112), ucpe.Tiles(tokens=2)),
 ]
 GPU_CASES = [
     ((2, 3, 880, 20, 112), ucpe.Tiles()),
-    ((1, 2, 100, 3, 112), ucpe.Tiles(joined=True)),
+    ((1, 2, 100, 3, 112), ucpe.Tiles(joined=False)),
     ((1, 2, 100, 3, 64), ucpe.Tiles(tokens=32, warps=8)),
 ]
 FORMS = ("bounded", "plain", "inverse", "unrotated")
@@ -111,7 +111,7 @@ def test_small_and_large_heads(scale):
         assert np.isfinite(a).all() and _error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("tiles", [ucpe.Tiles(), ucpe.Tiles(tokens=32, joined=True)])
+@pytest.mark.parametrize("tiles", [ucpe.Tiles(), ucpe.Tiles(tokens=32, joined=False)])
 def test_lowers_for_cuda(tiles):
     x = jax.ShapeDtypeStruct((1, 121, 880, 20, 112), jnp.bfloat16)
     matrices = jax.ShapeDtypeStruct((1, 121, 880, 4, 4), jnp.float32)
