@@ -179,15 +179,17 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 
 def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
-    """What the camera branch does to a tensor of heads, and to its output."""
+    """From projections to what both branches' recurrences read, and the camera branch's output."""
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     x = _normal(0, shape, sizes.dtype)
     matrices = _normal(1, (*shape[:3], 4, 4), jnp.float32)
-    angles = _normal(2, (1, *shape[1:3], sizes.head_dim // 4), jnp.float32)
+    angles = _normal(2, (1, *shape[1:3], sizes.head_dim // 2), jnp.float32)
+    scale = 1.0 + _normal(3, (sizes.heads * sizes.head_dim,), jnp.float32, 0.1)
+    keys = ucpe.Features(scale, 1e-5, True, sizes.head_dim**-0.5 * sizes.tokens**-0.5)
     sweep = [
         ucpe.Tiles(tokens, warps, joined)
         for tokens, warps, joined in (
-            (16, 4, True), (32, 8, True), (32, 4, True), (8, 2, True), (16, 4, False), (8, 4, False)
+            (16, 4, True), (32, 8, True), (32, 4, True), (8, 2, True), (16, 4, False)
         )
     ]  # fmt: skip
     options: dict[str, Any] = {"xla": {"impl": "xla"}}
@@ -195,13 +197,28 @@ def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         name = f"pallas tokens {t.tokens} warps {t.warps} {'joined' if t.joined else 'strided'}"
         options[name] = {"impl": "pallas", "tiles": t}
 
-    def variants(function: Any) -> dict[str, Callable[..., Any]]:
-        return {name: lambda x, m, a, o=o: function(x, m, a[0], **o) for name, o in options.items()}
+    def part(name: str, function: Callable[..., Any], *small: jax.Array, writes: int = 1) -> Part:
+        variants: dict[str, Callable[..., Any]] = {
+            impl: lambda x, *a, o=o: function(x, *a, **o) for impl, o in options.items()
+        }
+        moved = (1 + writes) * _bytes(x) + _bytes(small)
+        return Part("ucpe", name, (x, *small), variants, moved, 2 * moved)
 
-    small = _bytes(matrices, angles, angles)
-    inputs, moved = (x, matrices, angles), 2 * _bytes(x) + small
-    yield Part("ucpe", "to ray space", inputs, variants(ucpe.to_ray_space), moved, 2 * moved)
-    yield Part("ucpe", "from ray space", inputs, variants(ucpe.apply_ucpe), moved, 2 * moved)
+    half = angles[..., : sizes.head_dim // 4]
+    yield part(
+        "features and rotation", lambda x, a, **o: ucpe.plain_and_rotated(x, a[0], keys, **o),
+        angles, writes=2,
+    )  # fmt: skip
+    yield part(
+        "features to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], keys, **o),
+        matrices, half,
+    )  # fmt: skip
+    yield part(
+        "to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], **o), matrices, half
+    )
+    yield part(
+        "from ray space", lambda x, m, a, **o: ucpe.apply_ucpe(x, m, a[0], **o), matrices, half
+    )
 
 
 PARTS = {"conv_glu": conv_parts, "gdn": gdn_parts, "ucpe": ucpe_parts}

@@ -1,7 +1,16 @@
-"""Rotary embedding and UCPE ray transforms of heads, each in one pass over the tokens."""
+"""Norm, ReLU, rotary embedding and UCPE ray transforms of heads, in one pass over the tokens."""
 
-from kernels_pallas.ucpe.api import apply_ucpe, to_ray_space
+from kernels_pallas.ucpe.api import apply_ucpe, plain_and_rotated, rotate, to_ray_space
 from kernels_pallas.ucpe.gpu import Tiles
-from kernels_pallas.ucpe.reference import apply_rope
+from kernels_pallas.ucpe.reference import Features, features, rms_norm
 
-__all__ = ["Tiles", "apply_rope", "apply_ucpe", "to_ray_space"]
+__all__ = [
+    "Features",
+    "Tiles",
+    "apply_ucpe",
+    "features",
+    "plain_and_rotated",
+    "rms_norm",
+    "rotate",
+    "to_ray_space",
+]

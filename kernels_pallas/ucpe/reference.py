@@ -1,4 +1,4 @@
-"""Rotary embedding and UCPE ray transforms of the heads of tokens, for XLA on any device.
+"""Norm, rotary embedding and UCPE ray transforms of the heads of tokens, for XLA on any device.
 
 Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
 Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
@@ -6,8 +6,68 @@ Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+
+class Features(NamedTuple):
+    """What projected tokens go through before they are turned or moved, in this order.
+
+    Attributes:
+      scale: (N D,) of an RMS norm over all heads together, None for no norm.
+      eps: of the norm.
+      relu: whether negative numbers become 0.
+      factor: a positive number to multiply by.
+    """
+
+    scale: jax.Array | None = None
+    eps: float = 1e-5
+    relu: bool = False
+    factor: float = 1.0
+
+    def is_identity(self) -> bool:
+        return self.scale is None and not self.relu and self.factor == 1.0
+
+
+AS_IS = Features()
+
+
+def inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+    """1 / RMS over the last axis, which stays with size 1; float32."""
+    x32 = x.astype(jnp.float32)
+    return lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+
+
+@jax.named_scope("norm")
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis times `scale`, in float32; x's dtype comes back."""
+    y = x.astype(jnp.float32) * inverse_rms(x, eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def features(x: jax.Array, of: Features) -> jax.Array:
+    """x (B, F, P, N, D) after what `Features` says."""
+    if of.scale is not None:
+        x = rms_norm(x.reshape(*x.shape[:-2], -1), of.scale, of.eps).reshape(x.shape)
+    if of.relu:
+        x = jax.nn.relu(x)
+    return x if of.factor == 1.0 else x * of.factor
+
+
+def plain_and_rotated(
+    x: jax.Array, angles: jax.Array, of: Features = AS_IS
+) -> tuple[jax.Array, jax.Array]:
+    """Features of x (B, F, P, N, D), and the same turned by angles (F, P, D/2)."""
+    plain = features(x, of)
+    return plain, apply_rope(plain, angles[:, :, None])
+
+
+def rotate(x: jax.Array, angles: jax.Array, of: Features = AS_IS) -> jax.Array:
+    """The second of `plain_and_rotated`."""
+    return plain_and_rotated(x, angles, of)[1]
 
 
 @jax.named_scope("rope")
@@ -66,9 +126,13 @@ def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.A
 
 @jax.named_scope("ucpe")
 def to_ray_space(
-    x: jax.Array, matrices: jax.Array, angles: jax.Array | None
+    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, of: Features = AS_IS
 ) -> tuple[jax.Array, jax.Array]:
     """`apply_ucpe`, each head scaled back to its former size where translations inflated it.
+
+    Args:
+      x, matrices, angles: as `apply_ucpe`.
+      of: what x goes through first.
 
     Returns:
       Heads like x, and their mean squared inflation (B, F, N) float32: what the size after, over
@@ -78,5 +142,6 @@ def to_ray_space(
     def size(a: jax.Array) -> jax.Array:
         return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)
 
+    x = features(x, of)
     y = _bounded_rms(x, apply_ucpe(x, matrices, angles))
     return y, jnp.square(size(y) / size(x)).mean(axis=2)

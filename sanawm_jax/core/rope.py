@@ -1,6 +1,6 @@
 """Angles of the rotary position embedding over (frame, row, column), for interleaved pairs.
 
-`kernels_pallas.ucpe.apply_rope` turns heads by them.
+`kernels_pallas.ucpe` turns heads by them.
 Axis letters: F latent frames, H W token rows and columns, D head size.
 Reference: diffusers `SanaWMRotaryPosEmbed` (Wan's split of a head).
 """

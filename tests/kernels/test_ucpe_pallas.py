@@ -1,4 +1,4 @@
-"""Ray transforms of heads: the XLA form against plain loops, the Pallas kernel against XLA."""
+"""Features, rotation and ray transforms of heads: XLA against plain loops, Pallas against XLA."""
 
 from __future__ import annotations
 
@@ -24,36 +24,55 @@ GPU_CASES = [
     ((1, 2, 100, 3, 112), ucpe.Tiles(joined=False)),
     ((1, 2, 100, 3, 64), ucpe.Tiles(tokens=32, warps=8)),
 ]
-FORMS = ("bounded", "plain", "inverse", "unrotated")
+FORMS = (
+    "to ray space",
+    "to ray space, keys",
+    "from ray space",
+    "unrotated",
+    "rotated",
+    "rotated, queries",
+    "plain and rotated, keys",
+    "plain and rotated, no norm",
+)
 
 
 def _inputs(shape, dtype, scale=1.0):
-    """Tokens, matrices that inflate some heads and shrink others, angles."""
-    batch, frames, tokens, _, size = shape
-    keys = jax.random.split(jax.random.key(0), 3)
+    """Tokens, matrices that inflate some heads and shrink others, angles, scale of the norm."""
+    batch, frames, tokens, heads, size = shape
+    keys = jax.random.split(jax.random.key(0), 4)
     x = (jax.random.normal(keys[0], shape) * scale).astype(dtype)
     matrices = jax.random.normal(keys[1], (batch, frames, tokens, 4, 4))
-    return x, matrices, jax.random.normal(keys[2], (frames, tokens, size // 4)) * 3
+    angles = jax.random.normal(keys[2], (frames, tokens, size // 2)) * 3
+    return x, matrices, angles, 1.0 + 0.3 * jax.random.normal(keys[3], (heads * size,))
 
 
-def _form(name, x, matrices, angles, options):
-    if name == "bounded":
-        return ucpe.to_ray_space(x, matrices, angles, **options)
-    angles = None if name == "unrotated" else angles
-    return (ucpe.apply_ucpe(x, matrices, angles, inverse=name == "inverse", **options),)
+def _form(name, x, matrices, angles, scale, options):
+    of = ucpe.Features()
+    if name.endswith(("keys", "no norm")):
+        of = ucpe.Features(None if name.endswith("no norm") else scale, 1e-5, True, 0.05)
+    elif name.endswith("queries"):
+        of = ucpe.Features(scale, 1e-5)
+    if "rotated" in name and name != "unrotated":
+        function = ucpe.plain_and_rotated if name.startswith("plain") else ucpe.rotate
+        return function(x, angles, of, **options)
+    half = angles[..., : angles.shape[-1] // 2]
+    if name.startswith("to"):
+        return ucpe.to_ray_space(x, matrices, half, of, **options)
+    is_turned = name != "unrotated"
+    return ucpe.apply_ucpe(x, matrices, half if is_turned else None, inverse=is_turned, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "impl", "tiles"))
 def _run(inputs, form, impl, tiles):
     options = {"impl": impl, "tiles": tiles}
     results, vjp = jax.vjp(lambda *a: _form(form, *a, options), *inputs)
+    leaves, tree = jax.tree.flatten(results)
     keys = jax.random.split(jax.random.key(1), 2)
-    return results, vjp(
-        tuple(
-            jax.random.normal(key, a.shape, jnp.bfloat16).astype(a.dtype)
-            for key, a in zip(keys, results, strict=False)
-        )
-    )
+    weights = [
+        jax.random.normal(key, a.shape, jnp.bfloat16).astype(a.dtype)
+        for key, a in zip(keys, leaves, strict=False)
+    ]
+    return results, vjp(tree.unflatten(weights))
 
 
 def _results(inputs, form, impl, tiles=None):
@@ -66,7 +85,8 @@ def _error(found, wanted):
 
 
 def test_reference_equals_loops():
-    x, matrices, angles = _inputs((1, 2, 3, 2, 16), jnp.float32)
+    x, matrices, angles, _ = _inputs((1, 2, 3, 2, 16), jnp.float32)
+    angles = angles[..., :4]
     wanted = np.zeros(x.shape)
     for f, p, n in np.ndindex(2, 3, 2):
         head, out = np.asarray(x[0, f, p, n]), wanted[0, f, p, n]
@@ -80,6 +100,22 @@ def test_reference_equals_loops():
     kept = np.minimum(before / after, 1.0)
     np.testing.assert_allclose(y, wanted * kept[..., None], atol=1e-5)
     np.testing.assert_allclose(inflation, np.mean((kept * after / before) ** 2, axis=2), rtol=1e-5)
+
+
+def test_features_and_rotation_equal_loops():
+    x, _, angles, scale = _inputs((1, 2, 3, 2, 8), jnp.float32)
+    of = ucpe.Features(scale, eps=0.1, relu=True, factor=0.5)
+    plain, rotated = ucpe.plain_and_rotated(x, angles, of)
+    for f, p in np.ndindex(2, 3):
+        token = np.asarray(x[0, f, p]).ravel()
+        wanted = token / np.sqrt(np.mean(token**2) + 0.1) * np.asarray(scale)
+        wanted = 0.5 * np.maximum(wanted, 0.0).reshape(2, 8)
+        np.testing.assert_allclose(plain[0, f, p], wanted, atol=1e-6)
+        turned = (wanted[:, 0::2] + 1j * wanted[:, 1::2]) * np.exp(1j * np.asarray(angles[f, p]))
+        np.testing.assert_allclose(rotated[0, f, p, :, 0::2], turned.real, atol=1e-6)
+        np.testing.assert_allclose(rotated[0, f, p, :, 1::2], turned.imag, atol=1e-6)
+    np.testing.assert_array_equal(ucpe.rotate(x, angles, of), rotated)
+    np.testing.assert_array_equal(ucpe.features(x, of), plain)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,25 +141,34 @@ def test_bfloat16_is_no_worse_than_xla(form):
 def test_small_and_large_heads(scale):
     shape, tiles = CASES[0]
     inputs = _inputs(shape, jnp.float32, scale)
-    wanted = ucpe.to_ray_space(*inputs, impl="xla")
-    found = ucpe.to_ray_space(*inputs, impl="pallas", tiles=tiles)
+    wanted = _form("to ray space", *inputs, {"impl": "xla"})
+    found = _form("to ray space", *inputs, {"impl": "pallas", "tiles": tiles})
     for a, b in zip(found, wanted, strict=True):
         assert np.isfinite(a).all() and _error(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("tiles", [ucpe.Tiles(), ucpe.Tiles(tokens=32, joined=False)])
 def test_lowers_for_cuda(tiles):
-    x = jax.ShapeDtypeStruct((1, 121, 880, 20, 112), jnp.bfloat16)
-    matrices = jax.ShapeDtypeStruct((1, 121, 880, 4, 4), jnp.float32)
-    angles = jax.ShapeDtypeStruct((121, 880, 28), jnp.float32)
+    shape = (1, 121, 880, 20, 112)
+    inputs = jax.eval_shape(lambda: _inputs(shape, jnp.bfloat16))
+    calls = {
+        "ucpe_bounded_featured": gpu.Form(True, bounded=True, featured=True, relu=True),
+        "ucpe_bounded": gpu.Form(True, bounded=True),
+        "ucpe": gpu.Form(True, rotated=False),
+        "rope_plain_featured": gpu.Form(plain=True, featured=True, relu=True),
+        "rope": gpu.Form(),
+    }
 
-    def both(x, matrices, angles):
-        return [
-            gpu.transform(x, matrices, rotation, tiles, bounded=bounded, interpret=False)
-            for bounded, rotation in ((True, (angles, angles)), (False, None))
-        ]
+    def all_of_them(x, matrices, angles, scale):
+        arrays = {"x": x, "matrices": matrices, "weight": scale, "inverse": x[..., 0, 0]}
+        found = []
+        for form in calls.values():
+            table = angles[..., :28] if form.moves else angles
+            arrays |= {"cos": table, "sin": table}
+            found.append(gpu.run(form, arrays, tiles, interpret=False))
+        return found
 
-    assert triton_kernels(both, x, matrices, angles) == ["ucpe_bounded", "ucpe"]
+    assert triton_kernels(all_of_them, *inputs) == list(calls)
 
 
 @pytest.mark.gpu
