@@ -140,7 +140,8 @@ def to_ray_space(
     """
 
     def size(a: jax.Array) -> jax.Array:
-        return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)
+        # bounded inside the root: outside it, the gradient of a head of zeros would be 0/0
+        return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(a.astype(jnp.float32)), -1), 1e-12))
 
     x = features(x, of)
     y = _bounded_rms(x, apply_ucpe(x, matrices, angles))

@@ -145,6 +145,8 @@ def test_small_and_large_heads(scale):
     found = _form("to ray space", *inputs, {"impl": "pallas", "tiles": tiles})
     for a, b in zip(found, wanted, strict=True):
         assert np.isfinite(a).all() and _error(a, b) < 1e-6
+    for impl in ("xla", "pallas"):
+        assert all(np.isfinite(a).all() for a in _results(inputs, "to ray space", impl, tiles))
 
 
 @pytest.mark.parametrize("tiles", [ucpe.Tiles(), ucpe.Tiles(tokens=32, joined=False)])
