@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import choice, gdn
+from kernels_pallas import choice, gdn, ucpe
 from kernels_pallas.conv_glu import Tiles as ConvTiles
 from kernels_pallas.conv_glu import conv_glu
 from sanawm_jax.core.attention import attention
@@ -200,7 +200,55 @@ def attention_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     yield Part("attention", "attention", inputs, variants, 4 * _bytes(q), 8 * _bytes(q), flops)
 
 
-PARTS = {"attention": attention_parts, "conv_glu": conv_parts, "gdn": gdn_parts}
+def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
+    """From projections to what both branches' recurrences read, and the camera branch's output."""
+    shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
+    x = _normal(0, shape, sizes.dtype)
+    matrices = _normal(1, (*shape[:3], 4, 4), jnp.float32)
+    angles = _normal(2, (1, *shape[1:3], sizes.head_dim // 2), jnp.float32)
+    scale = 1.0 + _normal(3, (sizes.heads * sizes.head_dim,), jnp.float32, 0.1)
+    keys = ucpe.Features(scale, 1e-5, True, sizes.head_dim**-0.5 * sizes.tokens**-0.5)
+    sweep = [
+        ucpe.Tiles(tokens, warps, joined)
+        for tokens, warps, joined in (
+            (16, 4, True), (32, 8, True), (32, 4, True), (8, 2, True), (16, 4, False)
+        )
+    ]  # fmt: skip
+    options: dict[str, Any] = {"xla": {"impl": "xla"}}
+    for t in sweep[:1] if is_tiny else sweep:
+        name = f"pallas tokens {t.tokens} warps {t.warps} {'joined' if t.joined else 'strided'}"
+        options[name] = {"impl": "pallas", "tiles": t}
+
+    def part(name: str, function: Callable[..., Any], *small: jax.Array, writes: int = 1) -> Part:
+        variants: dict[str, Callable[..., Any]] = {
+            impl: lambda x, *a, o=o: function(x, *a, **o) for impl, o in options.items()
+        }
+        moved = (1 + writes) * _bytes(x) + _bytes(small)
+        return Part("ucpe", name, (x, *small), variants, moved, 2 * moved)
+
+    half = angles[..., : sizes.head_dim // 4]
+    yield part(
+        "features and rotation", lambda x, a, **o: ucpe.plain_and_rotated(x, a[0], keys, **o),
+        angles, writes=2,
+    )  # fmt: skip
+    yield part(
+        "features to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], keys, **o),
+        matrices, half,
+    )  # fmt: skip
+    yield part(
+        "to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], **o), matrices, half
+    )
+    yield part(
+        "from ray space", lambda x, m, a, **o: ucpe.apply_ucpe(x, m, a[0], **o), matrices, half
+    )
+
+
+PARTS = {
+    "attention": attention_parts,
+    "conv_glu": conv_parts,
+    "gdn": gdn_parts,
+    "ucpe": ucpe_parts,
+}
 
 
 def _pass(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -327,7 +375,7 @@ def _compile(
 
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:
-    """The first frames of tokens; of GDN, of the first batch row."""
+    """The first frames of tokens; of heads, of the first batch row."""
     if kernel == "attention":
         return tuple(a[:, :8800] for a in inputs)  # ten frames: logits of 6 GB in float32
     if kernel == "conv_glu":
@@ -340,7 +388,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--latent_frames", type=int, default=121)
-    parser.add_argument("--batch", type=int, default=2, help="of gdn; conv_glu runs one prompt")
+    parser.add_argument("--batch", type=int, default=2, help="of gdn and ucpe; conv_glu runs one")
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")

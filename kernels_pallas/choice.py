@@ -18,13 +18,19 @@ from jax.sharding import AxisType
 
 VARIABLE = "SANAWM_KERNELS"
 # What "auto" is where matrix units take bfloat16, the fastest of `benchmarks.kernels` on an H100.
-AUTO: dict[str, str] = {"attention": "cudnn", "conv_glu": "pallas", "gdn": "pallas"}
+AUTO: dict[str, str] = {
+    "attention": "cudnn",
+    "conv_glu": "pallas",
+    "gdn": "pallas",
+    "ucpe": "pallas",
+}
 _LEAST_CAPABILITY = 8.0  # bfloat16 matrix units
 # Every kernel's implementations, its portable one first.
 IMPLS: dict[str, tuple[str, ...]] = {
     "attention": ("cudnn", "mosaic"),
     "conv_glu": ("xla", "xla_split", "pallas"),
     "gdn": ("xla", "pallas"),
+    "ucpe": ("xla", "pallas"),
 }
 
 # part of the key of jit's cache: a change traces anew

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from kernels_pallas.ucpe import rms_norm
+
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 kernel_init: Initializer = nnx.initializers.lecun_normal()
 zeros_init: Initializer = nnx.initializers.zeros
@@ -147,11 +149,8 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,)))
         self.eps = eps
 
-    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 @jax.named_scope("adaln")

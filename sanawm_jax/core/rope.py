@@ -1,7 +1,8 @@
-"""Rotary position embedding over (frame, row, column), interleaved pairs.
+"""Angles of the rotary position embedding over (frame, row, column), for interleaved pairs.
 
-Axis letters: F latent frames, H W token rows and columns, D head size, N heads.
-Reference: diffusers `SanaWMRotaryPosEmbed` (Wan's split of a head), `_apply_rotary_emb`.
+`kernels_pallas.ucpe` turns heads by them.
+Axis letters: F latent frames, H W token rows and columns, D head size.
+Reference: diffusers `SanaWMRotaryPosEmbed` (Wan's split of a head).
 """
 
 from __future__ import annotations
@@ -52,21 +53,3 @@ def rope_angles(
         angle = position.reshape(*shape, 1) * frequency
         angles.append(jnp.broadcast_to(angle, (frames, rows, columns, keep)))
     return jnp.concatenate(angles, -1)
-
-
-@jax.named_scope("rope")
-def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax.Array:
-    """Rotates neighbouring channels (2i, 2i+1) of x by angles[..., i], in float32.
-
-    Args:
-      x: (..., D) with D = 2 * angles.shape[-1].
-      angles: broadcastable to x without its last axis halved.
-      inverse: rotate back.
-    """
-    x32 = x.astype(jnp.float32)
-    even, odd = x32[..., 0::2], x32[..., 1::2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if inverse:
-        sin = -sin
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return rotated.reshape(x.shape).astype(x.dtype)

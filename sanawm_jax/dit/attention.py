@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from kernels_pallas import gdn
+from kernels_pallas import gdn, ucpe
 from sanawm_jax.core.frames import FrameLayout, frame_attention, neighbours, recurrent_states
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
-from sanawm_jax.core.rope import apply_rope
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.dit.config import DiTConfig
-from sanawm_jax.dit.ucpe import RayTransforms, apply_ucpe, bounded_rms
+from sanawm_jax.dit.ucpe import RayTransforms
 
 GDN_EPS = 1e-8  # of the denominator
 # What keys are multiplied by, from D and P. A frame writes P keys at once: only the first bounds
@@ -49,6 +48,16 @@ class Context(NamedTuple):
     grid: tuple[int, int]  # token rows, columns
     layout: FrameLayout  # chunks, and padding to the size of a mesh
     key_scale: str = "1/sqrt(D*S)"  # of the recurrence, one of KEY_SCALES
+
+
+class _Heads(NamedTuple):
+    """Projections (B, F, P, N, D), and what q and k go through before they are used."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    of_q: ucpe.Features
+    of_k: ucpe.Features
 
 
 class ShortConv(nnx.Module):
@@ -108,18 +117,15 @@ class SelfAttention(nnx.Module):
         gates = None if self.softmax else self._gates(x, ctx)
         seen = x if mask is None else x * mask
         q, k, v = jnp.split(self.qkv(seen), 3, -1)
-        q, k, v = self._prepare(q, k, v, mask, ctx.layout, suffix="")
-        if gates is None:
-            y = _softmax_main(q, k, v, ctx)
-        else:
-            y = _gdn_main(q, k, v, gates, ctx)
+        heads = self._prepare(q, k, v, mask, ctx, suffix="")
+        y = _softmax_main(heads, ctx) if gates is None else _gdn_main(heads, gates, ctx)
         if ctx.rays is not None:
             q, k, v = self.q_camera(seen), self.k_camera(seen), self.v_camera(seen)
-            q, k, v = self._prepare(q, k, v, mask, ctx.layout, suffix="_camera")
+            heads = self._prepare(q, k, v, mask, ctx, suffix="_camera")
             if gates is None:
-                z = _softmax_camera(q, k, v, ctx, ctx.rays)
+                z = _softmax_camera(heads, ctx, ctx.rays)
             else:
-                z = _gdn_camera(q, k, v, gates, ctx, ctx.rays)
+                z = _gdn_camera(heads, gates, ctx, ctx.rays)
             y = y + self.out_camera(z)
         # the gate multiplies in float32 (reference: `output_gate(x).to(torch.float32)`)
         gate = jax.nn.silu(self.gate(x).astype(jnp.float32))
@@ -131,26 +137,31 @@ class SelfAttention(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         mask: jax.Array | None,
-        layout: FrameLayout,
+        ctx: Context,
         *,
         suffix: str,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Mask, short convolution, norm over all heads, ReLU kernel: -> B F P N D each."""
+    ) -> _Heads:
+        """Mask and short convolution; what is left to do, norm over all heads and ReLU, is told."""
         named = {"q": q, "k": k, "v": v}
+        of = {}
         for name, value in named.items():
             if mask is not None:
                 value = value * mask
             conv = getattr(self, f"{name}_conv{suffix}", None)
             if conv is not None:
-                value = conv(value, layout)
-            norm = getattr(self, f"{name}_norm{suffix}", None)
-            if norm is not None:
-                value = norm(value)
-            if name != "v" and not self.softmax:
-                value = jax.nn.relu(value)
+                value = conv(value, ctx.layout)
             value = rearrange(value, "B F P (N D) -> B F P N D", N=self.heads)
             named[name] = shard(value, "B F P N D")
-        return named["q"], named["k"], named["v"]
+            norm = getattr(self, f"{name}_norm{suffix}", None)
+            of[name] = ucpe.Features(
+                scale=None if norm is None else norm.scale[...],
+                eps=1e-5 if norm is None else norm.eps,
+                relu=not self.softmax,
+            )
+        if not self.softmax:
+            size, tokens = named["k"].shape[-1], named["k"].shape[2]
+            of["k"] = of["k"]._replace(factor=KEY_SCALES[ctx.key_scale](size, tokens))
+        return _Heads(**named, of_q=of["q"], of_k=of["k"])
 
     def _gates(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
         """beta (B, F, P, N) of a token and decay (B, F, N) of a frame, float32."""
@@ -177,21 +188,16 @@ def _mask(ctx: Context, dtype: jnp.dtype) -> jax.Array | None:
     return None if ctx.frame_mask is None else ctx.frame_mask.astype(dtype)[..., None, None]
 
 
-def _scaled_keys(k: jax.Array, ctx: Context) -> jax.Array:
-    return k * KEY_SCALES[ctx.key_scale](k.shape[-1], k.shape[2])
-
-
-def _gdn_main(
-    q: jax.Array, k: jax.Array, v: jax.Array, gates: tuple[jax.Array, jax.Array], ctx: Context
-) -> jax.Array:
-    """Numerator on rotated q and k, denominator on plain ones: (B, F, P, N, D) -> (B, F, P, C)."""
+def _gdn_main(heads: _Heads, gates: tuple[jax.Array, jax.Array], ctx: Context) -> jax.Array:
+    """Numerator on rotated q and k, denominator on plain ones: (B, F, P, C)."""
     beta, decay = gates
-    dtype = v.dtype
-    k = _scaled_keys(k, ctx)
-    q_rot, k_rot = q, k
-    if ctx.angles is not None:
-        q_rot = apply_rope(q, ctx.angles[:, :, None])
-        k_rot = apply_rope(k, ctx.angles[:, :, None])
+    v, dtype = heads.v, heads.v.dtype
+    if ctx.angles is None:
+        q_rot = q = ucpe.features(heads.q, heads.of_q)
+        k_rot = k = ucpe.features(heads.k, heads.of_k)
+    else:
+        q, q_rot = ucpe.plain_and_rotated(heads.q, ctx.angles, heads.of_q)
+        k, k_rot = ucpe.plain_and_rotated(heads.k, ctx.angles, heads.of_k)
     with jax.named_scope("gdn"):
         states = recurrent_states(gdn.frame_transitions(k_rot, v, beta, decay), ctx.layout)
         normaliser = recurrent_states(gdn.normaliser_transitions(k, beta, decay), ctx.layout)
@@ -202,46 +208,31 @@ def _gdn_main(
 
 
 def _to_ray_space(
-    q: jax.Array, k: jax.Array, v: jax.Array, rays: RayTransforms
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    heads: _Heads, rays: RayTransforms
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Moved q, k and v, and the mean squared inflation of keys (B, F, N)."""
     transposed = jnp.swapaxes(rays.ray_from_world, -1, -2)
-    moved = (
-        (q, apply_ucpe(q, transposed, rays.angles)),
-        (k, apply_ucpe(k, rays.world_from_ray, rays.angles)),
-        (v, apply_ucpe(v, rays.world_from_ray, rays.angles)),
-    )
-    # translations inflate the channels; bring each head back to its former size
-    q, k, v = (bounded_rms(before, after) for before, after in moved)
-    return q, k, v
+    q, _ = ucpe.to_ray_space(heads.q, transposed, rays.angles, heads.of_q)
+    k, inflation = ucpe.to_ray_space(heads.k, rays.world_from_ray, rays.angles, heads.of_k)
+    v, _ = ucpe.to_ray_space(heads.v, rays.world_from_ray, rays.angles)
+    return q, k, v, inflation
 
 
 def _from_ray_space(y: jax.Array, ctx: Context, rays: RayTransforms) -> jax.Array:
     mask = _mask(ctx, y.dtype)
     if mask is not None:
         y = y * mask[..., None]
-    y = apply_ucpe(y, rays.ray_from_world, rays.angles, inverse=True)
+    y = ucpe.apply_ucpe(y, rays.ray_from_world, rays.angles, inverse=True)
     return rearrange(y, "B F P N D -> B F P (N D)")
 
 
 def _gdn_camera(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gates: tuple[jax.Array, jax.Array],
-    ctx: Context,
-    rays: RayTransforms,
+    heads: _Heads, gates: tuple[jax.Array, jax.Array], ctx: Context, rays: RayTransforms
 ) -> jax.Array:
-    """Numerator only, in ray space: (B, F, P, N, D) -> (B, F, P, C)."""
+    """Numerator only, in ray space: (B, F, P, C)."""
     beta, decay = gates
-    dtype = v.dtype
-    k = _scaled_keys(k, ctx)
-
-    def size(a: jax.Array) -> jax.Array:
-        return jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1), 1e-6)
-
-    before = size(k)
-    q, k, v = _to_ray_space(q, k, v, rays)
-    inflation = jnp.square(size(k) / before).mean(axis=2)  # B F N
+    dtype = heads.v.dtype
+    q, k, v, inflation = _to_ray_space(heads, rays)
     beta = beta / jnp.maximum(inflation, 1.0)[:, :, None]
     if ctx.frame_mask is not None:
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
@@ -252,10 +243,13 @@ def _gdn_camera(
     return _from_ray_space(y.astype(dtype), ctx, rays)
 
 
-def _softmax_main(q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context) -> jax.Array:
-    if ctx.angles is not None:
-        q = apply_rope(q, ctx.angles[:, :, None])
-        k = apply_rope(k, ctx.angles[:, :, None])
+def _softmax_main(heads: _Heads, ctx: Context) -> jax.Array:
+    v = heads.v
+    if ctx.angles is None:
+        q, k = ucpe.features(heads.q, heads.of_q), ucpe.features(heads.k, heads.of_k)
+    else:
+        q = ucpe.rotate(heads.q, ctx.angles, heads.of_q)
+        k = ucpe.rotate(heads.k, ctx.angles, heads.of_k)
     if ctx.frame_mask is not None:
         # padded keys are zeroed, not hidden, in the reference's main branch
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
@@ -271,10 +265,8 @@ def _camera_scale(head_dim: int) -> float:
     return head_dim**-0.5
 
 
-def _softmax_camera(
-    q: jax.Array, k: jax.Array, v: jax.Array, ctx: Context, rays: RayTransforms
-) -> jax.Array:
-    q, k, v = _to_ray_space(q, k, v, rays)
+def _softmax_camera(heads: _Heads, ctx: Context, rays: RayTransforms) -> jax.Array:
+    q, k, v, _ = _to_ray_space(heads, rays)
     if ctx.frame_mask is not None:
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, v = q * real, v * real

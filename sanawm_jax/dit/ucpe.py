@@ -1,9 +1,10 @@
-"""UCPE camera geometry: a 4x4 ray-from-world transform a token, applied to half of every head.
+"""UCPE camera geometry: a 4x4 ray-from-world transform a token.
 
-Axis letters: B batch, F latent frames, H W token rows and columns, P = H W, N heads, D head size.
+`kernels_pallas.ucpe` applies them to half of every head.
+Axis letters: B batch, F latent frames, H W token rows and columns, P = H W, D head size.
 Geometry is float32 whatever the compute dtype: poses and rays lose centimetres in bfloat16.
-Reference: diffusers `_process_camera_conditions_ucpe`, `_apply_ucpe_transform` (with xi = 0, the
-pinhole case of the unified camera model, which is all that any published model uses).
+Reference: diffusers `_process_camera_conditions_ucpe` (with xi = 0, the pinhole case of the unified
+camera model, which is all that any published model uses).
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-
-from sanawm_jax.core.rope import apply_rope
 
 # geometry must not fall to TF32 or bfloat16 matrix units
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -125,40 +124,3 @@ def up_latitude_map(camera: jax.Array, grid: tuple[int, int]) -> jax.Array:
     )
     maps = jnp.concatenate([_normalise(up, 1e-8), latitude[..., None]], -1)
     return jnp.where(jnp.isnan(rays).any(-1, keepdims=True), 0.0, maps)
-
-
-@jax.named_scope("ucpe")
-def apply_ucpe(
-    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, *, inverse: bool = False
-) -> jax.Array:
-    """Transforms the first half of every head, rotates the second.
-
-    Args:
-      x: (B, F, P, N, D).
-      matrices: (B, F, P, 4, 4), applied to channels in groups of 4.
-      angles: (F, P, D/4) or None for no rotation.
-      inverse: rotate back.
-    """
-    first, second = jnp.split(x, 2, -1)
-    groups = rearrange(first, "B F P N (g j) -> B F P N g j", j=4).astype(jnp.float32)
-    # as multiply-adds it fuses with its neighbours; a batch of 4x4 products cannot
-    columns = matrices[:, :, :, None, None]  # B F P 1 1 i j
-    moved = columns[..., 0] * groups[..., 0, None]
-    for j in range(1, 4):
-        moved = moved + columns[..., j] * groups[..., j, None]
-    first = rearrange(moved, "B F P N g i -> B F P N (g i)").astype(x.dtype)
-    if angles is not None:
-        second = apply_rope(second, angles[:, :, None], inverse=inverse)
-    return jnp.concatenate([first, second], -1)
-
-
-@jax.named_scope("ucpe")
-def bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Scales x down, never up, to the reference's RMS over a head; both (..., D)."""
-
-    def rms(a: jax.Array) -> jax.Array:
-        a = a.astype(jnp.float32)
-        return jnp.sqrt(jnp.mean(a * a, -1, keepdims=True) + eps)
-
-    scale = jnp.minimum(rms(reference) / jnp.maximum(rms(x), eps), 1.0)
-    return (x.astype(jnp.float32) * scale).astype(x.dtype)

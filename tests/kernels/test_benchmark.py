@@ -14,6 +14,15 @@ from benchmarks import kernels
     ("kernel", "parts"),
     [
         ("conv_glu", {"conv_glu"}),
+        (
+            "ucpe",
+            {
+                "features and rotation",
+                "features to ray space",
+                "to ray space",
+                "from ray space",
+            },
+        ),
         pytest.param(
             "gdn",
             {

@@ -1,0 +1,16 @@
+"""Norm, ReLU, rotary embedding and UCPE ray transforms of heads, in one pass over the tokens."""
+
+from kernels_pallas.ucpe.api import apply_ucpe, plain_and_rotated, rotate, to_ray_space
+from kernels_pallas.ucpe.gpu import Tiles
+from kernels_pallas.ucpe.reference import Features, features, rms_norm
+
+__all__ = [
+    "Features",
+    "Tiles",
+    "apply_ucpe",
+    "features",
+    "plain_and_rotated",
+    "rms_norm",
+    "rotate",
+    "to_ray_space",
+]

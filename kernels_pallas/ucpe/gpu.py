@@ -1,0 +1,283 @@
+"""Features, rotation and ray transforms of heads as a Triton kernel that reads tokens once.
+
+A program owns a few tokens of a frame and walks over their heads, so that matrices and rotations
+are loaded once for all heads. A head is eight blocks of (tokens, D/8): channels 4g + j of its first
+and of its second half. A 4x4 product and two rotated pairs are then sums of whole blocks, and a
+sum over the head is a sum of blocks and one reduction. Everything runs in float32 and is rounded
+once, at the end, which is where the XLA form rounds, or rarer.
+Axis letters: B batch, F frames, P tokens a frame, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+Quad = tuple[jax.Array, ...]  # channels 4g, 4g + 1, 4g + 2, 4g + 3 of half a head
+Rotation = tuple[jax.Array, ...]  # cosine and sine
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of a program.
+
+    Attributes:
+      tokens: that it owns, a power of two.
+      warps: of 32 threads.
+      joined: read and write half a head as one block of neighbouring channels, which is taken
+        apart and put together on the chip; else as four blocks of every fourth channel.
+    """
+
+    tokens: int = 16
+    warps: int = 4
+    joined: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the kernel does to a head.
+
+    Attributes:
+      moves: transform it by matrices and rotate its second half; else rotate all of it.
+      rotated: whether there are angles.
+      bounded: scale it back to its former size, and write its squared inflation as a second result.
+      plain: write the head before its rotation as well, as a second result.
+      featured: norm it first, by 1 / RMS of a token and weights of channels.
+      relu: of the features.
+    """
+
+    moves: bool = False
+    rotated: bool = True
+    bounded: bool = False
+    plain: bool = False
+    featured: bool = False
+    relu: bool = False
+
+    def inputs(self) -> list[str]:
+        names = ["x"] + ["matrices"] * self.moves + ["cos", "sin"] * self.rotated
+        return names + ["inverse", "weight"] * self.featured
+
+    def name(self) -> str:
+        parts = ["ucpe" if self.moves else "rope"]
+        parts += [name for name in ("bounded", "plain", "featured") if getattr(self, name)]
+        return "_".join(parts)
+
+
+class _Tokens:
+    """What a program may read and write; refs are flat, one frame each."""
+
+    def __init__(self, size: tuple[int, int, int], tiles: Tiles):
+        self.tokens, self.heads, self.dim = size
+        self.tiles = tiles
+        self.groups = self.dim // 8
+        wide = pl.next_power_of_2(self.groups)
+        self.row = pl.program_id(0) * tiles.tokens + jnp.arange(tiles.tokens)
+        self.group = jnp.arange(wide)
+        self.real = self.row < self.tokens
+        self.mask = self.real[:, None] & (self.group < self.groups)[None, :]
+
+    def load_scalars(self, ref: Any, width: int, at: int) -> jax.Array:
+        """(tokens,) entry `at` of the `width` that every token has."""
+        return plgpu.load(ref.at[self.row * width + at], mask=self.real, other=0.0)
+
+    def store_scalars(self, ref: Any, value: jax.Array, width: int, at: Any) -> None:
+        plgpu.store(ref.at[self.row * width + at], value, mask=self.real)
+
+    def load_pairs(self, ref: Any, width: int, start: int) -> jax.Array:
+        """(tokens, D/8) of a table (P, width): pairs start + 2g."""
+        place = self.row[:, None] * width + (2 * self.group[None, :] + start)
+        return plgpu.load(ref.at[place], mask=self.mask, other=0.0)
+
+    def load_rotation(self, refs: list[Any], width: int, half: int) -> list[Rotation]:
+        """Cosines and sines of pairs (0, 1) and (2, 3) of every group of half a head.
+
+        Args:
+          refs: cosines and sines, or nothing for no rotation.
+          width: pairs that a token has in the tables, of a head or of its second half.
+        """
+        first = half * 2 * self.groups if width == 4 * self.groups else 0
+        pairs = [tuple(self.load_pairs(ref, width, first + at) for ref in refs) for at in range(2)]
+        return pairs if refs else []
+
+    def load(self, ref: Any, head: Any, *, is_shared: bool = False) -> tuple[Any, Any]:
+        """Both halves of a head in their dtype, for `quad`; `is_shared` if tokens have the same."""
+        first, second = (
+            tuple(
+                plgpu.load(ref.at[place], mask=mask, other=0.0)
+                for place, mask in self._places(head, half, is_shared)
+            )
+            for half in range(2)
+        )
+        return first, second
+
+    def quad(self, loaded: tuple[jax.Array, ...]) -> Quad:
+        """What `load` gave of half a head, in float32."""
+        if self.tiles.joined:
+            pairs = loaded[0].reshape(self.tiles.tokens, -1, 2, 2)
+            even, odd = (jnp.unstack(a, axis=-1) for a in jnp.unstack(pairs, axis=-1))
+            loaded = (even[0], odd[0], even[1], odd[1])
+        return tuple(a.astype(jnp.float32) for a in loaded)
+
+    def store(self, ref: Any, head: Any, half: int, values: Quad) -> None:
+        values = tuple(value.astype(ref.dtype) for value in values)
+        if self.tiles.joined:
+            even, odd = (jnp.stack([values[j], values[j + 2]], -1) for j in range(2))
+            values = (jnp.stack([even, odd], -1).reshape(self.tiles.tokens, -1),)
+        for (place, mask), value in zip(self._places(head, half), values, strict=True):
+            plgpu.store(ref.at[place], value, mask=mask)
+
+    def _places(
+        self, head: Any, half: int, is_shared: bool = False
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Where the blocks of half a head are, and which of their elements exist."""
+        row = self.row[:, None] * (0 if is_shared else self.heads * self.dim)
+        start = row + (head * self.dim + half * self.dim // 2)
+        if self.tiles.joined:
+            channel = jnp.arange(4 * self.group.shape[0])
+            yield start + channel[None, :], self.real[:, None] & (channel < self.dim // 2)[None, :]
+            return
+        for j in range(4):
+            yield start + 4 * self.group[None, :] + j, self.mask
+
+
+def _squares(*quads: Quad) -> jax.Array:
+    """Sum of squares over a head, (tokens,)."""
+    total = functools.reduce(jnp.add, (a * a for quad in quads for a in quad))
+    return jnp.sum(total, 1)
+
+
+def _rotate(x: Quad, rotation: list[Rotation]) -> Quad:
+    """Turns the pairs (0, 1) and (2, 3) by (cos, sin) each, if there is a rotation."""
+    if not rotation:
+        return x
+    pairs = ((x[2 * i], x[2 * i + 1], *rotation[i]) for i in range(2))
+    turned = ((a * cos - b * sin, a * sin + b * cos) for a, b, cos, sin in pairs)
+    return tuple(value for pair in turned for value in pair)
+
+
+def _move(tile: _Tokens, m_ref: Any, rotation_refs: list[Any]) -> Any:
+    """Function of both halves of a head: `apply_ucpe`."""
+    matrix = [
+        [tile.load_scalars(m_ref, 16, 4 * i + j)[:, None] for j in range(4)] for i in range(4)
+    ]
+    rotation = tile.load_rotation(rotation_refs, 2 * tile.groups, 1)
+
+    def move(x: tuple[Quad, Quad]) -> tuple[Quad, Quad]:
+        products = ((row[j] * x[0][j] for j in range(4)) for row in matrix)
+        return tuple(functools.reduce(jnp.add, p) for p in products), _rotate(x[1], rotation)
+
+    return move
+
+
+def _features(tile: _Tokens, inverse_ref: Any, weight_ref: Any, relu: bool) -> Any:
+    """Function of both halves of a head and its index."""
+    inverse = tile.load_scalars(inverse_ref, 1, 0)[:, None]
+
+    def features(x: tuple[Quad, Quad], head: Any) -> tuple[Quad, Quad]:
+        weight = [tile.quad(half) for half in tile.load(weight_ref, head, is_shared=True)]
+        x = jax.tree.map(lambda a, w: a * inverse * w, x, tuple(weight))
+        return jax.tree.map(lambda a: jnp.maximum(a, 0.0), x) if relu else x
+
+    return features
+
+
+def _bounded(
+    before: tuple[Quad, Quad], after: tuple[Quad, Quad], dim: int
+) -> tuple[tuple[Quad, Quad], jax.Array]:
+    """A head scaled down to its former RMS, and its squared inflation (tokens,)."""
+    eps = 1e-6
+    squares = [_squares(*before), _squares(*after)]
+    rms = [jnp.sqrt(a / dim + eps) for a in squares]
+    scale = jnp.minimum(rms[0] / jnp.maximum(rms[1], eps), 1.0)
+    # rounding, which comes next, moves a head's size by far less than one channel
+    sizes = [jnp.maximum(a, eps) for a in (jnp.sqrt(squares[0]), scale * jnp.sqrt(squares[1]))]
+    ratio = sizes[1] / sizes[0]
+    return jax.tree.map(lambda a: a * scale[:, None], after), ratio * ratio
+
+
+def _kernel(*refs: Any, size: tuple[int, int, int], tiles: Tiles, form: Form) -> None:
+    tile = _Tokens(size, tiles)
+    named = dict(zip(form.inputs(), refs, strict=False))
+    outputs = refs[len(named) :]
+    rotation_refs = [named[name] for name in ("cos", "sin") if name in named]
+    featured = move = None
+    if form.featured:
+        featured = _features(tile, named["inverse"], named["weight"], form.relu)
+    rotations: list[Any] = []
+    if form.moves:
+        move = _move(tile, named["matrices"], rotation_refs)
+    else:
+        rotations = [tile.load_rotation(rotation_refs, 4 * tile.groups, half) for half in range(2)]
+
+    def step(head: Any, loaded: Any) -> Any:
+        # asked for before this head's work, so that memory's delay hides behind it
+        following = tile.load(named["x"], jnp.minimum(head + 1, tile.heads - 1))
+        x = (tile.quad(loaded[0]), tile.quad(loaded[1]))
+        if featured is not None:
+            x = featured(x, head)
+        if move is not None:
+            found = move(x)
+            if form.bounded:
+                found, inflation = _bounded(x, found, tile.dim)
+                tile.store_scalars(outputs[1], inflation, tile.heads, head)
+            results = [found]
+        else:
+            turned = tuple(_rotate(x[half], rotations[half]) for half in range(2))
+            results = [turned, x]
+        for ref, halves in zip(outputs, results, strict=False):
+            for half, values in enumerate(halves):
+                tile.store(ref, head, half, values)
+        return following
+
+    lax.fori_loop(0, tile.heads, step, tile.load(named["x"], 0))
+
+
+def run(
+    form: Form, arrays: dict[str, jax.Array], tiles: Tiles, *, interpret: bool
+) -> list[jax.Array]:
+    """Runs the kernel.
+
+    Args:
+      form: what it does.
+      arrays: those of `form.inputs()`: x (B, F, P, N, D), D a multiple of 8; the others float32:
+        matrices (B, F, P, 4, 4), cos and sin (F, P, pairs), inverse (B, F, P, 1), weight (N D,).
+
+    Returns:
+      Heads like x, then as `Form` says; all of five axes.
+    """
+    batch, frames, tokens, heads, dim = arrays["x"].shape
+    inputs = []
+    for name in form.inputs():
+        lead = {"cos": (frames,), "sin": (frames,), "weight": ()}.get(name, (batch, frames))
+        inputs.append(arrays[name].reshape(*lead, -1))
+    like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
+    outputs = [like, like] if form.plain else [like]
+    if form.bounded:
+        outputs.append(jax.ShapeDtypeStruct((batch, frames, tokens * heads), jnp.float32))
+
+    def spec(a: Any) -> pl.BlockSpec:
+        if len(a.shape) == 1:
+            return pl.BlockSpec(a.shape, lambda t, f, b: (0,))
+        if len(a.shape) == 2:
+            return pl.BlockSpec((None, a.shape[-1]), lambda t, f, b: (f, 0))
+        return pl.BlockSpec((None, None, a.shape[-1]), lambda t, f, b: (b, f, 0))
+
+    found = pl.pallas_call(
+        functools.partial(_kernel, size=(tokens, heads, dim), tiles=tiles, form=form),
+        grid=(pl.cdiv(tokens, tiles.tokens), frames, batch),
+        in_specs=[spec(a) for a in inputs],
+        out_specs=[spec(a) for a in outputs],
+        out_shape=outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=2),
+        interpret=interpret,
+        name=form.name(),
+    )(*inputs)
+    return [a.reshape(batch, frames, tokens, heads, -1) for a in found]

@@ -1,0 +1,148 @@
+"""Norm, rotary embedding and UCPE ray transforms of the heads of tokens, for XLA on any device.
+
+Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
+Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Features(NamedTuple):
+    """What projected tokens go through before they are turned or moved, in this order.
+
+    Attributes:
+      scale: (N D,) of an RMS norm over all heads together, None for no norm.
+      eps: of the norm.
+      relu: whether negative numbers become 0.
+      factor: a positive number to multiply by.
+    """
+
+    scale: jax.Array | None = None
+    eps: float = 1e-5
+    relu: bool = False
+    factor: float = 1.0
+
+    def is_identity(self) -> bool:
+        return self.scale is None and not self.relu and self.factor == 1.0
+
+
+AS_IS = Features()
+
+
+def inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+    """1 / RMS over the last axis, which stays with size 1; float32."""
+    x32 = x.astype(jnp.float32)
+    return lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+
+
+@jax.named_scope("norm")
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis times `scale`, in float32; x's dtype comes back."""
+    y = x.astype(jnp.float32) * inverse_rms(x, eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def features(x: jax.Array, of: Features) -> jax.Array:
+    """x (B, F, P, N, D) after what `Features` says."""
+    if of.scale is not None:
+        x = rms_norm(x.reshape(*x.shape[:-2], -1), of.scale, of.eps).reshape(x.shape)
+    if of.relu:
+        x = jax.nn.relu(x)
+    return x if of.factor == 1.0 else x * of.factor
+
+
+def plain_and_rotated(
+    x: jax.Array, angles: jax.Array, of: Features = AS_IS
+) -> tuple[jax.Array, jax.Array]:
+    """Features of x (B, F, P, N, D), and the same turned by angles (F, P, D/2)."""
+    plain = features(x, of)
+    return plain, apply_rope(plain, angles[:, :, None])
+
+
+def rotate(x: jax.Array, angles: jax.Array, of: Features = AS_IS) -> jax.Array:
+    """The second of `plain_and_rotated`."""
+    return plain_and_rotated(x, angles, of)[1]
+
+
+@jax.named_scope("rope")
+def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax.Array:
+    """Rotates neighbouring channels (2i, 2i+1) of x by angles[..., i], in float32.
+
+    Args:
+      x: (..., D) with D = 2 * angles.shape[-1].
+      angles: broadcastable to x without its last axis halved.
+      inverse: rotate back.
+    """
+    x32 = x.astype(jnp.float32)
+    even, odd = x32[..., 0::2], x32[..., 1::2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if inverse:
+        sin = -sin
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+@jax.named_scope("ucpe")
+def apply_ucpe(
+    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, *, inverse: bool = False
+) -> jax.Array:
+    """Transforms the first half of every head, rotates the second.
+
+    Args:
+      x: (B, F, P, N, D).
+      matrices: (B, F, P, 4, 4) float32, applied to channels in groups of 4.
+      angles: (F, P, D/4) or None for no rotation.
+      inverse: rotate back.
+    """
+    first, second = jnp.split(x, 2, -1)
+    groups = first.reshape(*first.shape[:-1], -1, 4).astype(jnp.float32)
+    # as multiply-adds it fuses with its neighbours; a batch of 4x4 products cannot
+    columns = matrices[:, :, :, None, None]  # B F P 1 1 i j
+    moved = columns[..., 0] * groups[..., 0, None]
+    for j in range(1, 4):
+        moved = moved + columns[..., j] * groups[..., j, None]
+    first = moved.reshape(first.shape).astype(x.dtype)
+    if angles is not None:
+        second = apply_rope(second, angles[:, :, None], inverse=inverse)
+    return jnp.concatenate([first, second], -1)
+
+
+def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Scales x down, never up, to the reference's RMS over a head; both (..., D)."""
+
+    def rms(a: jax.Array) -> jax.Array:
+        a = a.astype(jnp.float32)
+        return jnp.sqrt(jnp.mean(a * a, -1, keepdims=True) + eps)
+
+    scale = jnp.minimum(rms(reference) / jnp.maximum(rms(x), eps), 1.0)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+@jax.named_scope("ucpe")
+def to_ray_space(
+    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, of: Features = AS_IS
+) -> tuple[jax.Array, jax.Array]:
+    """`apply_ucpe`, each head scaled back to its former size where translations inflated it.
+
+    Args:
+      x, matrices, angles: as `apply_ucpe`.
+      of: what x goes through first.
+
+    Returns:
+      Heads like x, and their mean squared inflation (B, F, N) float32: what the size after, over
+      the size before, is squared, on average over a frame's tokens.
+    """
+
+    def size(a: jax.Array) -> jax.Array:
+        # bounded inside the root: outside it, the gradient of a head of zeros would be 0/0
+        return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(a.astype(jnp.float32)), -1), 1e-12))
+
+    x = features(x, of)
+    y = _bounded_rms(x, apply_ucpe(x, matrices, angles))
+    return y, jnp.square(size(y) / size(x)).mean(axis=2)
