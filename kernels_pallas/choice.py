@@ -19,12 +19,14 @@ from jax.sharding import AxisType
 VARIABLE = "SANAWM_KERNELS"
 # What "auto" is where matrix units take bfloat16, the fastest of `benchmarks.kernels` on an H100.
 AUTO: dict[str, str] = {
-    "attention": "cudnn",
+    "attention": "mosaic",
     "conv_glu": "pallas",
     "gdn": "pallas",
     "ucpe": "pallas",
 }
-_LEAST_CAPABILITY = 8.0  # bfloat16 matrix units
+# compute capabilities that the default needs, lowest and highest: bfloat16 in Triton, and wgmma
+_CAPABILITIES = {"attention": (9.0, 9.0)}
+_BFLOAT16 = (8.0, float("inf"))
 # Every kernel's implementations, its portable one first.
 IMPLS: dict[str, tuple[str, ...]] = {
     "attention": ("cudnn", "mosaic"),
@@ -93,16 +95,16 @@ def pick(kernel: str, impl: str | None = None) -> str:
     found = wanted.get(kernel, "auto")
     if found != "auto":
         return found
-    return AUTO[kernel] if has_bfloat16() else IMPLS[kernel][0]
+    lowest, highest = _CAPABILITIES.get(kernel, _BFLOAT16)
+    return AUTO[kernel] if lowest <= capability() <= highest else IMPLS[kernel][0]
 
 
-def has_bfloat16() -> bool:
-    """Whether the first device is an NVIDIA GPU whose matrix units take bfloat16."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+def capability() -> float:
+    """The first device's compute capability, 9.0 for Hopper; 0 where it is no NVIDIA GPU."""
     try:
-        return float(capability) >= _LEAST_CAPABILITY
+        return float(getattr(jax.local_devices()[0], "compute_capability", 0.0))
     except ValueError:  # AMD names an architecture
-        return False
+        return 0.0
 
 
 def interpret() -> bool:

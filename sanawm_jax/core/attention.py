@@ -35,10 +35,31 @@ def attention(
     Returns:
       (B, T, N, D) in q's dtype.
     """
-    # cuDNN never writes the logits to memory; with a mask it would, and it takes no float32
-    if jax.default_backend() == "gpu" and key_mask is None and q.dtype == jnp.bfloat16:
+    # flash kernels never write the logits to memory, but they take no float32 and no mask
+    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
+        if key_mask is not None:
+            k, v, key_count = seen_first(k, v, key_mask)
         return flash_attention(q, k, v, scale or q.shape[-1] ** -0.5, key_count=key_count)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=scale, key_value_seq_lengths=key_count
     )
+
+
+def seen_first(
+    k: jax.Array, v: jax.Array, key_mask: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values with the hidden ones last, and how many are seen: what a mask comes to.
+
+    The order of keys changes no result.
+
+    Args:
+      k, v: (B, S, N, D).
+      key_mask: (B, S) bool, with one seen key at least in every row.
+
+    Returns:
+      k and v, and (B,) int32.
+    """
+    order = jnp.argsort(~key_mask, axis=1, stable=True)[..., None, None]
+    k, v = (jnp.take_along_axis(a, order, axis=1) for a in (k, v))
+    return k, v, jnp.sum(key_mask, 1, dtype=jnp.int32)

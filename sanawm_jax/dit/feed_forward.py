@@ -57,13 +57,10 @@ class GatedConvFeedForward(nnx.Module):
 
 @jax.named_scope("temporal_conv")
 def _over_frames(x: jax.Array, kernel: jax.Array, layout: FrameLayout) -> jax.Array:
-    """Convolution over axis 1, one matrix product a tap: x (B, F, P, C), kernel (K, C, C)."""
-    kernel = kernel.astype(x.dtype)
-    parts = [
-        jnp.matmul(seen, tap, preferred_element_type=jnp.float32)
-        for seen, tap in zip(neighbours(x, len(kernel) // 2, layout), kernel, strict=True)
-    ]
-    return sum(parts[1:], parts[0]).astype(x.dtype)
+    """Convolution over axis 1 as one matrix product: x (B, F, P, C), kernel (K, C, C)."""
+    # a product a tap would write K float32 arrays, to be read and added
+    seen = jnp.concatenate(neighbours(x, len(kernel) // 2, layout), -1)
+    return seen @ kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
 
 
 class Mlp(nnx.Module):

@@ -9,6 +9,7 @@ import pytest
 
 from kernels_pallas import choice
 from kernels_pallas.attention import api, flash_attention
+from sanawm_jax.core.attention import seen_first
 
 
 def _tokens(queries, keys, size, dtype=jnp.float32):
@@ -72,3 +73,13 @@ def test_on_a_gpu():
     )(q)
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
     assert choice.AUTO["attention"] in choice.IMPLS["attention"]
+
+
+def test_hidden_keys_last():
+    q, k, v = _tokens(3, 7, 16)
+    mask = jnp.array([[True, False, True, True, False, False, True], [False] * 6 + [True]])
+    wanted = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    k, v, count = seen_first(k, v, mask)
+    found = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=count)
+    assert count.tolist() == [4, 1]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

