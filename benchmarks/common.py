@@ -119,6 +119,17 @@ def memory(side: str) -> dict[str, Any]:
     return {"peak_gib": round(peak / GIB, 3), "device": name}
 
 
+def _normal(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Small random numbers, a layer at a time: all at once need several times their memory."""
+    import jax
+
+    @jax.jit
+    def draw(keys: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda key: 0.02 * jax.random.normal(key, shape[1:], dtype), keys)
+
+    return draw(jax.random.split(key, shape[0]))
+
+
 def random_params(
     module: Any, config: Any, dtype: Any, place: Callable[[str, Any], Any] | None = None
 ) -> tuple[Any, Any]:
@@ -142,7 +153,7 @@ def random_params(
         elif name in ("scale", "latents_std"):
             flat[path] = jnp.ones(leaf.shape, dtype)
         elif name in ("kernel", "taps") or "table" in name:
-            flat[path] = 0.02 * jax.random.normal(key, leaf.shape, dtype)
+            flat[path] = _normal(key, leaf.shape, dtype)
         else:
             flat[path] = jnp.zeros(leaf.shape, dtype)
         if place is not None:

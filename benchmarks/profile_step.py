@@ -1,7 +1,8 @@
-"""Where one stage-1 step spends its time, kernel by kernel, and how near each part is to the card.
+"""Where one step spends its time, kernel by kernel, and how near each part is to the card.
 
     python -m benchmarks.profile_step --latent_frames 121               # a guided step, full size
     python -m benchmarks.profile_step --latent_frames 21 --backward    # loss, gradients, one clip
+    python -m benchmarks.profile_step --refiner                        # one forward of the window
     python -m benchmarks.profile_step --tiny                           # seconds on a CPU
 
 Random weights, bfloat16. The step runs under `jax.profiler`; every kernel is matched by name to an
@@ -256,6 +257,18 @@ def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[A
     return compiled, lambda run: run(params, start, conditions)
 
 
+def build_refiner(given: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]:
+    """One forward of the refiner's window, as `build_step`."""
+    from benchmarks import refiner
+
+    given.frames = 0  # no clip is refined
+    config, frames, grid, length = refiner.sizes(given)
+    dtype = common.jax_dtype(given.tiny)
+    graphdef, params, *_, (forward, *inputs) = refiner.window(config, frames, grid, length, dtype)
+    compiled = forward.lower(graphdef, params, *inputs).compile()
+    return compiled, lambda run: run(params, *inputs)
+
+
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs one command line and returns its lines."""
     from benchmarks.stage1 import sizes
@@ -264,6 +277,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--latent_frames", type=int, nargs="+", default=[121])
     parser.add_argument("--batch", type=int, default=None, help="2 is guidance, the default")
     parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("--refiner", action="store_true", help="the refiner's window instead")
     parser.add_argument("--backward", action="store_true", help="loss and gradients instead")
     parser.add_argument("--remat", default="full", help="with --backward: none, dots or full")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
@@ -281,8 +295,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
     device = jax.devices()[0].device_kind
     found = []
-    for frames in given.sizes[1]:
-        compiled, step = build_step(given, frames)
+    for frames in [0] if given.refiner else given.sizes[1]:
+        compiled, step = build_refiner(given) if given.refiner else build_step(given, frames)
         program = Program(compiled.as_text())
         jax.block_until_ready(step(compiled))
         with contextlib.ExitStack() as stack:
@@ -293,6 +307,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             events = list(kernels(folder))
         name = "gradients" if given.backward else "step"
         what = f"{name} of {frames} latent frames, batch {given.batch}"
+        if given.refiner:
+            what = "forward of the refiner's window"
         lines = [rates(line, device) for line in summarise(program, events, given.repeats)]
         for line in lines:
             rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}

@@ -19,17 +19,26 @@ SINK, HISTORY, ACTIVE, WINDOW = 1, 7, 3, 11
 _AUDIO = ("audio", "av_cross", "video_to_audio", "video_a2v", "a2v", "v2a")
 
 
-def _sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
+def sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
     """Configuration, refined frames, latent rows and columns, text tokens."""
     from sanawm_jax.pipeline.random_weights import RELEASED, TINY
 
     if given.tiny:
         return TINY.refiner, 6, (2, 2), 8
-    return RELEASED.refiner, given.frames, (22, 40), 1024
+    return RELEASED.refiner, getattr(given, "frames", 0), (22, 40), 1024
 
 
-def ours(given: argparse.Namespace) -> None:
-    """Measures the transformer with a prefix, and `refiner.sampler.refine`."""
+def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: Any) -> Any:
+    """The transformer with random weights and a full window behind the active frames.
+
+    Args:
+      frames: latent frames that the positions reach, after the sink.
+      length: text tokens.
+
+    Returns:
+      graph definition, parameters, prompt, rotary tables, and a jitted function of the first two
+      with its other two arguments, latents and prefix.
+    """
     import functools
 
     import jax
@@ -39,10 +48,8 @@ def ours(given: argparse.Namespace) -> None:
     from sanawm_jax.refiner.kv_window import KeyValue
     from sanawm_jax.refiner.model import Prefix, Refiner
     from sanawm_jax.refiner.rope import frame_window, video_rope
-    from sanawm_jax.refiner.sampler import RefinerText, refine
+    from sanawm_jax.refiner.sampler import RefinerText
 
-    config, frames, grid, length = _sizes(given)
-    dtype = common.jax_dtype(given.tiny)
     graphdef, params = common.random_params(Refiner, config, dtype)
     rope = video_rope(config, SINK + max(frames, HISTORY + ACTIVE), *grid, 16.0)
 
@@ -65,12 +72,28 @@ def ours(given: argparse.Namespace) -> None:
         times = jnp.full((1, 1, 1), 725.0)
         return apply(graphdef, params, latents, times, text.embeddings, here, prefix=prefix)[0]
 
-    call = functools.partial(forward, graphdef, params, latents, prefix)
-    common.report(
-        "ours", "forward of the window", lambda: call().block_until_ready(), given.repeats
-    )
-    call = prefix = None  # the clip has a window of its own
-    clip = normal(4, 1, SINK + frames, *grid, config.in_channels).astype(jnp.float32)
+    return graphdef, params, text, rope, (forward, latents, prefix)
+
+
+def ours(given: argparse.Namespace) -> None:
+    """Measures the transformer with a prefix, and `refiner.sampler.refine`."""
+    import jax
+    import jax.numpy as jnp
+
+    from sanawm_jax.refiner.sampler import refine
+
+    config, frames, grid, length = sizes(given)
+    dtype = common.jax_dtype(given.tiny)
+    graphdef, params, text, rope, call = window(config, frames, grid, length, dtype)
+
+    def forward() -> None:
+        run, *inputs = call
+        run(graphdef, params, *inputs).block_until_ready()
+
+    common.report("ours", "forward of the window", forward, given.repeats)
+    call = None  # the clip has a window of its own
+    shape = (1, SINK + frames, *grid, config.in_channels)
+    clip = jax.random.normal(jax.random.key(4), shape, jnp.float32)
     common.report(
         "ours",
         f"refine {frames} frames",
@@ -91,7 +114,7 @@ def reference(given: argparse.Namespace) -> None:
         SanaWMRefinerKVCache,
     )
 
-    config, frames, grid, length = _sizes(given)
+    config, frames, grid, length = sizes(given)
     device, dtype = common.torch_device(given.tiny)
     with torch.device("meta"):
         model = SanaWMLTX2RefinerTransformer3DModel(**dataclasses.asdict(config))

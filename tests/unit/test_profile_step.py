@@ -93,20 +93,27 @@ def test_counts_a_compiled_program():
 
 
 @pytest.mark.parametrize(
-    "flags", [[], pytest.param(["--backward"], marks=pytest.mark.slow)], ids=["step", "gradients"]
+    "flags",
+    [
+        [],
+        pytest.param(["--backward"], marks=pytest.mark.slow),
+        pytest.param(["--refiner"], marks=pytest.mark.slow),
+    ],
+    ids=["step", "gradients", "refiner"],
 )
 def test_runs_on_a_cpu(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     arguments = ["--tiny", "--repeats=1", f"--trace={tmp_path}", *flags]
     lines = profile_step.main(arguments)
     assert list(tmp_path.rglob("*.xplane.pb"))
-    assert {"gemm", "attention", "gdn", "convolution", "element-wise"} <= {
-        line["part"] for line in lines
-    }
+    parts, scopes = {"gemm", "attention", "element-wise"}, {"adaln", "norm"}
+    if "--refiner" not in flags:
+        parts |= {"gdn", "convolution"}
+        scopes |= {"ffn_conv", "short_conv", "temporal_conv", "ucpe"}
+    assert parts <= {line["part"] for line in lines}
+    assert scopes <= {line["scope"] for line in lines}
     assert sum(line["share"] for line in lines) == pytest.approx(1)
     captured = capsys.readouterr()
     printed = [json.loads(line) for line in captured.out.splitlines()]
     assert len(printed) == len(lines) and all(line["device"] == "cpu" for line in printed)
     assert "of limit" in captured.err
-    scopes = {line["scope"] for line in lines}
-    assert {"ffn_conv", "short_conv", "temporal_conv", "ucpe"} <= scopes
