@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 VARIABLE = "SANAWM_COMPILATION_CACHE"  # a folder, or off
-_MIN_SECONDS = 0.5  # what compiles faster is not worth a file
+_MIN_SECONDS = 0.0  # a run's two dozen small programs together take a second to compile
 
 
 def cache_folder() -> Path | None:
