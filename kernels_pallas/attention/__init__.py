@@ -1,4 +1,4 @@
-"""Softmax attention over long sequences: cuDNN's, or JAX's own kernel for Hopper."""
+"""Softmax attention over long sequences: cuDNN's, or JAX's own kernels for Hopper and TPUs."""
 
 from kernels_pallas.attention.api import flash_attention
 

@@ -1,6 +1,7 @@
 """Flash attention of any length and head size through kernels of libraries.
 
-`cudnn` is `jax.nn.dot_product_attention`. `mosaic` is the FlashAttention-3 kernel that JAX ships in
+On a TPU it is splash attention, see `attention.tpu`. On a GPU `cudnn` is
+`jax.nn.dot_product_attention`, and `mosaic` is the FlashAttention-3 kernel that JAX ships in
 `jax.experimental.pallas.ops.gpu`: it runs on Hopper alone, in float16, on sequences that are whole
 numbers of tiles and heads of 64, 128, ... channels, without a scale or a mask. What the DiT has is
 none of that (heads of 112, 106,480 tokens), so tokens and channels are padded; a channel of the
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import choice
+from kernels_pallas.attention.tpu import splash_attention
 
 # (q, k, v), each (B, T, N, D) -> (B, T, N, D), softmax(q k^T) v
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _QUERIES, _KEYS, _CHANNELS = 128, 128, 64  # what the kernel takes whole numbers of
 _SHORTEST = 8192  # tokens from which padding is worth it
+_SHORTEST_ON_TPU = 1024
 _HIDDEN = -1e4  # a logit whose exponential is 0 in float32
 
 
@@ -36,7 +39,7 @@ def flash_attention(
     key_count: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
-    """softmax(scale q k^T) v on a GPU, without the logits ever in memory.
+    """softmax(scale q k^T) v on a GPU or TPU, without the logits of long sequences in memory.
 
     Args:
       q: (B, T, N, D) bfloat16.
@@ -48,10 +51,23 @@ def flash_attention(
     Returns:
       (B, T, N, D) in q's dtype.
     """
+    if jax.default_backend() == "tpu":
+        return _on_tpu(q, k, v, scale, key_count)
     is_long = min(q.shape[1], k.shape[1]) >= _SHORTEST and q.shape[2] == k.shape[2]
     if key_count is None and is_long and choice.pick("attention", impl) == "mosaic":
         return _mosaic(scale, q, k, v)
     return _cudnn(q, k, v, scale, key_count)
+
+
+def _on_tpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None
+) -> jax.Array:
+    # short ones fit the memory; the partitioner cannot look into a kernel
+    if k.shape[1] < _SHORTEST_ON_TPU or q.shape[2] != k.shape[2] or choice.is_partitioned():
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation="xla"
+        )
+    return splash_attention(q, k, v, scale, key_count=key_count)
 
 
 def _cudnn(

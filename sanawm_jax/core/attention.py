@@ -36,7 +36,7 @@ def attention(
       (B, T, N, D) in q's dtype.
     """
     # flash kernels never write the logits to memory, but they take no float32 and no mask
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
+    if jax.default_backend() in ("gpu", "tpu") and q.dtype == jnp.bfloat16:
         if key_mask is not None:
             k, v, key_count = seen_first(k, v, key_mask)
         return flash_attention(q, k, v, scale or q.shape[-1] ** -0.5, key_count=key_count)

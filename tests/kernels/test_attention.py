@@ -9,7 +9,8 @@ import pytest
 
 from kernels_pallas import choice
 from kernels_pallas.attention import api, flash_attention
-from sanawm_jax.core.attention import seen_first
+from kernels_pallas.attention.tpu import splash_attention
+from sanawm_jax.core.attention import attention, seen_first
 
 
 def _tokens(queries, keys, size, dtype=jnp.float32):
@@ -83,3 +84,46 @@ def test_hidden_keys_last():
     found = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=count)
     assert count.tolist() == [4, 1]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [None, [150, 7]])
+def test_splash_attention_and_its_gradient(counts):
+    inputs = _tokens(130, 200, 112)
+    count = None if counts is None else jnp.array(counts)
+    weights = jax.random.normal(jax.random.key(3), inputs[0].shape)
+
+    def splash(q, k, v):
+        y = splash_attention(q, k, v, 0.1, key_count=count, block=128, interpret=True)
+        return jnp.sum(y * weights), y
+
+    def plain(q, k, v):
+        y = jax.nn.dot_product_attention(q, k, v, scale=0.1, key_value_seq_lengths=count)
+        return jnp.sum(y * weights), y
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*inputs) for f in (splash, plain)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), found[0][1], wanted[0][1]
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), found[1], wanted[1])
+
+
+@pytest.mark.parametrize(("keys", "is_splash"), [(1024, True), (300, False)])
+def test_a_tpu_runs_splash_attention_on_long_sequences(monkeypatch, keys, is_splash):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    called = []
+
+    def run(*inputs, **options):
+        called.append(options)
+        return splash_attention(*inputs, **options, interpret=True)
+
+    monkeypatch.setattr(api, "splash_attention", run)
+    q, k, v = _tokens(200, keys, 16, jnp.bfloat16)
+    mask = jnp.arange(keys) % 3 != 1
+    found = attention(q, k, v, key_mask=jnp.stack([mask, mask]))
+    wanted = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None, None])
+    assert bool(called) == is_splash
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=2e-2
+    )

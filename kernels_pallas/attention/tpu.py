@@ -1,0 +1,73 @@
+"""Splash attention, JAX's flash kernel for TPUs, on sequences and heads of any size.
+
+The kernel takes whole blocks of tokens and heads of whole lanes, (N, T, D) a clip, and no scale;
+tokens of the padding are of another segment than the rest, which hides them.
+Axis letters: B batch, T queries, S keys, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_LANES = 128
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    *,
+    key_count: jax.Array | None = None,
+    block: int = 512,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(scale q k^T) v, differentiable.
+
+    Args:
+      q: (B, T, N, D).
+      k, v: (B, S, N, D).
+      scale: of the logits.
+      key_count: (B,) int32, hides every key from that one on.
+      block: tokens of a tile, a multiple of 128.
+      interpret: run it on a machine that has no TPU.
+
+    Returns:
+      (B, T, N, D) in q's dtype.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    batch, queries, heads, size = q.shape
+    keys = k.shape[1]
+
+    def fit(a: jax.Array) -> jax.Array:
+        """(B, T, N, D) -> (B, N, T', D')."""
+        more = ((0, 0), (0, -a.shape[1] % block), (0, 0), (0, -size % _LANES))
+        return jnp.pad(a, more).transpose(0, 2, 1, 3)
+
+    q, k, v = fit((q.astype(jnp.float32) * scale).astype(q.dtype)), fit(k), fit(v)
+    shape = (q.shape[2], k.shape[2])
+    counts = jnp.full((batch,), keys, jnp.int32) if key_count is None else key_count
+    hidden = (jnp.arange(shape[1]) >= counts[:, None]).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros((batch, shape[0]), jnp.int32), hidden)
+    attend: Any = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask(shape)] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        ),
+        interpret=interpret,
+    )
+    y = jax.vmap(attend)(q, k, v, segments)
+    return y.transpose(0, 2, 1, 3)[:, :queries, :, :size]
