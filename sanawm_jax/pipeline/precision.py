@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas import choice
 from sanawm_jax.core.float8 import build_float8
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.dit.config import DiTConfig
@@ -23,7 +24,7 @@ from sanawm_jax.errors import InputError
 
 PRECISIONS = ("bf16", "fp8")
 FLOAT8_LAYERS = r"segments\..*\.(attn\.(qkv|out|gate)|cross_attn\.(q|kv|out)|ffn\.(up|down))"
-_FIRST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+_FIRST_CAPABILITY = 8.9  # Ada; Hopper is 9.0
 
 
 def check_precision(name: str, dtype: Any, devices: int = 1) -> str:
@@ -52,10 +53,8 @@ def check_precision(name: str, dtype: Any, devices: int = 1) -> str:
             f"--precision=fp8 is emulated on a {device.platform}: slower than bf16", stacklevel=2
         )
         return name
-    # "9.0" on CUDA, a name such as "gfx942" on ROCm
-    capability = str(getattr(device, "compute_capability", ""))
-    numbers = capability.split(".")
-    if all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) < _FIRST_CAPABILITY:
+    capability = choice.capability()
+    if 0 < capability < _FIRST_CAPABILITY:  # 0 is no card of NVIDIA's
         raise InputError(
             "--precision=fp8 needs a GPU of compute capability 8.9 or more; "
             f"{device.device_kind} has {capability}"

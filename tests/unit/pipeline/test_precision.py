@@ -187,6 +187,7 @@ def test_what_cannot_be(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
             platform="gpu", device_kind="NVIDIA A100", compute_capability=capability
         )
         monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
         check_precision("fp8", jnp.bfloat16)
 
     with pytest.raises(InputError, match=r"capability 8\.9 or more; NVIDIA A100 has 8\.0"):
