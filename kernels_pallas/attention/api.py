@@ -27,6 +27,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _QUERIES, _KEYS, _CHANNELS = 128, 128, 64  # what the kernel takes whole numbers of
 _SHORTEST = 8192  # tokens from which padding is worth it
 _SHORTEST_ON_TPU = 1024
+_AMPERE = 8.0  # compute capability
 _HIDDEN = -1e4  # a logit whose exponential is 0 in float32
 
 
@@ -53,10 +54,20 @@ def flash_attention(
     """
     if jax.default_backend() == "tpu":
         return _on_tpu(q, k, v, scale, key_count)
+    if choice.capability() < _AMPERE or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return _xla(q, k, v, scale, key_count)  # what cuDNN does not take
     is_long = min(q.shape[1], k.shape[1]) >= _SHORTEST and q.shape[2] == k.shape[2]
     if key_count is None and is_long and choice.pick("attention", impl) == "mosaic":
         return _mosaic(scale, q, k, v)
     return _cudnn(q, k, v, scale, key_count)
+
+
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None
+) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation="xla"
+    )
 
 
 def _on_tpu(
@@ -64,9 +75,7 @@ def _on_tpu(
 ) -> jax.Array:
     # short ones fit the memory; the partitioner cannot look into a kernel
     if k.shape[1] < _SHORTEST_ON_TPU or q.shape[2] != k.shape[2] or choice.is_partitioned():
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation="xla"
-        )
+        return _xla(q, k, v, scale, key_count)
     return splash_attention(q, k, v, scale, key_count=key_count)
 
 

@@ -50,12 +50,21 @@ def test_half_precision_takes_large_values():
 def test_short_sequences_stay_in_the_library(monkeypatch):
     monkeypatch.setattr(api, "_cudnn", lambda q, *_: "cudnn")
     monkeypatch.setattr(api, "_mosaic", lambda scale, q, *_: "mosaic")
+    monkeypatch.setattr(choice, "capability", lambda: 9.0)
     long, short = (jnp.zeros((1, n, 1, 8), jnp.bfloat16) for n in (8192, 300))
     options = {"scale": 1.0, "impl": "mosaic"}
     assert flash_attention(long, long, long, **options) == "mosaic"
     assert flash_attention(long, short, short, **options) == "cudnn"
     counts = jnp.ones((1,), jnp.int32)
     assert flash_attention(long, long, long, **options, key_count=counts) == "cudnn"
+
+
+@pytest.mark.parametrize(("capability", "size"), [(7.5, 64), (0.0, 64), (9.0, 12), (9.0, 256)])
+def test_what_cudnn_does_not_take_runs_in_xla(monkeypatch, capability, size):
+    monkeypatch.setattr(choice, "capability", lambda: capability)
+    q, k, v = _tokens(5, 7, size, jnp.bfloat16)
+    wanted = jax.nn.dot_product_attention(q, k, v, scale=0.1)
+    np.testing.assert_array_equal(flash_attention(q, k, v, 0.1), wanted)
 
 
 @pytest.mark.gpu
