@@ -35,6 +35,7 @@ from jax import lax
 from benchmarks.hlo import Program
 from benchmarks.kernels import errors, milliseconds
 from sanawm_jax.core.float8 import FLOAT8, float8_matmul, quantise, scale_for, to_float8
+from sanawm_jax.core.layers import affine
 from sanawm_jax.core.programs import INDEX_LIMIT
 
 # in, out, has a bias; of the release's width 2240
@@ -65,10 +66,7 @@ def forms(kernel: jax.Array) -> dict[str, Form]:
     scale = tensor["scale"]
 
     def bf16(x: jax.Array, w: jax.Array, bias: Any) -> jax.Array:
-        if bias is None:
-            return x @ w
-        y = jnp.matmul(x, w, preferred_element_type=jnp.float32)
-        return (y + bias.astype(jnp.float32)).astype(x.dtype)
+        return x @ w if bias is None else affine(x, w, bias)
 
     def dynamic(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         s = scale_for(jnp.max(jnp.abs(x)))

@@ -279,14 +279,14 @@ def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats:
     start = time.perf_counter()
     jax.block_until_ready(function(*inputs))
     calls, times = (10 if time.perf_counter() - start < 0.05 else 1), []
-    for _ in range(1 + repeats):  # the first warms up
+    for _ in range(repeats):
         out = None
         start = time.perf_counter()
         for _ in range(calls):
             out = function(*inputs)
         jax.block_until_ready(out)
         times.append((time.perf_counter() - start) / calls)
-    return 1e3 * statistics.median(times[1:])
+    return 1e3 * statistics.median(times)
 
 
 def errors(found: Any, truth: Any) -> list[float]:

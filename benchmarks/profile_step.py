@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import os
 import re
@@ -295,8 +296,18 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
     device = jax.devices()[0].device_kind
     found = []
-    for frames in [0] if given.refiner else given.sizes[1]:
-        compiled, step = build_refiner(given) if given.refiner else build_step(given, frames)
+    if given.refiner:
+        jobs = {"forward of the refiner's window": functools.partial(build_refiner, given)}
+    else:
+        name = "gradients" if given.backward else "step"
+        jobs = {
+            f"{name} of {frames} latent frames, batch {given.batch}": functools.partial(
+                build_step, given, frames
+            )
+            for frames in given.sizes[1]
+        }
+    for what, build in jobs.items():
+        compiled, step = build()
         program = Program(compiled.as_text())
         jax.block_until_ready(step(compiled))
         with contextlib.ExitStack() as stack:
@@ -305,10 +316,6 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 for _ in range(given.repeats):
                     jax.block_until_ready(step(compiled))
             events = list(kernels(folder))
-        name = "gradients" if given.backward else "step"
-        what = f"{name} of {frames} latent frames, batch {given.batch}"
-        if given.refiner:
-            what = "forward of the refiner's window"
         lines = [rates(line, device) for line in summarise(program, events, given.repeats)]
         for line in lines:
             rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from typing import Any
 
 from benchmarks import common
@@ -39,8 +40,6 @@ def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: 
       graph definition, parameters, prompt, rotary tables, and a jitted function of the first two
       with its other two arguments, latents and prefix.
     """
-    import functools
-
     import jax
     import jax.numpy as jnp
 

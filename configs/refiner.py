@@ -29,8 +29,9 @@ def add_fields(config: ConfigDict) -> None:
 
     config.objective = "clip"  # or stream
     config.levels = "uniform"  # or shifted_logit_normal
-    # where sampling starts and its steps, of a new refiner; base_dir's are its own
-    config.sigmas = (0.909375, 0.725, 0.421875, 0.0)
+    # where a new refiner's sampling starts, and its steps; empty: those of the release. That of
+    # base_dir has its own
+    config.sigmas = ()
     config.stage1_noise = (0.0, 0.0)  # least and most noise added to stage 1
     config.sink_frames = 1
     config.stream = ConfigDict(

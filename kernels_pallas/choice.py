@@ -2,9 +2,9 @@
 
 In this order: the call's own `impl`, `with choose(gdn="pallas"):`, the environment variable
 `SANAWM_KERNELS=gdn=pallas,conv_glu=xla`, and `AUTO` on an NVIDIA GPU of Ampere's generation or
-newer, else XLA. Everything that is not a GPU, and
-a program whose arrays are shared out over several devices, runs XLA whatever is asked for: a
-Pallas call is a black box to the partitioner. (Inside `jax.shard_map` each device runs its own.)
+newer, else XLA. Everything that is not a GPU, and a program whose arrays are shared out over
+several devices, runs XLA whatever is asked for: a Pallas call is a black box to the partitioner.
+(Inside `jax.shard_map` each device runs its own.)
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 VARIABLE = "SANAWM_KERNELS"
@@ -24,9 +26,10 @@ AUTO: dict[str, str] = {
     "gdn": "pallas",
     "ucpe": "pallas",
 }
-# compute capabilities that the default needs, lowest and highest: bfloat16 in Triton, and wgmma
-_CAPABILITIES = {"attention": (9.0, 9.0)}
-_BFLOAT16 = (8.0, float("inf"))
+AMPERE, HOPPER = 8.0, 9.0  # compute capabilities: the first with bfloat16, and the one with wgmma
+# lowest and highest that the default needs
+_CAPABILITIES = {"attention": (HOPPER, HOPPER)}
+_BFLOAT16 = (AMPERE, float("inf"))
 # Every kernel's implementations, its portable one first.
 IMPLS: dict[str, tuple[str, ...]] = {
     "attention": ("cudnn", "mosaic"),
@@ -97,6 +100,17 @@ def pick(kernel: str, impl: str | None = None) -> str:
         return found
     lowest, highest = _CAPABILITIES.get(kernel, _BFLOAT16)
     return AUTO[kernel] if lowest <= capability() <= highest else IMPLS[kernel][0]
+
+
+def is_pallas(kernel: str, impl: str | None = None, dtype: Any = None) -> bool:
+    """Whether the Triton form of a kernel of tokens is to run, see `pick`.
+
+    Args:
+      dtype: of the tokens. float32 ones fit neither a GPU's matrix units nor, as tiles, its shared
+        memory, and go through XLA there whatever is chosen.
+    """
+    is_too_wide = dtype == jnp.float32 and not interpret()
+    return not is_too_wide and pick(kernel, impl) == "pallas"
 
 
 def capability() -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _QUERIES, _KEYS, _CHANNELS = 128, 128, 64  # what the kernel takes whole numbers of
 _SHORTEST = 8192  # tokens from which padding is worth it
 _SHORTEST_ON_TPU = 1024
-_AMPERE = 8.0  # compute capability
 _HIDDEN = -1e4  # a logit whose exponential is 0 in float32
 
 
@@ -54,19 +53,24 @@ def flash_attention(
     """
     if jax.default_backend() == "tpu":
         return _on_tpu(q, k, v, scale, key_count)
-    if choice.capability() < _AMPERE or q.shape[-1] % 8 or q.shape[-1] > 128:
-        return _xla(q, k, v, scale, key_count)  # what cuDNN does not take
+    if choice.capability() < choice.AMPERE or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return _library("xla", q, k, v, scale, key_count)  # what cuDNN does not take
     is_long = min(q.shape[1], k.shape[1]) >= _SHORTEST and q.shape[2] == k.shape[2]
     if key_count is None and is_long and choice.pick("attention", impl) == "mosaic":
         return _mosaic(scale, q, k, v)
-    return _cudnn(q, k, v, scale, key_count)
+    return _library("cudnn", q, k, v, scale, key_count)
 
 
-def _xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None
+def _library(
+    implementation: Literal["xla", "cudnn"],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    key_count: jax.Array | None = None,
 ) -> jax.Array:
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation="xla"
+        q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation=implementation
     )
 
 
@@ -75,16 +79,8 @@ def _on_tpu(
 ) -> jax.Array:
     # short ones fit the memory; the partitioner cannot look into a kernel
     if k.shape[1] < _SHORTEST_ON_TPU or q.shape[2] != k.shape[2] or choice.is_partitioned():
-        return _xla(q, k, v, scale, key_count)
+        return _library("xla", q, k, v, scale, key_count)
     return splash_attention(q, k, v, scale, key_count=key_count)
-
-
-def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None = None
-) -> jax.Array:
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation="cudnn"
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,7 +94,7 @@ def _mosaic(scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array
 
 def _mosaic_forward(scale: float, *inputs: jax.Array) -> tuple[jax.Array, Any]:
     # what is differentiated runs forward in the library whose backward pass it takes
-    return jax.vjp(functools.partial(_cudnn, scale=scale), *inputs)
+    return jax.vjp(functools.partial(_library, "cudnn", scale=scale), *inputs)
 
 
 def _mosaic_backward(scale: float, vjp: Any, dy: jax.Array) -> Any:

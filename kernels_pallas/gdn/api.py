@@ -23,9 +23,7 @@ _F32 = jnp.float32
 
 
 def _is_pallas(impl: str | None, dtype: Any = None, axis_name: str | None = None) -> bool:
-    # float32 tokens fit neither a GPU's matrix units nor, as tiles, its shared memory
-    is_too_wide = dtype == _F32 and not choice.interpret()
-    return axis_name is None and not is_too_wide and choice.pick("gdn", impl) == "pallas"
+    return axis_name is None and choice.is_pallas("gdn", impl, dtype)
 
 
 def frame_transitions(

@@ -20,11 +20,6 @@ from kernels_pallas.ucpe.gpu import Form, Tiles
 from kernels_pallas.ucpe.reference import AS_IS, Features
 
 
-def _is_pallas(impl: str | None, dtype: Any) -> bool:
-    is_too_wide = dtype == jnp.float32 and not choice.interpret()
-    return not is_too_wide and choice.pick("ucpe", impl) == "pallas"
-
-
 def plain_and_rotated(
     x: jax.Array,
     angles: jax.Array,
@@ -34,7 +29,7 @@ def plain_and_rotated(
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.plain_and_rotated`."""
-    if not _is_pallas(impl, x.dtype):
+    if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.plain_and_rotated(x, angles, of)
     form = Form(plain=True, featured=not of.is_identity(), relu=of.relu)
     call = _Call(form, tiles or Tiles(), choice.interpret(), of.eps, of.factor)
@@ -50,7 +45,7 @@ def rotate(
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """See `reference.rotate`."""
-    if not _is_pallas(impl, x.dtype):
+    if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.rotate(x, angles, of)
     form = Form(featured=not of.is_identity(), relu=of.relu)
     call = _Call(form, tiles or Tiles(), choice.interpret(), of.eps, of.factor)
@@ -67,7 +62,7 @@ def apply_ucpe(
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """See `reference.apply_ucpe`."""
-    if not _is_pallas(impl, x.dtype):
+    if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.apply_ucpe(x, matrices, angles, inverse=inverse)
     form = Form(moves=True, rotated=angles is not None)
     call = _Call(form, tiles or Tiles(), choice.interpret(), inverse=inverse)
@@ -84,7 +79,7 @@ def to_ray_space(
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.to_ray_space`; from Pallas the inflation is that of heads not yet rounded."""
-    if not _is_pallas(impl, x.dtype):
+    if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.to_ray_space(x, matrices, angles, of)
     form = Form(True, angles is not None, bounded=True, featured=not of.is_identity(), relu=of.relu)
     call = _Call(form, tiles or Tiles(), choice.interpret(), of.eps, of.factor)

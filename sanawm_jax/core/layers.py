@@ -21,7 +21,7 @@ zeros_init: Initializer = nnx.initializers.zeros
 
 
 @jax.custom_vjp
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """`x @ kernel + bias` with one rounding, after the bias, as a fused GEMM epilogue does it."""
     if jax.default_backend() == "gpu":
         # cuBLASLt adds the bias before it rounds; asked for float32, it would write the product
@@ -34,7 +34,7 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 def _affine_forward(
     x: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _affine(x, kernel, bias), (x, kernel)
+    return affine(x, kernel, bias), (x, kernel)
 
 
 def _affine_backward(
@@ -49,7 +49,7 @@ def _affine_backward(
     return dy @ kernel.T, d_kernel, d_bias
 
 
-_affine.defvjp(_affine_forward, _affine_backward)
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Linear(nnx.Module):
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
         if self.bias is None:
             y = x @ kernel
         else:
-            y = _affine(x, kernel, self.bias[...].astype(x.dtype))
+            y = affine(x, kernel, self.bias[...].astype(x.dtype))
         if not hasattr(self, "lora_a"):
             return y
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)

@@ -36,6 +36,7 @@ from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.keys import connectors_table, is_audio_connector, refiner_table
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
+from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.text.config import GEMMA3
 from sanawm_jax.text.gemma import text_tower
 from sanawm_jax.text.keys import load_text_encoder
@@ -80,7 +81,7 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
             f"{config.base_dir} refines latents of {model.in_channels} channels, stage 1's have "
             f"{channels}"
         )
-    sigmas = base.sigmas if base else check_sigmas(config.sigmas)
+    sigmas = base.sigmas if base else check_sigmas(config.sigmas or SIGMAS)
     objective = make_objective(config, frames, sigmas[0])
     data["refiner_text"] = _text(config, workdir, base)
     resident: dict[str, Any] = {name: np.asarray(a) for name, a in data.items()}

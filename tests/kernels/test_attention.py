@@ -48,7 +48,7 @@ def test_half_precision_takes_large_values():
 
 
 def test_short_sequences_stay_in_the_library(monkeypatch):
-    monkeypatch.setattr(api, "_cudnn", lambda q, *_: "cudnn")
+    monkeypatch.setattr(api, "_library", lambda implementation, *_: implementation)
     monkeypatch.setattr(api, "_mosaic", lambda scale, q, *_: "mosaic")
     monkeypatch.setattr(choice, "capability", lambda: 9.0)
     long, short = (jnp.zeros((1, n, 1, 8), jnp.bfloat16) for n in (8192, 300))
