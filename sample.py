@@ -35,7 +35,8 @@ _TEXTS = {
     "offload": "what stays on the accelerator: none, model (one network) or block (two layers)",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
     "stage1_latents": "refine or decode these latents: no image, camera or network is needed",
-    "refiner_weights": "stage 2: a refiner folder, upstream's that holds one, or a hub name",
+    "refiner_weights": "stage 2: small_world_refiner, a refiner folder, upstream's that holds one, "
+    "or a hub name",
     "refiner_latents": "the refiner's noise (1, C, T - sink, h, w) in a .npy file",
     "save_latents": "write the final latents (1, C, T, h, w) to this .npy file",
     "save_frames": "write the decoded frames (F, H, W, 3) in [0, 1] to this .npy file",

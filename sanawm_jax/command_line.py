@@ -12,6 +12,8 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from sanawm_jax.shipped import SHIPPED
+
 flags.disclaim_key_flags()  # flags defined here belong to the script that asks for them
 
 
@@ -38,16 +40,17 @@ def define_config(default: Path, text: str) -> flags.FlagHolder[ConfigDict]:
 def is_released(argv: list[str]) -> bool:
     """Whether a command line names a model other than the small world.
 
-    Looked up before the flags are parsed: it decides which configuration they override.
+    That is stage 1's, and the refiner's where stage 1 is not named. Looked up before the flags are
+    parsed: it decides which configuration they override.
     """
-    for name in ("weights", "refiner_weights"):
-        for i, word in enumerate(argv):
-            flag, is_assigned, value = word.partition("=")
-            if flag.lstrip("-") == name and flag.startswith("-"):
-                value = value if is_assigned else "".join(argv[i + 1 : i + 2])
-                if value not in ("", "small_world"):
-                    return True
-    return False
+    named = {"weights": "", "refiner_weights": ""}
+    for i, word in enumerate(argv):
+        flag, is_assigned, value = word.partition("=")
+        name = flag.lstrip("-")
+        if name in named and flag.startswith("-"):
+            named[name] = value if is_assigned else "".join(argv[i + 1 : i + 2])
+    decides = named["weights"] or named["refiner_weights"]
+    return decides not in ("", *SHIPPED)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

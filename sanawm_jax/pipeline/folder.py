@@ -24,6 +24,7 @@ from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.precision import build_dit
+from sanawm_jax.shipped import SHIPPED, find_shipped
 from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import check_text_encoder, load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
@@ -33,9 +34,7 @@ from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
 from sanawm_jax.weights import keymap
 from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
-SMALL_WORLD = "small_world"
 Place = Callable[[str, np.ndarray], Any]  # see `keymap.load`
-_SHIPPED = Path(__file__).parent.parent / "assets"
 _VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
 
@@ -45,7 +44,7 @@ _OF_STAGE1 = ["dit/*", "sana_dit/*", "vae/*", "ltx2_causal_vae/*"]
 
 
 def find_weights(name: str | Path, *, stage: int = 0, allow_pickle: bool = False) -> Path:
-    """Resolves a local folder, `small_world`, or a hub name `owner/model` to a local folder.
+    """Resolves a local folder, a name of `shipped`, or a hub name `owner/model` to a local folder.
 
     Args:
       name: the folder or name.
@@ -53,16 +52,14 @@ def find_weights(name: str | Path, *, stage: int = 0, allow_pickle: bool = False
       allow_pickle: also download files of `torch.save`.
 
     Raises:
-      InputError: none of them, or the hub cannot be reached and its cache lacks the model.
+      InputError: none of them, shipped weights that are not there, or the hub cannot be reached and
+        its cache lacks the model.
     """
     path = Path(name)
     if path.is_dir():
         return path
-    if str(name) == SMALL_WORLD:
-        shipped = _SHIPPED / SMALL_WORLD
-        if shipped.is_dir():
-            return shipped
-        raise InputError("the small world's weights are not in this checkout; pass --weights DIR")
+    if str(name) in SHIPPED:
+        return find_shipped(str(name))
     if path.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"weights {name} is neither a folder nor a hub name such as owner/model")
     try:

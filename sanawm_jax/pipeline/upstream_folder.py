@@ -81,7 +81,10 @@ def open_stage1(name: str | Path, *, allow_pickle: bool = False) -> Stage1Folder
 
 
 def open_refiner(name: str | Path) -> RefinerFolder:
-    """Opens a refiner folder in diffusers layout, upstream's that holds one, or a hub name.
+    """Opens a refiner folder in diffusers layout, upstream's that holds one, or a name.
+
+    Args:
+      name: see `folder.find_weights`.
 
     Raises:
       InputError: it cannot be found or is no refiner folder.

@@ -28,7 +28,7 @@ NUMPY_ONLY = {("sanawm_jax", "camera"), ("sanawm_jax", "media")}
 INSIDE_FUNCTIONS = {"av", "gradio", "qwix", "tensorflow_datasets"}
 # a box may import its own layer and the ones above, never one below
 LAYERS = (
-    {"atomic", "command_line", "errors"},
+    {"atomic", "command_line", "errors", "shipped"},
     {"camera", "core", "media"},
     {"diffusion", "weights"},
     {"dit", "text", "vae"},
