@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sanawm_jax.core.lora import merge_lora
+from sanawm_jax.core.params import leaves
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors
@@ -30,9 +32,11 @@ from sanawm_jax.pipeline.upstream_folder import (
     is_upstream,
     open_stage1,
 )
+from sanawm_jax.refiner.keys import refiner_table
 from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.weights import upstream
-from sanawm_jax.weights.files import class_name, read_config
+from sanawm_jax.weights.adapters import is_adapter_folder
+from sanawm_jax.weights.files import SafetensorsFolder, class_name, read_config
 from sanawm_jax.weights.writer import Spec, copy_folder, write_file, write_folder, write_json
 
 LAYOUTS = ("diffusers", "upstream")
@@ -109,6 +113,8 @@ def _has_dit(source: Path) -> bool:
 
 
 def _open_refiner(source: Path) -> RefinerFolder | None:
+    if is_adapter_folder(source):
+        return RefinerFolder(source)
     if find_refiner(source) is not None:
         return UpstreamRefiner(source)
     if is_upstream(source):
@@ -267,7 +273,7 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
 
 
 def export_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
-    """Copies a refiner; both layouts have diffusers' names, in other folders.
+    """Copies a refiner, adapters merged; both layouts have diffusers' names, in other folders.
 
     Raises:
       InputError: its noise levels are its own, and upstream's layout has no place for them.
@@ -277,8 +283,11 @@ def export_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
             f"{folder.path} samples at noise levels of its own, for which upstream's layout has no "
             "place; use --layout diffusers"
         )
-    for part in ("transformer", "connectors"):
-        copy_folder(folder.part(part), out / part)
+    if folder.lora is None:
+        copy_folder(folder.part("transformer"), out / "transformer")
+    else:
+        _write_merged(folder, out / "transformer")
+    copy_folder(folder.part("connectors"), out / "connectors")
     if layout == "upstream":
         copy_folder(folder.part("text_encoder"), out / "text_encoder")
         copy_folder(folder.part("tokenizer"), out / "text_encoder")  # as released: beside it
@@ -288,8 +297,31 @@ def export_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
     if class_name(transformer) != REFINER_CLASS:  # the release names LTX-2's own class
         raw = read_config(transformer)
         write_json(transformer / "config.json", {"_class_name": REFINER_CLASS, **raw})
-    write_scheduler(out, Schedule(shift=1.0))
+    levels = None if folder.sigmas == SIGMAS else folder.sigmas
+    write_scheduler(out, Schedule(distilled_sigmas=levels))
     index = {**REFINER_INDEX, "text_max_sequence_length": folder.text_length}
     if name := architecture(out / "text_encoder"):
         index["text_encoder"] = ["transformers", name]
     write_json(out / "model_index.json", index)
+
+
+def _write_merged(folder: RefinerFolder, out: Path) -> None:
+    """The transformer with its adapters in its kernels, a tensor at a time; dtypes stay."""
+    part = folder.part("transformer")
+    source, (lora, adapters) = SafetensorsFolder(part), folder.load_lora()
+    factors = dict(leaves(adapters))
+    entries = {entry.source: entry for entry in refiner_table(folder.config)}
+
+    def read(name: str) -> np.ndarray:
+        value = source.read(name)
+        entry = entries.get(name)  # none of the audio half has one
+        layer = entry.path.removesuffix(".kernel") if entry else ""
+        if entry is None or f"{layer}.lora_a" not in factors:
+            return value
+        base = {"layer": {"kernel": entry.layout.to_ours(value)}}
+        pair = {f: factors[f"{layer}.{f}"][entry.index] for f in ("lora_a", "lora_b")}
+        merged = merge_lora(base, {"layer": pair}, lora.scale)
+        return entry.layout.to_theirs(np.asarray(merged["layer"]["kernel"]))
+
+    write_folder(out, {n: (source.shape(n), source.dtype(n)) for n in source.keys()}, read)
+    write_json(out / "config.json", read_config(part))

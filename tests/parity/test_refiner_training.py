@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sanawm_jax.core.lora import LoraConfig, build_adapted, combine, init_adapters
 from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.errors import InputError
+from sanawm_jax.pipeline.export import export_weights
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
 from sanawm_jax.pipeline.stage2 import LTX2Refiner
 from sanawm_jax.refiner.keys import is_audio, refiner_table
@@ -193,6 +194,33 @@ def test_saved_adapters_on_the_reference_s_module(alpha: float | None, tmp_path:
     adapted, _ = build_adapted(Refiner, config, lora)
     assert relative(forward(adapted, combine(base, adapters)), theirs) <= 1e-5
     assert relative(forward(graphdef, base), theirs) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_export_of_adapters_is_one_merged_folder(dtype: str, tmp_path: Path) -> None:
+    folder, refiner, lora, adapters = adapted_folder(tmp_path, 6.0)
+    levels, scheduler = [0.5, 0.2, 0.0], folder / "scheduler" / "scheduler_config.json"
+    facts = {**json.loads(scheduler.read_text()), "distilled_sigmas": levels}
+    scheduler.write_text(json.dumps(facts))
+    file = next((folder / "transformer").glob("*.safetensors"))
+    tensors = {k: v.to(getattr(torch, dtype)) for k, v in load_file(file).items()}
+    save_file(tensors, file)
+    alone = tmp_path / "adapters"
+    save_adapters(alone, adapters, lora, refiner_table(refiner.config), base=str(folder))
+
+    assert export_weights(alone, "diffusers", tmp_path / "out") == [tmp_path / "out"]
+    merged = RefinerFolder(tmp_path / "out")
+    merged.check()
+    assert merged.lora is None and merged.sigmas == tuple(levels)
+    written = load_file(next((tmp_path / "out" / "transformer").glob("*.safetensors")))
+    assert {k: (v.shape, v.dtype) for k, v in written.items()} == {
+        k: (v.shape, v.dtype) for k, v in tensors.items()
+    }
+    changed = {k.rpartition(".")[0] for k, v in written.items() if not v.equal(tensors[k])}
+    assert changed == {f"transformer_blocks.{i}.attn1.to_{p}" for i in range(3) for p in "qkv"}
+    ours, theirs = (f.load_transformer(None)[1] for f in (merged, RefinerFolder(alone)))
+    bits = 1e-6 if dtype == "float32" else 2**-8  # a product may round the other way
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=bits, atol=1e-6), ours, theirs)
 
 
 def test_adapters_come_back_and_in_diffusers_names(tmp_path: Path) -> None:
