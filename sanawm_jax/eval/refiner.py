@@ -1,10 +1,11 @@
-"""What the refiner changes on the small world: quality by quarter, camera following, drift.
+"""What the refiner changes on the small world: quality by quarter, drift, camera following.
 
     python -m sanawm_jax.eval.refiner --weights STAGE1/export --refiner_weights BASE/export
         --scenes 56 --json refiner.json --sheet refiner.png
 
 Clips, actions and metrics are those of `eval.small_world`: held-out scenes, one of the 8 single
-actions each. Every clip is sampled once by stage 1, then decoded as it is and after refinement.
+actions each. Every clip is sampled once by stage 1, then decoded as it is and after refinement. The
+table that is printed is the model card's, in Markdown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sanawm_jax.errors import InputError
 from sanawm_jax.eval.metrics import by_quarter, psnr, ssim
 from sanawm_jax.eval.small_world import nearest_action, sample_task, tasks
 
-STAGES = ("stage1", "refined")
+STAGES = {"stage1": "stage 1", "refined": "refined"}  # as the table names them
 _SHOWN_FRAMES = 7
 
 
@@ -107,23 +108,28 @@ def summary(found: dict[str, list]) -> dict[str, Any]:
 
 
 def table_lines(table: dict[str, Any]) -> list[str]:
-    """The figures as the model card shows them."""
-    lines = [f"{table['clips']} held-out clips, stage 1 with {table['steps']} steps"]
-    head = ("quarter 1", "2", "3", "4", "mean", "drift", "camera")
-    lines.append(f"{'':20}" + "".join(f"{h:>10}" for h in head))
+    """The figures as the model card shows them, in Markdown."""
+    head = (f"{table['clips']} clips", "quarter 1", "2", "3", "4", "mean", "drift")
+    rows = [head, ("---",) * len(head)]
     for name, label, digits in (("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 4)):
-        for stage in STAGES:
+        for stage, shown in STAGES.items():
             found = table[stage]
-            values = [*found[f"{name}_by_quarter"], found[name], found[f"{name}_drift"]]
-            cells = "".join(f"{v:10.{digits}f}" for v in values)
-            lines.append(f"{f'{label}, {stage}':20}{cells}{found['camera_following']:10.1%}")
-    return lines
+            values = (*found[f"{name}_by_quarter"], found[name], found[f"{name}_drift"])
+            rows.append((f"{label}, {shown}", *(f"{v:.{digits}f}" for v in values)))
+    for stage, shown in STAGES.items():
+        followed = f"{table[stage]['camera_following']:.1%}"
+        rows.append((f"camera following, {shown}", "", "", "", "", followed, ""))
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--weights", default="small_world", help="stage 1, in diffusers layout")
-    parser.add_argument("--refiner_weights", required=True, help="a refiner folder, or adapters")
+    parser.add_argument(
+        "--refiner_weights",
+        required=True,
+        help="a refiner folder, adapters, or small_world_refiner",
+    )
     parser.add_argument("--scenes", type=int, default=56, help="held-out scenes, 50 or more")
     parser.add_argument("--num_frames", type=int, default=49)
     parser.add_argument("--size", type=int, default=128, help="pixels a side")

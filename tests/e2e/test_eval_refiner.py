@@ -54,8 +54,15 @@ def test_table_json_and_sheet(
         assert -1 <= found["ssim"] <= 1
     # the refiner did something
     assert table["stage1"]["psnr_by_quarter"] != table["refined"]["psnr_by_quarter"]
-    printed = capsys.readouterr().out
-    assert "PSNR, dB, refined" in printed and "camera" in printed
+    # the card's table: as many cells in every row
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert {len(row) for row in rows} == {7} and rows[0][0].strip() == "2 clips"
+    printed = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows[2:]}
+    assert len(printed) == 6
+    found = table["refined"]
+    values = [*found["psnr_by_quarter"], found["psnr"], found["psnr_drift"]]
+    assert printed["PSNR, dB, refined"] == [f"{v:.2f}" for v in values]
+    assert f"{table['stage1']['camera_following']:.1%}" in printed["camera following, stage 1"]
     # two clips of three rows; 7 frames of 32 pixels
     assert Image.open(tmp_path / "sheet.png").size == (7 * 32, 2 * 3 * 32)
 
