@@ -6,7 +6,8 @@
         --config.stage1_dir=STAGE1/export --config.base_dir=BASE/export --config.lora.rank=16
         --config.cache_dir=BASE/latents --config.max_minutes=3
 
-`sample.py --refiner_weights BASE/export` or `LORA/export` refines with what they export.
+`sample.py --config=configs/sample_small_world.py --weights STAGE1/export --refiner_weights
+BASE/export` or `LORA/export` refines with what they export.
 """
 
 from __future__ import annotations
