@@ -84,7 +84,7 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     shape = (sizes.frames, *sizes.grid, 2 * sizes.inner)
     x = _normal(0, shape, sizes.dtype)
     kernel = _normal(1, (3, 3, 1, 2 * sizes.inner), jnp.float32, 0.3)
-    bias = _normal(2, (2 * sizes.inner,), jnp.float32, 0.1)
+    x_bias, bias = (_normal(i, (2 * sizes.inner,), jnp.float32, 0.1) for i in (2, 3))
     sweep = [
         ConvTiles(rows, channels, warps, rows, rows)
         for rows, channels, warps in (
@@ -99,8 +99,9 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         variants[name] = lambda *a, tiles=tiles: conv_glu(*a, impl="pallas", tiles=tiles)
     y = _bytes(x) / 2
     yield Part(
-        "conv_glu", "conv_glu", (x, kernel, bias), variants, _bytes(x) + y, 2 * _bytes(x) + y
-    )
+        "conv_glu", "conv_glu", (x, x_bias, kernel, bias), variants,
+        _bytes(x) + y, 2 * _bytes(x) + y,
+    )  # fmt: skip
 
 
 def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:

@@ -1,4 +1,4 @@
-"""SiLU, depthwise 3x3 convolution, SiLU gate: the middle of the DiT's feed-forward."""
+"""Bias, SiLU, depthwise 3x3 convolution, SiLU gate: the middle of the DiT's feed-forward."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from kernels_pallas.conv_glu.reference import reference
 
 def conv_glu(
     x: jax.Array,
+    x_bias: jax.Array,
     kernel: jax.Array,
     bias: jax.Array,
     *,
     impl: str | None = None,
     tiles: gpu.Tiles | None = None,
 ) -> jax.Array:
-    """`value * silu(gate)` of the two halves of `conv(silu(x)) + bias`, zero padding.
+    """`value * silu(gate)` of the two halves of `conv(silu(x + x_bias)) + bias`, zero padding.
 
     Args:
-      x: (..., H, W, 2C), before its activation; float32 or bfloat16, sums in float32.
+      x: (..., H, W, 2C), the product before its bias; float32 or bfloat16, sums in float32.
+      x_bias: (2C,).
       kernel: (3, 3, 1, 2C).
       bias: (2C,).
       impl: xla, xla_split, pallas or None, see `kernels_pallas.choice`.
@@ -38,15 +40,15 @@ def conv_glu(
     """
     impl = choice.pick("conv_glu", impl)
     if impl != "pallas":
-        return reference(x, kernel, bias, is_split=impl == "xla_split")
+        return reference(x, x_bias, kernel, bias, is_split=impl == "xla_split")
     if kernel.shape[:3] != (3, 3, 1):
         raise ValueError(f"kernel {kernel.shape}: the Pallas kernel is 3x3 and depthwise")
     *lead, height, width, channels = x.shape
     halves = x.reshape(-1, height, width, 2, channels // 2)
     # weights round to the compute dtype, as a convolution's would
     taps = kernel.astype(x.dtype).astype(jnp.float32).reshape(3, 3, 2, channels // 2)
-    both = bias.astype(jnp.float32).reshape(2, channels // 2)
-    y: Any = _pallas(tiles or gpu.Tiles(), choice.interpret(), halves, taps, both)
+    biases = jnp.stack([x_bias, bias]).astype(jnp.float32).reshape(2, 2, channels // 2)
+    y: Any = _pallas(tiles or gpu.Tiles(), choice.interpret(), halves, taps, biases)
     return y.reshape(*lead, height, width, channels // 2)
 
 

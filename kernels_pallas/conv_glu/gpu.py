@@ -3,9 +3,10 @@
 A program owns a band of rows and a block of channels of one frame and walks over the columns. Both
 axes of the convolution are plain indices (rows unrolled, columns looped), so the vectors that
 Triton sees hold channels only: no shifted loads, no shared memory, and every element of a band
-is read once. SiLU and the products run in float32; rounding is where the XLA form rounds, or rarer.
+is read once. Biases, SiLU and the products run in float32; rounding is where the XLA form rounds,
+or rarer.
 Axis letters: F frames, H W rows and columns, C channels of a half; x and its gradient hold
-2 halves, value and gate.
+2 halves, value and gate. Biases (2, 2, C) are those of x, then those of the convolution.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 Rows = tuple[jax.Array, ...]  # one vector of channels a row
+_OUTSIDE = -9984.0  # in place of x outside the frame: whatever bias is added, its SiLU is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +69,15 @@ class _Band:
             return jnp.broadcast_to(inside, (self.block,))
         return self.real & inside
 
-    def load(self, ref: Any, row: int, column: Any, halves: int = 1, half: int = 0) -> jax.Array:
-        """Channels at a row counted from the band's first and a column; 0 outside the frame."""
+    def load(
+        self, ref: Any, row: int, column: Any, halves: int = 1, half: int = 0, other: float = 0.0
+    ) -> jax.Array:
+        """Channels at a row counted from the band's first and a column; `other` outside."""
         y = self.first + row
         inside = (y >= 0) & (y < self.height) & (column < self.width)
         y, column = jnp.clip(y, 0, self.height - 1), jnp.minimum(column, self.width - 1)
         at = self._at(y, column, halves, half)
-        return plgpu.load(ref.at[at], mask=self._mask(inside), other=0.0).astype(jnp.float32)
+        return plgpu.load(ref.at[at], mask=self._mask(inside), other=other).astype(jnp.float32)
 
     def store(
         self, ref: Any, value: jax.Array, row: int, column: Any, halves: int = 1, half: int = 0
@@ -137,11 +141,12 @@ def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any) -> None:
     """Calls `use(column, row, value, gate)` with both halves of the convolution's result."""
     dtype = x_ref.dtype
     taps = [band.taps(w_ref, 2, half) for half in range(2)]
-    bias = [band.parameter(b_ref, half) for half in range(2)]
+    x_bias, bias = ([band.parameter(b_ref, i + half) for half in range(2)] for i in (0, 2))
 
     def read(column: Any) -> tuple[Rows, Rows]:
         def one(half: int, row: int) -> jax.Array:
-            activated = band.silu(band.load(x_ref, row - 1, column, 2, half))
+            x = band.load(x_ref, row - 1, column, 2, half, _OUTSIDE)
+            activated = band.silu(x + x_bias[half])
             return activated.astype(dtype).astype(jnp.float32)  # as it is written otherwise
 
         value, gate = (tuple(one(h, r) for r in range(band.rows + 2)) for h in range(2))
@@ -180,11 +185,13 @@ def _gate_kernel(x_ref: Any, w_ref: Any, b_ref: Any, dy_ref: Any, d_ref: Any, *,
     _gated(tile, x_ref, w_ref, b_ref, use)
 
 
-def _dx_kernel(x_ref: Any, w_ref: Any, d_ref: Any, dx_ref: Any, dw_ref: Any, *, band: Any) -> None:
-    """Gradients of the input, and of taps and bias summed over this band; halves are alike here."""
+def _dx_kernel(
+    x_ref: Any, w_ref: Any, b_ref: Any, d_ref: Any, dx_ref: Any, dw_ref: Any, *, band: Any
+) -> None:
+    """Gradients of x, and of taps and biases summed over this band; halves are alike here."""
     tile = band()
     dtype = x_ref.dtype
-    taps = tile.taps(w_ref)
+    taps, x_bias = tile.taps(w_ref), tile.parameter(b_ref, 0)
     turned = [row[::-1] for row in taps[::-1]]
 
     def read(column: Any) -> Rows:
@@ -193,19 +200,21 @@ def _dx_kernel(x_ref: Any, w_ref: Any, d_ref: Any, dx_ref: Any, dw_ref: Any, *, 
     def use(column: jax.Array, seen: Any, sums: Rows) -> Rows:
         found = list(sums)
         for row in range(tile.rows):
-            x = tile.load(x_ref, row, column)
+            x = tile.load(x_ref, row, column, other=_OUTSIDE) + x_bias
             activated, slope = tile.silu_and_slope(x)
             activated = activated.astype(dtype).astype(jnp.float32)
-            tile.store(dx_ref, _window(seen, row, turned) * slope, row, column)
+            dx = _window(seen, row, turned) * slope
+            tile.store(dx_ref, dx, row, column)
             for i in range(3):
                 for j in range(3):
                     found[3 * i + j] += activated * seen[2 - j][row + 2 - i]
-            # a band's last rows may lie below the frame, where d reads as zero
-            found[9] += seen[1][row + 1]
+            # a band's last rows may lie below the frame, where slope and d are zero
+            found[9] += dx
+            found[10] += seen[1][row + 1]
         return tuple(found)
 
     zero = jnp.zeros((tile.block,), jnp.float32)
-    for i, total in enumerate(tile.walk(read, use, (zero,) * 10)):
+    for i, total in enumerate(tile.walk(read, use, (zero,) * 11)):
         at = pl.ds(i * tile.channels + tile.channel, tile.block)
         plgpu.store(dw_ref.at[at], total, mask=tile.real)
 
@@ -247,7 +256,7 @@ def _call(
 def forward(
     x: jax.Array, w: jax.Array, b: jax.Array, tiles: Tiles, *, interpret: bool
 ) -> jax.Array:
-    """y (F, H, W, C) of x (F, H, W, 2, C), w (3, 3, 2, C) and b (2, C), the last two float32."""
+    """y (F, H, W, C) of x (F, H, W, 2, C), w (3, 3, 2, C) and b (2, 2, C), these two float32."""
     frames, height, width, _, channels = x.shape
     size = (height, width, channels)
     inputs = [x.reshape(frames, -1), w.reshape(-1), b.reshape(-1)]
@@ -269,8 +278,8 @@ def backward(
     # value and gate are alike from here on
     size = (height, width, 2 * channels)
     bands = pl.cdiv(height, tiles.dx_rows)
-    outputs = [wide, jax.ShapeDtypeStruct((frames, bands, 20 * channels), jnp.float32)]
-    inputs = [flat, taps, d]
+    outputs = [wide, jax.ShapeDtypeStruct((frames, bands, 22 * channels), jnp.float32)]
+    inputs = [flat, taps, b.reshape(-1), d]
     dx, sums = _call(_dx_kernel, inputs, outputs, size, tiles.dx_rows, tiles, interpret)
-    sums = jnp.sum(sums, (0, 1)).reshape(10, 2, channels)
-    return dx.reshape(x.shape), sums[:9].reshape(w.shape), sums[9]
+    sums = jnp.sum(sums, (0, 1)).reshape(11, 2, channels)
+    return dx.reshape(x.shape), sums[:9].reshape(w.shape), sums[9:]

@@ -68,7 +68,7 @@ depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def reference(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, is_split: bool = False
+    x: jax.Array, x_bias: jax.Array, kernel: jax.Array, bias: jax.Array, *, is_split: bool = False
 ) -> jax.Array:
     """`conv_glu` in XLA; shapes as there.
 
@@ -76,7 +76,8 @@ def reference(
       is_split: write the activated input to memory. XLA otherwise fuses it into the convolution,
         which then computes it anew for every tap.
     """
-    activated = jax.nn.silu(x)
+    wide = x.astype(jnp.float32) + x_bias.astype(jnp.float32)
+    activated = jax.nn.silu(wide).astype(x.dtype)
     if is_split:
         activated = lax.optimization_barrier(activated)
     value, gate = jnp.split(depthwise_conv(activated, kernel, bias), 2, -1)

@@ -102,7 +102,13 @@ class Float8Linear(nnx.Module):
         self.bias = linear.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        bias = None if self.bias is None else self.bias[...]
+        return self._product(x, None if self.bias is None else self.bias[...])
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """See `Linear.product`."""
+        return self._product(x, None)
+
+    def _product(self, x: jax.Array, bias: jax.Array | None) -> jax.Array:
         return float8_matmul(x, self.kernel.values[...], self.kernel.scale[...], bias)
 
 

@@ -78,11 +78,16 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
         if self.bias is None:
-            y = x @ kernel
-        else:
-            y = affine(x, kernel, self.bias[...].astype(x.dtype))
+            return self.product(x)
+        kernel = self.kernel[...].astype(x.dtype)
+        return self._adapted(x, affine(x, kernel, self.bias[...].astype(x.dtype)))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """Without the bias, for a reader that adds it on the way."""
+        return self._adapted(x, x @ self.kernel[...].astype(x.dtype))
+
+    def _adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
         if not hasattr(self, "lora_a"):
             return y
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)

@@ -38,20 +38,23 @@ class GatedConvFeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, grid: tuple[int, int], layout: FrameLayout) -> jax.Array:
         """x (B, F, P, C) on a token grid (H, W) -> the same shape."""
-        y = rearrange(self.up(x), "B F (H W) C -> B F H W C", H=grid[0])
+        # the bias is the convolution's to add: apart, it is a pass over the widest array there is
+        y = rearrange(self.up.product(x), "B F (H W) C -> B F H W C", H=grid[0])
         y = rearrange(self._gated_conv(y), "B F H W C -> B F (H W) C")
         y = activation(self.acts[2])(self.down(y))
         return y + _over_frames(y, self.temporal.kernel[...], layout)
 
     @jax.named_scope("ffn_conv")
     def _gated_conv(self, x: jax.Array) -> jax.Array:
-        """x (B, F, H, W, 2C) before its activation -> (B, F, H, W, C)."""
-        assert self.depthwise.bias is not None
+        """x (B, F, H, W, 2C) before its bias and activation -> (B, F, H, W, C)."""
+        assert self.up.bias is not None and self.depthwise.bias is not None
+        up_bias = self.up.bias[...]
         kernel, bias = self.depthwise.kernel[...], self.depthwise.bias[...]
         if self.acts[:2] == ("silu", "silu"):
-            return conv_glu(x, kernel, bias)
+            return conv_glu(x, up_bias, kernel, bias)
         up_act, gate_act = (activation(name) for name in self.acts[:2])
-        value, gate = jnp.split(depthwise_conv(up_act(x), kernel, bias), 2, -1)
+        x = up_act(x + up_bias.astype(x.dtype))
+        value, gate = jnp.split(depthwise_conv(x, kernel, bias), 2, -1)
         return value * gate_act(gate)
 
 

@@ -22,9 +22,10 @@ GPU_CASES = [((3, 22, 40), 192, Tiles()), ((2, 22, 40), 200, Tiles(rows=3, gate_
 
 
 def _inputs(shape, channels, dtype, scale=2.0):
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 5)
     return (
         jax.random.normal(keys[0], (*shape, 2 * channels), dtype) * scale,
+        jax.random.normal(keys[4], (2 * channels,)),
         jax.random.normal(keys[1], (3, 3, 1, 2 * channels)),
         jax.random.normal(keys[2], (2 * channels,)),
     ), jax.random.normal(keys[3], (*shape, channels), dtype)
@@ -45,8 +46,8 @@ def _error(found, wanted):
 
 
 def test_reference_equals_loops():
-    (x, kernel, bias), _ = _inputs((2, 3, 4), 3, jnp.float32)
-    activated = np.asarray(jax.nn.silu(x))
+    (x, x_bias, kernel, bias), _ = _inputs((2, 3, 4), 3, jnp.float32)
+    activated = np.asarray(jax.nn.silu(x + x_bias))
     padded = np.pad(activated, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = np.zeros_like(activated) + np.asarray(bias)
     for row in range(3):
@@ -55,7 +56,7 @@ def test_reference_equals_loops():
             y[:, row, column] += (seen * np.asarray(kernel)[:, :, 0]).sum((1, 2))
     wanted = y[..., :3] * np.asarray(jax.nn.silu(y[..., 3:]))
     for impl in ("xla", "xla_split"):
-        found = conv_glu(x, kernel, bias, impl=impl)
+        found = conv_glu(x, x_bias, kernel, bias, impl=impl)
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -89,7 +90,7 @@ def test_lowers_for_cuda():
     tiles = Tiles(rows=2, gate_rows=2, dx_rows=2)
     x = jax.ShapeDtypeStruct((3, 22, 40, 2, 6720), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((3, 3, 2, 6720), jnp.float32)
-    b = jax.ShapeDtypeStruct((2, 6720), jnp.float32)
+    b = jax.ShapeDtypeStruct((2, 2, 6720), jnp.float32)
     dy = jax.ShapeDtypeStruct((3, 22, 40, 6720), jnp.bfloat16)
 
     def both(x, w, b, dy):
