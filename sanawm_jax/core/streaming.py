@@ -58,7 +58,7 @@ def keep_layers(path: str, array: np.ndarray) -> Any:
 
 
 def separate_layers(path: str, array: np.ndarray) -> Any:
-    """Places a leaf on the device, the layers of `blocks.` each on its own; see `over_layers`.
+    """Places a leaf on the device, layers with one stacked axis separate; see `stack.over_layers`.
 
     Args:
       path, array: see `keep_layers`.

@@ -115,15 +115,11 @@ def open_window(
         tokens = ((0, 0),) * (-_FRAMES - 1)
         return jnp.pad(a, ((0, 0),) * (a.ndim + _FRAMES) + slots + tokens)
 
-    keys = KeyValue(
-        jax.tree.map(lambda k: widen(turn(k)), sink.k), jax.tree.map(widen, sink.v)
-    )
+    keys = KeyValue(jax.tree.map(lambda k: widen(turn(k)), sink.k), jax.tree.map(widen, sink.v))
     return KVWindow(sink.k, keys, jnp.int32(0), active_slots)
 
 
-def with_block(
-    keys: KeyValue, block: KeyValue, active_slots: int
-) -> tuple[KeyValue, KeyValue]:
+def with_block(keys: KeyValue, block: KeyValue, active_slots: int) -> tuple[KeyValue, KeyValue]:
     """One layer's window and the active block's keys in it.
 
     Args:
@@ -158,7 +154,5 @@ def append_block(
     slots = (window.refined + jnp.arange(frames)) % window.history_slots + active + sink
     keys = jax.tree.map(lambda a, new: a.at[..., slots, :, :, :].set(new), keys, block)
     moved = dataclasses.replace(window, refined=window.refined + frames)
-    k = jax.tree.map(
-        lambda a, k: _put(a, turn(k, moved.sink_start), active), keys.k, window.sink
-    )
+    k = jax.tree.map(lambda a, k: _put(a, turn(k, moved.sink_start), active), keys.k, window.sink)
     return dataclasses.replace(moved, keys=KeyValue(k, keys.v))

@@ -31,6 +31,7 @@ from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, with_block
 from sanawm_jax.refiner.layers import AttentionProjections, FeedForward, Norm
 from sanawm_jax.refiner.rope import Rotation, VideoRope, rotate, rotations
 
+
 @dataclasses.dataclass(frozen=True)
 class _Context:
     """What every layer shares."""

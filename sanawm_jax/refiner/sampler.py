@@ -79,9 +79,7 @@ def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "history_slots", "active_slots", "dtype")
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "active_slots", "dtype"))
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
