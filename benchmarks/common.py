@@ -8,6 +8,7 @@ peak_gib, the device. A last line a measurement has the ratio reference / ours.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -119,43 +120,66 @@ def memory(side: str) -> dict[str, Any]:
     return {"peak_gib": round(peak / GIB, 3), "device": name}
 
 
-def _normal(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Small random numbers, a layer at a time: all at once need several times their memory."""
+@functools.cache
+def _normal(shape: tuple[int, ...], dtype: Any) -> Callable[[Any], Any]:
+    """A compiled function that draws small random numbers, an array for every key."""
     import jax
 
-    @jax.jit
-    def draw(keys: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda key: 0.02 * jax.random.normal(key, shape[1:], dtype), keys)
+    def draw(key: jax.Array) -> jax.Array:
+        return 0.02 * jax.random.normal(key, shape, dtype)
 
-    return draw(jax.random.split(key, shape[0]))
+    # one after the other: all at once need several times their memory
+    return jax.jit(lambda keys: jax.lax.map(draw, keys))
+
+
+def random_leaf(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A random array of the size that `fill_reference` gives a parameter of that name."""
+    import jax
+    import jax.numpy as jnp
+
+    name = path.rpartition(".")[2]
+    if name == "decay_rate_log":
+        return jax.random.uniform(key, shape, dtype, -1.0, 2.0)
+    if name == "decay_step":
+        return jax.random.uniform(key, shape, dtype, -6.0, -2.0)
+    if name in ("scale", "latents_std"):
+        return jnp.ones(shape, dtype)
+    if name in ("kernel", "taps") or "table" in name:
+        return _normal(shape[1:], dtype)(jax.random.split(key, shape[0]))
+    return jnp.zeros(shape, dtype)
+
+
+def random_layers(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """`random_leaf`, its layers separate if it has any; see `core.stack.over_layers`."""
+    import jax
+
+    from sanawm_jax.core.streaming import stacked_axes
+
+    if not stacked_axes(path):
+        return random_leaf(path, key, shape, dtype)
+    keys = jax.random.split(key, shape[0])[:, None]
+    return tuple(random_leaf(path, k[0], (1, *shape[1:]), dtype)[0] for k in keys)
 
 
 def random_params(
-    module: Any, config: Any, dtype: Any, place: Callable[[str, Any], Any] | None = None
+    module: Any,
+    config: Any,
+    dtype: Any,
+    place: Callable[[str, Any], Any] | None = None,
+    draw: Callable[..., Any] = random_leaf,
 ) -> tuple[Any, Any]:
     """Graph definition and random parameters on the device, a leaf at a time.
 
-    The sizes are those of the reference's side: `fill_reference`. `place` as `keymap.load`'s.
+    `place` as `keymap.load`'s; `draw` is `random_leaf` or `random_layers`.
     """
     import jax
-    import jax.numpy as jnp
 
     from sanawm_jax.core.params import build, from_leaves, leaves
 
     graphdef, abstract = build(module, config)
     flat = {}
     for i, (path, leaf) in enumerate(leaves(abstract)):
-        key, name = jax.random.key(i), path.rpartition(".")[2]
-        if name == "decay_rate_log":
-            flat[path] = jax.random.uniform(key, leaf.shape, dtype, -1.0, 2.0)
-        elif name == "decay_step":
-            flat[path] = jax.random.uniform(key, leaf.shape, dtype, -6.0, -2.0)
-        elif name in ("scale", "latents_std"):
-            flat[path] = jnp.ones(leaf.shape, dtype)
-        elif name in ("kernel", "taps") or "table" in name:
-            flat[path] = _normal(key, leaf.shape, dtype)
-        else:
-            flat[path] = jnp.zeros(leaf.shape, dtype)
+        flat[path] = draw(path, jax.random.key(i), leaf.shape, dtype)
         if place is not None:
             flat[path] = place(path, flat[path])
     return graphdef, from_leaves(flat)

@@ -265,9 +265,16 @@ def build_refiner(given: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]
     given.frames = 0  # no clip is refined
     config, frames, grid, length = refiner.sizes(given)
     dtype = common.jax_dtype(given.tiny)
-    graphdef, params, *_, (forward, *inputs) = refiner.window(config, frames, grid, length, dtype)
-    compiled = forward.lower(graphdef, params, *inputs).compile()
-    return compiled, lambda run: run(params, *inputs)
+    graphdef, params, *_, call = refiner.window(config, frames, grid, length, dtype)
+    forward, *inputs, window = call
+    compiled = forward.lower(graphdef, params, *inputs, window).compile()
+
+    def step(run: Any) -> Any:
+        nonlocal window  # it is donated
+        velocity, window = run(params, *inputs, window)
+        return velocity
+
+    return compiled, step
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

@@ -3,8 +3,14 @@
     python -m benchmarks.refiner
     python -m benchmarks.refiner --tiny
 
-The window is 1 sink, 7 frames of history and 3 active frames of 22x40, with 1024 text tokens; the
-clip is 1 sink and 120 frames, in blocks of 3. Random weights of the video half, bfloat16.
+The window is full, 1 sink, 7 frames of history and 3 active frames of 22x40, with 1024 text tokens;
+the clip is 1 sink and 120 frames, in blocks of 3, whose history grows to 10. Random weights of the
+video half, bfloat16.
+
+Both start after the text is read, once a clip: ours keeps the keys and values of its tokens and has
+dropped the layers that make them; the reference makes them anew in every forward. Of the other
+frames both keep keys and values, ours the sink's as the window's place has it, turned once a block.
+Everything else of a forward is made in it.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ def sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
 
 
 def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: Any) -> Any:
-    """The transformer with random weights and a full window behind the active frames.
+    """The transformer as sampling has it, with random weights and a full window.
 
     Args:
       frames: latent frames that the positions reach, after the sink.
@@ -38,44 +44,58 @@ def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: 
 
     Returns:
       graph definition, parameters, prompt, rotary tables, and a jitted function of the first two
-      with its other two arguments, latents and prefix.
+      with its other arguments, prompt, latents and window. It returns the velocity and the window,
+      which is donated.
     """
     import jax
     import jax.numpy as jnp
 
     from sanawm_jax.core.params import apply
-    from sanawm_jax.refiner.kv_window import KeyValue
-    from sanawm_jax.refiner.model import Prefix, Refiner
+    from sanawm_jax.refiner.kv_window import KeyValue, KVWindow
+    from sanawm_jax.refiner.model import Refiner
     from sanawm_jax.refiner.rope import frame_window, video_rope
-    from sanawm_jax.refiner.sampler import RefinerText
+    from sanawm_jax.refiner.sampler import RefinerText, read_text
 
-    graphdef, params = common.random_params(Refiner, config, dtype)
+    graphdef, params = common.random_params(Refiner, config, dtype, draw=common.random_layers)
     rope = video_rope(config, SINK + max(frames, HISTORY + ACTIVE), *grid, 16.0)
 
     def normal(seed: int, *shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(seed), shape, dtype)
 
-    heads = (config.num_attention_heads, config.attention_head_dim)
     text = RefinerText(normal(0, 1, length, config.text_width))
+    params, text = read_text(graphdef, params, text, dtype=dtype)
 
-    def keys(count: int) -> KeyValue:
-        shape = (config.num_layers, 1, count, grid[0] * grid[1], *heads)
-        return KeyValue(normal(1, *shape), normal(2, *shape))
+    def keys(seed: int, count: int) -> tuple[jax.Array, ...]:
+        shape = (1, count, grid[0] * grid[1], config.num_attention_heads, config.attention_head_dim)
+        return tuple(normal(seed + i, *shape) for i in range(config.num_layers))
 
-    prefix = Prefix(keys(SINK), frame_window(rope, 0, SINK), keys(HISTORY), jnp.int32(HISTORY))
+    buffers = KeyValue(keys(100, WINDOW), keys(200, WINDOW))
+    full = KVWindow(keys(300, SINK), buffers, jnp.int32(HISTORY), ACTIVE)
     here = frame_window(rope, SINK + HISTORY, ACTIVE)
     latents = normal(3, 1, ACTIVE, *grid, config.in_channels)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def forward(graphdef: Any, params: Any, latents: jax.Array, prefix: Prefix) -> jax.Array:
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+    def forward(
+        graphdef: Any, params: Any, text: RefinerText, latents: jax.Array, window: KVWindow
+    ) -> tuple[jax.Array, KVWindow]:
         times = jnp.full((1, 1, 1), 725.0)
-        return apply(graphdef, params, latents, times, text.embeddings, here, prefix=prefix)[0]
+        velocity, written = apply(
+            graphdef,
+            params,
+            latents,
+            times,
+            text.embeddings,
+            here,
+            text_keys=text.keys,
+            window=window,
+        )
+        return velocity, window.after_block(written)
 
-    return graphdef, params, text, rope, (forward, latents, prefix)
+    return graphdef, params, text, rope, (forward, text, latents, full)
 
 
 def ours(given: argparse.Namespace) -> None:
-    """Measures the transformer with a prefix, and `refiner.sampler.refine`."""
+    """Measures the transformer with a window, and `refiner.sampler.refine`."""
     import jax
     import jax.numpy as jnp
 
@@ -84,13 +104,15 @@ def ours(given: argparse.Namespace) -> None:
     config, frames, grid, length = sizes(given)
     dtype = common.jax_dtype(given.tiny)
     graphdef, params, text, rope, call = window(config, frames, grid, length, dtype)
+    run, _, latents, state = call
 
     def forward() -> None:
-        run, *inputs = call
-        run(graphdef, params, *inputs).block_until_ready()
+        nonlocal state  # it is donated
+        velocity, state = run(graphdef, params, text, latents, state)
+        velocity.block_until_ready()
 
     common.report("ours", "forward of the window", forward, given.repeats)
-    call = None  # the clip has a window of its own
+    del call, state  # the clip has a window of its own
     shape = (1, SINK + frames, *grid, config.in_channels)
     clip = jax.random.normal(jax.random.key(4), shape, jnp.float32)
     common.report(

@@ -148,8 +148,8 @@ def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
     """`params` with W + scale A B where adapters are; the sum in float32, W's dtype comes back.
 
     Args:
-      params: the base.
-      adapters: of the same stacking.
+      params: the base, its layers stacked or separate, see `core.stack.Layers`.
+      adapters: of the same layers, stacked.
       scale: `LoraConfig.scale`.
 
     Raises:
@@ -164,9 +164,15 @@ def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
         if kernel is None:
             raise InputError(f"the adapter has {layer}, which this model has not")
         product = (*a.shape[:-1], b.shape[-1])
-        if product != kernel.shape:
-            raise InputError(f"the adapter of {layer} is for {product}, not {kernel.shape}")
-        flat[f"{layer}.kernel"] = _merged(kernel, a, b, scale)
+        is_separate = isinstance(kernel, tuple)
+        shape = (len(kernel), *kernel[0].shape) if is_separate else kernel.shape
+        if product != shape:
+            raise InputError(f"the adapter of {layer} is for {product}, not {shape}")
+        if is_separate:
+            merged = tuple(_merged(*parts, scale) for parts in zip(kernel, a, b, strict=True))
+        else:
+            merged = _merged(kernel, a, b, scale)
+        flat[f"{layer}.kernel"] = merged
     return from_leaves(flat)
 
 

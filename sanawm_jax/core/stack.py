@@ -2,6 +2,8 @@
 
 `plan` cuts a list of kinds into segments; a segment repeats a group of runs, and a run is a
 number of layers of one kind. The released DiT is one segment: 5 x (3 GDN, then 1 softmax).
+
+Layers of one kind alone may also be separate, see `over_layers`.
 """
 
 from __future__ import annotations
@@ -43,6 +45,40 @@ def layer_index(
     before = sum(s.repeats * s.group_size for s in segments[:segment])
     runs_before = sum(length for _, length in segments[segment].runs[:run])
     return before + repeat * segments[segment].group_size + runs_before + position
+
+
+Layers = jax.Array | tuple[jax.Array, ...]  # a leaf of all layers: stacked, or one array a layer
+
+
+def over_layers(
+    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, layers: Any
+) -> tuple[jax.Array, Any]:
+    """Runs a layer's function over all layers, as `lax.scan` does.
+
+    A scan compiles one layer, and copies the weights of each out of the stack before it runs.
+    Separate layers are read where they are and can be updated in place; all of them are compiled.
+
+    Args:
+      layer: (x, that layer's leaves) -> (x, its outputs).
+      layers: a tree without tuples but for its leaves: `Layers`, all of one form.
+
+    Returns:
+      x, and the outputs with leaves of the form of `layers`.
+    """
+
+    def is_separate(leaf: Any) -> bool:
+        return isinstance(leaf, tuple)
+
+    leaves = jax.tree.leaves(layers, is_leaf=is_separate)
+    if not is_separate(leaves[0]):
+        return lax.scan(layer, x, layers)
+    traced = jax.jit(layer)  # once for all layers; it is inlined when it is compiled
+    outputs = []
+    for i in range(len(leaves[0])):
+        one = jax.tree.map(lambda leaf: leaf[i], layers, is_leaf=is_separate)  # noqa: B023
+        x, output = traced(x, one)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *parts: parts, *outputs)
 
 
 REMAT = {

@@ -57,6 +57,17 @@ def keep_layers(path: str, array: np.ndarray) -> Any:
     return HostStack(array, depth) if depth else jax.device_put(array)
 
 
+def separate_layers(path: str, array: np.ndarray) -> Any:
+    """Places a leaf on the device, layers with one stacked axis separate; see `stack.over_layers`.
+
+    Args:
+      path, array: see `keep_layers`.
+    """
+    if stacked_axes(path) != 1:
+        return jax.device_put(array)
+    return tuple(jax.device_put(layer) for layer in array)
+
+
 class HostStack:
     """A stacked leaf in host memory, cut into the arrays that the device gets.
 

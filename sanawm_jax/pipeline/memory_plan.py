@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.core.params import Params, build, leaves
+from sanawm_jax.core.params import Params, build, from_leaves, leaves
 from sanawm_jax.core.programs import least_bytes, num_bytes, trace
 from sanawm_jax.core.streaming import stacked_axes
 from sanawm_jax.dit.config import DiTConfig
@@ -25,7 +25,7 @@ from sanawm_jax.pipeline.precision import build_dit
 from sanawm_jax.pipeline.stage1 import Conditions, denoise_step
 from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow
-from sanawm_jax.refiner.model import Refiner
+from sanawm_jax.refiner.model import Refiner, without_text_layers
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, refine_block
 from sanawm_jax.text.config import GemmaConfig
@@ -125,23 +125,36 @@ def refiner_need(
     params = _abstract(params, dtype)
     _, channels, frames, height, width = latents
     heads = (config.num_attention_heads, config.attention_head_dim)
+    count = config.num_layers
+
+    def layers(*shape: int) -> tuple[Any, ...]:
+        return (_array(shape, dtype),) * count
+
+    text = RefinerText(_array((1, text_length, config.text_width), dtype))
+    whole = num_bytes(params)
+    if not config.modulates_text:
+        text = text._replace(keys=KeyValue(*[layers(1, text_length, *heads)] * 2))
+        params = without_text_layers(params)
+    held = from_leaves({path: leaf for path, leaf in leaves(params) if leaf is not None})
+    reading = whole - num_bytes(held) + num_bytes(text)  # before the layers are dropped
     if not block:  # the whole clip at once, without a window
         tokens = num_bytes(_array((frames, height * width, *heads), dtype))
-        return need_of(params, 4 * tokens)
+        return need_of(held, max(reading, num_bytes(text) + 4 * tokens))
+    block = min(block, frames - sink)
 
-    def keys(count: int) -> KeyValue:
-        shape = (config.num_layers, 1, count, height * width, *heads)
-        return KeyValue(*[_array(shape, dtype)] * 2)
+    def keys(slots: int) -> tuple[Any, ...]:
+        return layers(1, slots, height * width, *heads)
 
-    scalar = _array((), jnp.int32)
-    state = KVWindow(keys(sink), keys(window - sink), scalar)
-    clean = _array((1, min(block, frames - sink), height, width, channels), _F32)
-    text = RefinerText(_array((1, text_length, config.text_width), dtype))
+    # as many frames where layers stay in host memory: the block's are beside the window then
+    slots = KeyValue(*[keys(block + window)] * 2)
+    state = KVWindow(keys(sink), slots, _array((), jnp.int32), block)
+    clean = _array((1, block, height, width, channels), _F32)
     rope = video_rope(config, frames, height, width, 16.0)
-    levels = _array((4,), _F32)
-    args = (state, clean, clean, text, rope, levels)
-    program = trace(refine_block, graphdef, params, *args, dtype=dtype)
-    return need_of(params, num_bytes(state) + least_bytes(program))
+    separate = {**params, "blocks": jax.tree.map(lambda a: layers(*a.shape[1:]), params["blocks"])}
+    args = (state, clean, clean, text, rope, _array((4,), _F32))
+    program = trace(refine_block, graphdef, separate, *args, dtype=dtype)
+    running = num_bytes((state, text)) + least_bytes(program)
+    return need_of(held, max(reading, running))
 
 
 def text_need(config: GemmaConfig, dtype: Any) -> Need:

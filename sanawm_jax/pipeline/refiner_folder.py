@@ -15,7 +15,7 @@ from flax import nnx
 
 from sanawm_jax.core.lora import LoraConfig, merge_lora
 from sanawm_jax.core.params import Params, build
-from sanawm_jax.core.streaming import Runner, call
+from sanawm_jax.core.streaming import Runner, call, keep_layers
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import ModelFolder, Place, find_weights
@@ -156,13 +156,13 @@ class RefinerFolder(ModelFolder):
         """Graph definition and parameters of the transformer's video half, adapters merged.
 
         Raises:
-          InputError: adapters, and `place`: a stack in host memory cannot be merged into.
+          InputError: adapters, and layers to keep in host memory, which nothing is merged into.
         """
         if self.lora is None:
             return self.load_base(dtype, place)
-        if place is not None:
+        if place is keep_layers:
             raise InputError("--offload block cannot run adapters; use --offload model")
-        graphdef, params = self.load_base(dtype)
+        graphdef, params = self.load_base(dtype, place)
         lora, adapters = self.load_lora()
         return graphdef, merge_lora(params, adapters, lora.scale)
 

@@ -21,6 +21,7 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.params import Params, apply
+from sanawm_jax.core.streaming import separate_layers
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
 from sanawm_jax.pipeline.memory_plan import Need, refiner_need, text_need
@@ -29,7 +30,7 @@ from sanawm_jax.pipeline.refiner_folder import RefinerFolder
 from sanawm_jax.pipeline.upstream_folder import open_refiner
 from sanawm_jax.refiner.connectors import pack_states
 from sanawm_jax.refiner.rope import video_rope
-from sanawm_jax.refiner.sampler import RefinerText, refine
+from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +202,8 @@ class LTX2Refiner:
         options, (frames, height, width) = self.options, latents.shape[2:]
         text = self.encode_prompt(prompt)
         place, run = streaming_of(self.offload)
-        graphdef, params = self._part("transformer", place)
+        graphdef, params = self._part("transformer", place or separate_layers)
+        params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
         refined = refine(
             graphdef,
             params,

@@ -79,7 +79,7 @@ class ConnectorBlock(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation, key_mask: jax.Array | None) -> jax.Array:
         """x (B, L, C) -> the same."""
         h = self.attn_norm(x)
-        q, k, v = self.attn.qkv(h, h)
+        q, (k, v) = self.attn.query(h), self.attn.key_value(h)
         q, k = rotate(q, rotation, self.rope_type), rotate(k, rotation, self.rope_type)
         x = x + self.attn.project_out(attention(q, k, v, key_mask=key_mask), h)
         return x + self.ffn(self.ffn_norm(x))

@@ -68,11 +68,16 @@ class AttentionProjections(nnx.Module):
         if is_gated:
             self.gate = Linear(width, heads, rngs=rngs)
 
-    def qkv(self, x: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x (B, T, C) and context (B, S, C') to q (B, T, N, D) and k, v (B, S, N, D)."""
-        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(context)), self.v(context)
-        q, k, v = (rearrange(a, "B T (N D) -> B T N D", N=self.heads) for a in (q, k, v))
-        return q, k, v
+    def query(self, x: jax.Array) -> jax.Array:
+        """x (B, T, C) to q (B, T, N, D)."""
+        return self._by_head(self.q_norm(self.q(x)))
+
+    def key_value(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """context (B, S, C') to k and v (B, S, N, D)."""
+        return self._by_head(self.k_norm(self.k(context))), self._by_head(self.v(context))
+
+    def _by_head(self, x: jax.Array) -> jax.Array:
+        return rearrange(x, "B T (N D) -> B T N D", N=self.heads)
 
     def project_out(self, mixed: jax.Array, x: jax.Array) -> jax.Array:
         """Gates mixed (B, T, N, D) a head by x (B, T, C), the layer's input, and projects it."""

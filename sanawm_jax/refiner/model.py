@@ -2,7 +2,7 @@
 
     latents -> linear -> blocks [self-attention, text, feed-forward] -> final layer -> velocity
 
-One forward pass serves every use: a block with a window of keys and values before it, a whole clip
+One forward pass serves every use: a block with a window of keys and values around it, a whole clip
 whose sink frames see only themselves, plain attention over all tokens, and training.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, P = H W tokens a frame,
@@ -14,36 +14,22 @@ Reference: diffusers `SanaWMLTX2RefinerTransformer3DModel`; text modulation as i
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax import lax
 
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.layers import Linear, modulated_norm
 from sanawm_jax.core.modulation import timestep_features
-from sanawm_jax.core.params import stack
-from sanawm_jax.core.stack import REMAT
+from sanawm_jax.core.params import Params, stack
+from sanawm_jax.core.stack import REMAT, over_layers
 from sanawm_jax.refiner.config import RefinerConfig
-from sanawm_jax.refiner.kv_window import KeyValue
+from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, with_block
 from sanawm_jax.refiner.layers import AttentionProjections, FeedForward, Norm
 from sanawm_jax.refiner.rope import Rotation, VideoRope, rotate, rotations
-
-PRE_ROPE = "pre_rope"
-POST_ROPE = "post_rope"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """Keys and values before the active frames, as `KVWindow` keeps them."""
-
-    sink: KeyValue  # layers B F P N D, before rotation
-    sink_rope: VideoRope  # where the sink sits for these active frames
-    history: KeyValue  # layers B F P N D, rotated
-    history_frames: jax.Array  # () int32, how many frames of history are valid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +41,10 @@ class _Context:
     text_mask: jax.Array | None  # B L bool
     text_modulation: jax.Array | None  # B 2 C float32
     rotation: Rotation
-    sink_rotation: Rotation | None
-    key_count: jax.Array | None  # B int32, valid keys of [sink, active, history]
+    key_count: jax.Array | None  # B int32, valid keys of the window with the block in it
+    active_slots: int  # of the window
     sink_frames: int
-    capture: str | None
+    capture: bool
 
 
 class AdaLNSingle(nnx.Module):
@@ -127,45 +113,50 @@ class Block(nnx.Module):
             self.text_modulation_table = _table(rngs.params(), 2, width)
 
     def __call__(
-        self, x: jax.Array, prefix: tuple[KeyValue, KeyValue] | None, ctx: _Context
+        self,
+        x: jax.Array,
+        keys: KeyValue | None,
+        text_keys: KeyValue | None,
+        ctx: _Context,
     ) -> tuple[jax.Array, KeyValue | None]:
-        """x (B, F, P, C) and this layer's (sink, history) to x and, on request, its own k, v."""
+        """x (B, F, P, C) to x, and keys and values as `Refiner.__call__` returns them.
+
+        Args:
+          keys: this layer's window.
+          text_keys: (B, L, N, D) of this layer; made of the text if None.
+        """
         # fp32 island: modulation and norms
         modulation = ctx.modulation + self.modulation_table[...].astype(jnp.float32)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate, *cross = (
             modulation[..., i, :] for i in range(modulation.shape[-2])
         )  # B F|1 P|1 C each
-        y, captured = self._self_attention(self.attn_norm(x, scale, shift), prefix, ctx)
+        y, captured = self._self_attention(self.attn_norm(x, scale, shift), keys, ctx)
         x = x + (gate * y).astype(x.dtype)
         if cross:
             cross_shift, cross_scale, cross_gate = cross
-            y = self._cross_attention(self.cross_norm(x, cross_scale, cross_shift), ctx)
+            y = self._cross_attention(self.cross_norm(x, cross_scale, cross_shift), text_keys, ctx)
             x = x + (cross_gate * y).astype(x.dtype)
         else:
-            x = x + self._cross_attention(self.cross_norm(x), ctx)
+            x = x + self._cross_attention(self.cross_norm(x), text_keys, ctx)
         y = self.ffn(self.ffn_norm(x, ffn_scale, ffn_shift))
         return x + (ffn_gate * y).astype(x.dtype), captured
 
     def _self_attention(
-        self, x: jax.Array, prefix: tuple[KeyValue, KeyValue] | None, ctx: _Context
+        self, x: jax.Array, keys: KeyValue | None, ctx: _Context
     ) -> tuple[jax.Array, KeyValue | None]:
         kind, per_frame = self.config.rope_type, x.shape[2]
         frames = x.shape[1]
+
+        def by_frame(a: jax.Array) -> jax.Array:
+            return rearrange(a, "B (F P) N D -> B F P N D", P=per_frame)
+
         x = rearrange(x, "B F P C -> B (F P) C")
-        q, k, v = self.attn.qkv(x, x)  # B T N D
-        captured = (k, v)
+        q, (k, v) = self.attn.query(x), self.attn.key_value(x)  # B T N D
+        captured = KeyValue(by_frame(k), by_frame(v)) if ctx.capture else None
         q, k = rotate(q, ctx.rotation, kind), rotate(k, ctx.rotation, kind)
-        if ctx.capture == POST_ROPE:
-            captured = (k, v)
-        if prefix is not None:
-            assert ctx.sink_rotation is not None
-            sink, history = (
-                jax.tree.map(lambda a: rearrange(a, "B F P N D -> B (F P) N D"), part)
-                for part in prefix
-            )
-            # valid keys first: a count then hides the unfilled slots of history
-            k = jnp.concatenate([rotate(sink.k, ctx.sink_rotation, kind), k, history.k], 1)
-            v = jnp.concatenate([sink.v, v, history.v], 1)
+        if keys is not None:
+            captured, seen = with_block(keys, KeyValue(by_frame(k), by_frame(v)), ctx.active_slots)
+            k, v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (seen.k, seen.v))
             mixed = attention(q, k, v, key_count=ctx.key_count)
         elif 0 < ctx.sink_frames < frames:
             # the sink sees itself, the rest sees all: two calls with sliced keys need no mask
@@ -175,24 +166,29 @@ class Block(nnx.Module):
         else:
             mixed = attention(q, k, v)
         y = rearrange(self.attn.project_out(mixed, x), "B (F P) C -> B F P C", P=per_frame)
-        if ctx.capture is None:
-            return y, None
-        return y, KeyValue(
-            *(rearrange(a, "B (F P) N D -> B F P N D", P=per_frame) for a in captured)
-        )
+        return y, captured
 
-    def _cross_attention(self, x: jax.Array, ctx: _Context) -> jax.Array:
-        per_frame, text = x.shape[2], ctx.text
+    def _cross_attention(
+        self, x: jax.Array, text_keys: KeyValue | None, ctx: _Context
+    ) -> jax.Array:
+        per_frame = x.shape[2]
         x = rearrange(x, "B F P C -> B (F P) C")
-        if hasattr(self, "text_modulation_table"):
-            table = self.text_modulation_table[...].astype(jnp.float32)[None]  # 1 2 C
-            if ctx.text_modulation is not None:
-                table = table + ctx.text_modulation
-            shift, scale = table[:, :1], table[:, 1:]
-            text = (text.astype(jnp.float32) * (1.0 + scale) + shift).astype(text.dtype)
-        q, k, v = self.cross_attn.qkv(x, text)
-        y = self.cross_attn.project_out(attention(q, k, v, key_mask=ctx.text_mask), x)
+        if text_keys is None:
+            text_keys = KeyValue(*self.cross_attn.key_value(self._modulated_text(ctx)))
+        mixed = attention(
+            self.cross_attn.query(x), text_keys.k, text_keys.v, key_mask=ctx.text_mask
+        )
+        y = self.cross_attn.project_out(mixed, x)
         return rearrange(y, "B (F P) C -> B F P C", P=per_frame)
+
+    def _modulated_text(self, ctx: _Context) -> jax.Array:
+        if not hasattr(self, "text_modulation_table"):
+            return ctx.text
+        table = self.text_modulation_table[...].astype(jnp.float32)[None]  # 1 2 C
+        if ctx.text_modulation is not None:
+            table = table + ctx.text_modulation
+        shift, scale = table[:, :1], table[:, 1:]
+        return (ctx.text.astype(jnp.float32) * (1.0 + scale) + shift).astype(ctx.text.dtype)
 
 
 class Refiner(nnx.Module):
@@ -226,9 +222,10 @@ class Refiner(nnx.Module):
         *,
         text_mask: jax.Array | None = None,
         text_timesteps: jax.Array | None = None,
-        prefix: Prefix | None = None,
+        text_keys: KeyValue | None = None,
+        window: KVWindow | None = None,
         sink_frames: int = 0,
-        capture: str | None = None,
+        capture: bool = False,
         remat: str = "none",
     ) -> tuple[jax.Array, KeyValue | None]:
         """Predicts the velocity of every latent; pure, and differentiable by `jax.grad`.
@@ -241,23 +238,24 @@ class Refiner(nnx.Module):
           text_mask: (B, L), non-zero for a token; None shows all, as the connectors' text needs.
           text_timesteps: (B,), which modulates the text where the configuration says so; the
             largest of `timesteps` by default.
-          prefix: keys and values before these frames, which every frame sees.
-          sink_frames: the first frames, which see only themselves; not together with a prefix.
-          capture: `pre_rope` or `post_rope`, also return keys and values of these frames.
+          text_keys: `read_text` of the text, which is not read then.
+          window: keys and values of other frames, which every frame sees; of the same form as the
+            parameters, see `core.stack.Layers`.
+          sink_frames: the first frames, which see only themselves; not together with a window.
+          capture: also return keys and values of these frames; not together with a window, which
+            always does.
           remat: what the backward pass keeps of a block, see `core.stack.scan_runs`.
 
         Returns:
-          (B, F, H, W, c) in the compute dtype, and (layers, B, F, P, N, D) keys and values or
-          None.
+          (B, F, H, W, c) in the compute dtype; and what `kv_window.append_block` takes with a
+          window, or (Y, B, F, P, N, D) keys before rotation and values to capture, or None.
 
         Raises:
-          ValueError: a prefix with sink frames, or an unknown `capture` or `remat`.
+          ValueError: a window with sink frames or to capture, or an unknown `remat`.
         """
         config, dtype = self.config, latents.dtype
-        if prefix is not None and sink_frames:
-            raise ValueError("a prefix holds the sink already; sink_frames must be 0")
-        if capture not in (None, PRE_ROPE, POST_ROPE):
-            raise ValueError(f"capture={capture!r}; use None, {PRE_ROPE} or {POST_ROPE}")
+        if window is not None and (sink_frames or capture):
+            raise ValueError("a window holds the sink already; sink_frames, capture must be off")
         if remat not in REMAT:
             raise ValueError(f"remat={remat!r}; use one of {', '.join(REMAT)}")
         batch, _, height, _, _ = latents.shape
@@ -268,34 +266,60 @@ class Refiner(nnx.Module):
             if text_timesteps is None:
                 text_timesteps = jnp.max(timesteps, (1, 2))
             text_modulation, _ = self.text_time(text_timesteps)
-        text = text.astype(dtype)
-        heads = (config.num_attention_heads, config.attention_head_dim)
-        sink_rotation, key_count, parts = None, None, None
-        if prefix is not None:
-            sink_rotation = rotations(prefix.sink_rope, *heads)
-            valid = prefix.sink.k.shape[2] + x.shape[1] + prefix.history_frames
+        key_count = None
+        if window is not None:
+            valid = x.shape[1] + window.sink_frames + window.history_frames
             key_count = jnp.full((batch,), valid * x.shape[2], jnp.int32)
-            parts = (prefix.sink, prefix.history)
         ctx = _Context(
             modulation=modulation,
-            text=self.caption(text) if hasattr(self, "caption") else text,
+            text=self._caption(text.astype(dtype)),
             text_mask=None if text_mask is None else text_mask > 0,
             text_modulation=text_modulation,
-            rotation=rotations(rope, *heads),
-            sink_rotation=sink_rotation,
+            rotation=rotations(rope, config.num_attention_heads, config.attention_head_dim),
             key_count=key_count,
+            active_slots=0 if window is None else window.active_slots,
             sink_frames=sink_frames,
             capture=capture,
         )
 
-        def layer(block: Block, x: jax.Array, parts: tuple[KeyValue, KeyValue] | None):
-            return block(x, parts, ctx)
+        def layer(x: jax.Array, parts: list[Any]) -> tuple[jax.Array, KeyValue | None]:
+            block, keys, text_keys = parts
+            return block(x, keys, text_keys, ctx)
 
         if remat != "none":
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-        x, captured = lax.scan(
-            lambda x, scanned: layer(scanned[0], x, scanned[1]), x, (self.blocks, parts)
-        )
+        keys = None if window is None else window.keys
+        x, captured = over_layers(layer, x, [self.blocks, keys, text_keys])
         table = self.final_table[...].astype(jnp.float32) + time[..., None, :]  # B F|1 P|1 2 C
         y = self.final(modulated_norm(x, table[..., 1, :], table[..., 0, :]))
         return rearrange(y, "B F (H W) c -> B F H W c", H=height), captured
+
+    def _caption(self, text: jax.Array) -> jax.Array:
+        return self.caption(text) if hasattr(self, "caption") else text
+
+    def read_text(self, text: jax.Array) -> KeyValue | None:
+        """Keys and values (Y, B, L, N, D) of a text (B, L, text_width), in its dtype.
+
+        None where the timestep modulates the text: they are others in every pass then.
+        """
+        if self.config.modulates_text:
+            return None
+
+        def layer(text: jax.Array, projections: AttentionProjections) -> tuple[jax.Array, KeyValue]:
+            return text, KeyValue(*projections.key_value(text))
+
+        return over_layers(layer, self._caption(text), self.blocks.cross_attn)[1]
+
+    def turn(self, k: jax.Array, rope: VideoRope) -> jax.Array:
+        """Rotates keys (..., F, P, N, D) of the frames and the grid of these tables."""
+        heads = (self.config.num_attention_heads, self.config.attention_head_dim)
+        tokens = rearrange(k, "... F P N D -> ... (F P) N D")
+        return rotate(tokens, rotations(rope, *heads), self.config.rope_type).reshape(k.shape)
+
+
+def without_text_layers(params: Params) -> Params:
+    """Parameters without those that `read_text` alone needs, for passes with `text_keys`."""
+    cross = dict(params["blocks"]["cross_attn"])
+    for name in ("k", "v", "k_norm"):
+        cross[name] = dict.fromkeys(cross[name])
+    return {**params, "blocks": {**params["blocks"], "cross_attn": cross}}

@@ -19,8 +19,8 @@ from jax import lax
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.streaming import Runner, call
-from sanawm_jax.refiner.kv_window import KVWindow, append_block, open_window
-from sanawm_jax.refiner.model import POST_ROPE, PRE_ROPE, Prefix
+from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, append_block, open_window
+from sanawm_jax.refiner.model import without_text_layers
 from sanawm_jax.refiner.rope import VideoRope, frame_window
 
 # noise levels of the distilled release, 3 steps
@@ -32,6 +32,34 @@ class RefinerText(NamedTuple):
 
     embeddings: jax.Array  # B L C
     mask: jax.Array | None = None  # B L, None shows all
+    keys: KeyValue | None = None  # Y B L N D, `read_text`
+
+
+def read_text(
+    graphdef: nnx.GraphDef, params: Params, text: RefinerText, *, dtype: Any, run: Runner = call
+) -> tuple[Params, RefinerText]:
+    """The prompt with its keys and values, and parameters without the layers that make them.
+
+    A clip reads its text once. Where the timestep modulates the text, every pass reads it, and both
+    are returned as they are.
+
+    Args:
+      dtype: compute dtype, and that of the keys and values.
+      run: see `refine`.
+    """
+    keys = text.keys
+    if keys is None:
+        keys = run(_text_keys, graphdef, params, text.embeddings, dtype=dtype)
+    if keys is None:
+        return params, text
+    return without_text_layers(params), text._replace(keys=keys)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _text_keys(
+    graphdef: nnx.GraphDef, params: Params, embeddings: jax.Array, *, dtype: Any
+) -> KeyValue | None:
+    return apply(graphdef, params, embeddings.astype(dtype), method="read_text")
 
 
 def block_noise(key: jax.Array, first: int, frames: int, shape: tuple[int, ...]) -> jax.Array:
@@ -51,7 +79,7 @@ def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "active_slots", "dtype"))
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -60,6 +88,7 @@ def capture_sink(
     rope: VideoRope,
     *,
     history_slots: int,
+    active_slots: int,
     dtype: Any,
 ) -> KVWindow:
     """An empty window whose sink are raw stage-1 frames (B, F, H, W, c), read at noise level 0.
@@ -67,19 +96,27 @@ def capture_sink(
     Args:
       rope: tables of the clip from frame 0 on.
       history_slots: refined frames that the window keeps, `window frames - sink frames`.
+      active_slots: frames of the longest block.
       dtype: compute dtype, and that of the keys and values.
     """
+    here = frame_window(rope, 0, sink.shape[1])
     _, captured = apply(
         graphdef,
         params,
         sink.astype(dtype),
         jnp.zeros((len(sink), 1, 1)),
         text.embeddings,
-        frame_window(rope, 0, sink.shape[1]),
+        here,
         text_mask=text.mask,
-        capture=PRE_ROPE,
+        text_keys=text.keys,
+        capture=True,
     )
-    return open_window(captured, history_slots)
+    return open_window(
+        captured,
+        lambda k: apply(graphdef, params, k, here, method="turn"),
+        history_slots=history_slots,
+        active_slots=active_slots,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
@@ -112,16 +149,12 @@ def refine_block(
       (B, F, H, W, c) float32, and the window for the next block.
     """
     scale = apply(graphdef, params, method="timestep_scale")
-    prefix = Prefix(
-        sink=window.sink,
-        sink_rope=frame_window(rope, window.sink_start, window.sink_frames),
-        history=window.history,
-        history_frames=window.history_frames,
-    )
-    here = frame_window(rope, window.block_start, clean.shape[1])
+    frames = clean.shape[1]
+    here = frame_window(rope, window.block_start, frames)
 
-    def forward(x: jax.Array, sigma: jax.Array, capture: str | None = None) -> Any:
-        return apply(
+    def step(state: tuple[jax.Array, KeyValue], levels: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        (x, written), (sigma, next_sigma, is_last) = state, levels
+        velocity, written = apply(
             graphdef,
             params,
             x.astype(dtype),
@@ -129,19 +162,26 @@ def refine_block(
             text.embeddings,
             here,
             text_mask=text.mask,
-            prefix=prefix,
-            capture=capture,
+            text_keys=text.keys,
+            window=window.after_block(written),
+        )
+        moved = x + (next_sigma - sigma) * velocity.astype(jnp.float32)
+        return (jnp.where(is_last, x, moved), written), None
+
+    # The refined frames' keys and values come from one more pass at noise level 0. It is a turn of
+    # the same loop, so that the network is compiled once.
+    end = jnp.zeros((1,), sigmas.dtype)
+    levels = jnp.concatenate([sigmas[:-1], end])
+    turns = (levels, jnp.concatenate([sigmas[1:], end]), jnp.arange(len(levels)) == len(levels) - 1)
+    state = _start(clean, noise, sigmas[0]), window.before_block(frames)
+    (x, written), _ = lax.scan(step, state, turns)
+
+    def turn(k: jax.Array, start: jax.Array) -> jax.Array:
+        return apply(
+            graphdef, params, k, frame_window(rope, start, window.sink_frames), method="turn"
         )
 
-    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        sigma, next_sigma = pair
-        velocity, _ = forward(x, sigma)
-        return x + (next_sigma - sigma) * velocity.astype(jnp.float32), None
-
-    x, _ = lax.scan(step, _start(clean, noise, sigmas[0]), (sigmas[:-1], sigmas[1:]))
-    # the refined frames' keys and values come from one more pass at noise level 0
-    _, captured = forward(x, jnp.float32(0.0), POST_ROPE)
-    return x, append_block(window, captured)
+    return x, append_block(window, written, frames, turn)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sink_frames", "dtype"))
@@ -181,6 +221,7 @@ def refine_at_once(
             text.embeddings,
             rope,
             text_mask=text.mask,
+            text_keys=text.keys,
             sink_frames=sink_frames,
         )
         velocity = velocity[:, sink_frames:].astype(jnp.float32)
@@ -218,7 +259,7 @@ def refine(
     Args:
       graphdef, params: the `Refiner`.
       latents: (B, F, H, W, c) of stage 1, normalised.
-      text: the prompt.
+      text: the prompt, read here if `read_text` has not.
       rope: `rope.video_rope` of these frames and this grid.
       noise: (B, F - sink_frames, H, W, c); drawn from `key` if None.
       sink_frames: the first frames, kept as they are.
@@ -237,6 +278,7 @@ def refine(
     latents = latents.astype(jnp.float32)
     frames = latents.shape[1]
     levels = jnp.asarray(np.array(sigmas, np.float32))
+    params, text = read_text(graphdef, params, text, dtype=dtype, run=run)
     shape = (latents.shape[0], *latents.shape[2:])
 
     def noise_of(first: int, last: int) -> jax.Array:
@@ -269,6 +311,7 @@ def refine(
         text,
         rope,
         history_slots=window_frames - sink_frames,
+        active_slots=min(block_frames, frames - sink_frames),
         dtype=dtype,
     )
     cuts = list(blocks(frames, sink_frames, block_frames))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -27,8 +28,8 @@ from sanawm_jax.core.params import Params, apply, build, count, leaves
 from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
 from sanawm_jax.refiner.config import LTX_2_19B, RefinerConfig
 from sanawm_jax.refiner.keys import is_audio, refiner_table
-from sanawm_jax.refiner.kv_window import KeyValue
-from sanawm_jax.refiner.model import POST_ROPE, PRE_ROPE, Prefix, Refiner
+from sanawm_jax.refiner.kv_window import KeyValue, append_block, open_window
+from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import frame_window, rotations, video_rope
 from sanawm_jax.refiner.sampler import SIGMAS, RefinerText, blocks, refine, refine_block
 from sanawm_jax.weights import keymap
@@ -67,7 +68,8 @@ def load(folder: Path, dtype: Any = None) -> tuple[RefinerConfig, nnx.GraphDef, 
 
 def run(graphdef: nnx.GraphDef, params: Params, *args: Any, **static: Any) -> Any:
     """The compiled forward pass."""
-    return jax.jit(functools.partial(apply, graphdef, **static))(params, *args)
+    arrays = {name: static.pop(name) for name in ("text_mask", "window") if name in static}
+    return jax.jit(functools.partial(apply, graphdef, **static))(params, *args, **arrays)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -218,8 +220,8 @@ def test_an_unexpected_tensor_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("rope_type", ROPES)
-def test_captured_keys_and_values_and_a_prefix(rope_type: str, tmp_path: Path) -> None:
-    """Both kinds of capture, and a forward pass that attends to them."""
+def test_captured_keys_and_values_and_a_window(rope_type: str, tmp_path: Path) -> None:
+    """Keys before and after rotation, and a forward pass that attends to them."""
     model = make_transformer(rope_type=rope_type)
     model.save_pretrained(tmp_path)
     config, graphdef, params = load(tmp_path)
@@ -252,32 +254,33 @@ def test_captured_keys_and_values_and_a_prefix(rope_type: str, tmp_path: Path) -
     sink_theirs = [layer.get_captured_pre_rope() for layer in layers]
     for layer, pair in zip(layers, sink_theirs, strict=True):
         layer.store_sink(*pair)
-    cache.sink_pe = model.build_rotary_emb_for_absolute_positions(1, [2], HEIGHT, WIDTH, CPU, FPS)
-    reference(old, 3, "inject_and_capture_post_rope")
+    cache.sink_pe = model.build_rotary_emb_for_absolute_positions(1, [0], HEIGHT, WIDTH, CPU, FPS)
+    reference(old, 1, "inject_and_capture_post_rope")
     old_theirs = [layer.get_captured_post_rope() for layer in layers]
     for layer, pair in zip(layers, old_theirs, strict=True):
         layer.store_history(*pair)
-    theirs = reference(new, 5, "inject")
+    theirs = reference(new, 3, "inject")
 
     tables = video_rope(config, 9, HEIGHT, WIDTH, FPS)
 
     def forward(latents: torch.Tensor, first: int, **options: Any) -> Any:
-        static = {k: options.pop(k) for k in ("capture",) if k in options}
         time = np.full((1, 1, 1), 300.0, np.float32)
         rope = frame_window(tables, first, latents.shape[2])
-        call = functools.partial(apply, graphdef, **static)
-        return jax.jit(call)(params, channels_last(latents), time, text.numpy(), rope, **options)
+        return run(graphdef, params, channels_last(latents), time, text.numpy(), rope, **options)
 
-    _, sink_ours = forward(sink, 0, capture=PRE_ROPE)
+    def turn(k: jax.Array, start: Any = 0) -> jax.Array:
+        return apply(graphdef, params, k, frame_window(tables, start, 1), method="turn")
+
+    _, sink_ours = forward(sink, 0, capture=True)
     check(sink_ours, sink_theirs)
     # room for 4 frames of history, none filled, then 2: what lies in the rest is never seen
-    junk = jax.tree.map(lambda a: jnp.full((*a.shape[:2], 4, *a.shape[3:]), 1e4), sink_ours)
-    prefix = Prefix(sink_ours, frame_window(tables, 2, 1), junk, jnp.int32(0))
-    _, old_ours = forward(old, 3, capture=POST_ROPE, prefix=prefix)
+    window = open_window(sink_ours, turn, history_slots=4, active_slots=3)
+    junk = jax.tree.map(lambda a: a.at[:, :, 1:].set(1e4), window.keys)
+    window = dataclasses.replace(window, keys=junk)
+    _, old_ours = forward(old, 1, window=window)
     check(old_ours, old_theirs)
-    filled = jax.tree.map(lambda a, b: a.at[:, :, :2].set(b), junk, old_ours)
-    prefix = Prefix(sink_ours, frame_window(tables, 2, 1), filled, jnp.int32(2))
-    ours, _ = forward(new, 5, prefix=prefix)
+    window = append_block(window, old_ours, 2, turn)
+    ours, _ = forward(new, 3, window=window)
     assert relative(ours.reshape(theirs.shape), theirs) <= 1e-5
 
 

@@ -131,6 +131,16 @@ def test_bfloat16_base_stays_bfloat16(base: Params) -> None:
     assert {a.dtype for a in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_separate_layers_are_merged_one_by_one(base: Params) -> None:
+    trained = adapters(LoraConfig(RANK, TARGETS), trained=True)
+    stacked = merge_lora(base, trained, 0.5)
+    separate = merge_lora({**base, "layers": jax.tree.map(tuple, base["layers"])}, trained, 0.5)
+    kernels = separate["layers"]["up"]["kernel"]
+    assert isinstance(kernels, tuple) and len(kernels) == LAYERS
+    for (path, leaf), (_, expected) in zip(leaves(separate), leaves(stacked), strict=True):
+        np.testing.assert_allclose(np.asarray(leaf), expected, atol=1e-6, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("rank", "targets", "alpha", "words"),
     [

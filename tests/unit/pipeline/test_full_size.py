@@ -18,7 +18,6 @@ from sanawm_jax.dit.model import DiT
 from sanawm_jax.pipeline import generate
 from sanawm_jax.pipeline.random_weights import RELEASED
 from sanawm_jax.pipeline.stage1 import Conditions, denoise_step
-from sanawm_jax.refiner.kv_window import KeyValue, KVWindow
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, capture_sink, refine_block
@@ -70,27 +69,29 @@ def test_stage1_with_guidance() -> None:
     assert (2, FRAMES, ROWS * COLUMNS, 13440) in large_arrays(whole)
 
 
-def test_refiner() -> None:
+@pytest.mark.parametrize("form", ["separate", "stacked"])
+def test_refiner(form: str) -> None:
     config = RELEASED.refiner
     graphdef, params = network(Refiner, config)
     rope = video_rope(config, FRAMES, ROWS, COLUMNS, 16.0)
     text = RefinerText(array(1, 1024, config.text_width))
-    heads = (config.num_attention_heads, config.attention_head_dim)
-
-    def keys(frames: int) -> KeyValue:
-        one = array(config.num_layers, 1, frames, ROWS * COLUMNS, *heads)
-        return KeyValue(one, one)
-
-    block = array(1, 3, ROWS, COLUMNS, 128, dtype=F32)
-    window = KVWindow(keys(1), keys(10), array(dtype=jnp.int32))
-    sigmas = array(4, dtype=F32)
-    assert_fits(
-        trace(refine_block, graphdef, params, window, block, block, text, rope, sigmas, dtype=BF16)
-    )
+    if form == "separate":
+        params["blocks"] = jax.tree.map(
+            lambda a: (array(*a.shape[1:]),) * config.num_layers, params["blocks"]
+        )
     sink = array(1, 1, ROWS, COLUMNS, 128, dtype=F32)
-    assert_fits(
-        trace(capture_sink, graphdef, params, sink, text, rope, history_slots=10, dtype=BF16)
+    static = dict(history_slots=10, active_slots=3, dtype=BF16)
+    assert_fits(trace(capture_sink, graphdef, params, sink, text, rope, **static))
+    window = jax.eval_shape(
+        lambda *args: capture_sink(graphdef, *args, **static), params, sink, text, rope
     )
+    assert len(jax.tree.leaves(window.keys)) == (2 * 48 if form == "separate" else 2)
+    block, sigmas = array(1, 3, ROWS, COLUMNS, 128, dtype=F32), array(4, dtype=F32)
+    args = (params, window, block, block, text, rope, sigmas)
+    assert_fits(trace(refine_block, graphdef, *args, dtype=BF16))
+    refined, after = jax.eval_shape(lambda *args: refine_block(graphdef, *args, dtype=BF16), *args)
+    assert refined.shape == block.shape
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, window)
 
 
 def decode(tiling: str) -> tuple[list[Any], Any]:

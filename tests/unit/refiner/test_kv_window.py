@@ -2,47 +2,83 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, append_block, open_window
+from sanawm_jax.refiner.kv_window import (
+    KeyValue,
+    KVWindow,
+    append_block,
+    open_window,
+    with_block,
+)
 
 LAYERS, BATCH, TOKENS, HEADS, HEAD = 2, 1, 3, 2, 4
+FORMS = ["stacked", "separate"]
 
 
-def frames_of(numbers: list[int]) -> KeyValue:
+def frames_of(numbers: list[int], form: str) -> KeyValue:
     """Keys and values that say which frame they are."""
     frames = jnp.asarray(numbers, jnp.float32).reshape(1, 1, -1, 1, 1, 1)
     shape = (LAYERS, BATCH, len(numbers), TOKENS, HEADS, HEAD)
-    return KeyValue(jnp.broadcast_to(frames, shape), jnp.broadcast_to(-frames, shape))
+    made = KeyValue(jnp.broadcast_to(frames, shape), jnp.broadcast_to(-frames, shape))
+    return made if form == "stacked" else jax.tree.map(tuple, made)
 
 
+def placed(k: jax.Array, start: Any = 0) -> jax.Array:
+    """Instead of a rotation: the position, far from what any frame holds."""
+    return k + 1000.0 + start
+
+
+def layer(part: Any, i: int) -> Any:
+    return jax.tree.map(lambda a: a[i], part, is_leaf=lambda a: isinstance(a, tuple))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("slots", [3, 4, 5, 6, 100])
 @pytest.mark.parametrize("lengths", [[3] * 5, [3, 3, 3, 1], [1] * 7, [2]])
-def test_keeps_the_newest_frames(slots: int, lengths: list[int]) -> None:
-    window = open_window(frames_of([0]), slots)
-    step = jax.jit(append_block, donate_argnums=0)
+def test_keeps_the_newest_frames(slots: int, lengths: list[int], form: str) -> None:
+    window = open_window(frames_of([0], form), placed, history_slots=slots, active_slots=3)
+
+    def step(window: KVWindow, block: KeyValue, frames: int) -> tuple[KVWindow, list[Any]]:
+        pairs = [
+            with_block(layer(window.keys, i), layer(block, i), window.active_slots)
+            for i in range(LAYERS)
+        ]
+        written = jax.tree.map(lambda *parts: parts, *[left for left, _ in pairs])
+        if form == "stacked":
+            written = KeyValue(jnp.stack(written.k), jnp.stack(written.v))
+        return append_block(window, written, frames, placed), [seen for _, seen in pairs]
+
+    step = jax.jit(step, donate_argnums=0, static_argnums=2)
     done: list[int] = []
     for length in lengths:
         new = list(range(len(done) + 1, len(done) + 1 + length))
-        assert int(window.block_start) == new[0]
-        window = step(window, frames_of(new))
-        done += new
-        valid = int(window.history_frames)
-        assert valid == min(len(done), slots)
-        k, v = np.asarray(window.history.k), np.asarray(window.history.v)
-        assert sorted(k[0, 0, :valid, 0, 0, 0]) == done[-slots:]
-        np.testing.assert_array_equal(k, -v)
+        kept, valid = done[-slots:], int(window.history_frames)
+        sink = int(window.sink_start)
+        assert int(window.block_start) == new[0] and valid == len(kept)
         # the sink sits just before the oldest frame that is left
-        assert int(window.sink_start) + window.sink_frames == done[-slots:][0]
-    assert window.history.k.shape[2] == slots
+        assert sink + window.sink_frames == (kept or new)[0]
+        window, all_seen = step(window, frames_of(new, form), length)
+        for seen in all_seen:
+            k, v = (np.asarray(a)[0, : length + 1 + valid, 0, 0, 0] for a in (seen.k, seen.v))
+            assert k[:length].tolist() == new and k[length] == 1000.0 + sink
+            assert sorted(k[length + 1 :]) == kept
+            np.testing.assert_array_equal(np.delete(v, length), -np.delete(k, length))
+            assert v[length] == 0
+        done += new
+    assert window.history_slots == slots
 
 
-def test_is_a_pytree_of_arrays_alone() -> None:
-    window = open_window(frames_of([0, 1]), 4)
+@pytest.mark.parametrize("form", FORMS)
+def test_is_a_pytree_of_arrays_alone(form: str) -> None:
+    window = open_window(frames_of([0, 1], form), placed, history_slots=4, active_slots=3)
     copied = jax.tree.map(lambda a: a, window)
     assert isinstance(copied, KVWindow)
-    assert len(jax.tree.leaves(window)) == 5
+    assert len(jax.tree.leaves(window)) == (4 if form == "stacked" else 3 * LAYERS + 1)
     assert window.sink_frames == 2 and window.history_slots == 4
+    assert window.active_slots == (0 if form == "stacked" else 3)

@@ -12,7 +12,8 @@ import pytest
 
 from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.refiner.config import RefinerConfig
-from sanawm_jax.refiner.model import PRE_ROPE, Prefix, Refiner
+from sanawm_jax.refiner.kv_window import open_window
+from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import VideoRope, frame_window, video_rope
 from sanawm_jax.refiner.sampler import block_noise
 
@@ -69,12 +70,12 @@ def test_a_captured_sink_equals_a_sink_in_the_sequence(
     latents, times, text, rope = inputs(rng)
     whole, _ = forward(params, latents, times, text, rope, sink_frames=1)
     sink_rope, rest_rope = frame_window(ROPE, 0, 1), frame_window(ROPE, 1, FRAMES - 1)
-    _, sink = forward(params, latents[:, :1], times[:, :1], text, sink_rope, capture=PRE_ROPE)
-    empty = jax.tree.map(lambda a: jnp.full_like(a, 1e3), sink)
-    prefix = Prefix(sink, sink_rope, empty, jnp.int32(0))
+    _, sink = forward(params, latents[:, :1], times[:, :1], text, sink_rope, capture=True)
     graphdef, _ = build(Refiner, CONFIG)
+    turn = functools.partial(apply, graphdef, params, rope=sink_rope, method="turn")
+    window = open_window(sink, turn, history_slots=4, active_slots=4)
     rest, _ = jax.jit(functools.partial(apply, graphdef))(
-        params, latents[:, 1:], times[:, 1:], text, rest_rope, prefix=prefix
+        params, latents[:, 1:], times[:, 1:], text, rest_rope, window=window
     )
     np.testing.assert_allclose(rest, whole[:, 1:], atol=2e-5)
 
@@ -105,12 +106,13 @@ def test_gradients_do_not_depend_on_remat(params: Params, rng: np.random.Generat
 
 def test_refuses_what_makes_no_sense(params: Params, rng: np.random.Generator) -> None:
     latents, times, text, rope = inputs(rng)
-    for options, words in (
-        (dict(capture="both"), "capture"),
-        (dict(remat="some"), "remat"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            forward(params, latents, times, text, rope, **options)
+    with pytest.raises(ValueError, match="remat"):
+        forward(params, latents, times, text, rope, remat="some")
+    _, sink = forward(params, latents, times, text, rope, capture=True)
+    window = open_window(sink, lambda k: k, history_slots=1, active_slots=0)
+    for options in (dict(capture=True), dict(sink_frames=1)):
+        with pytest.raises(ValueError, match="a window holds the sink"):
+            forward(params, latents, times, text, rope, window=window, **options)
 
 
 def test_rope_window() -> None:
