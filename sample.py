@@ -81,8 +81,10 @@ def _option(name: str) -> Any:
 
 def run() -> Path:
     from sanawm_jax.compilation_cache import use_compilation_cache
+    from sanawm_jax.compiler_flags import use_compiler_flags
     from sanawm_jax.pipeline import command
 
+    use_compiler_flags()
     use_compilation_cache()
     names = [*_TEXTS, *_INTEGERS, *_FLOATS, "latents_only", "output_dir", "name", "allow_pickle"]
     options = {name: _option(name) for name in names}

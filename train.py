@@ -38,6 +38,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "ask the scheduler for th
 
 def main(_: list[str]) -> None:
     from sanawm_jax.compilation_cache import use_compilation_cache
+    from sanawm_jax.compiler_flags import use_compiler_flags
     from sanawm_jax.core.processes import is_first, join_processes
     from sanawm_jax.errors import InputError
     from sanawm_jax.training.dry_run import describe
@@ -47,6 +48,7 @@ def main(_: list[str]) -> None:
 
     show_notes()
     show_progress()
+    use_compiler_flags()
     try:
         if _CONFIG.value.dry_run:
             print(describe(_CONFIG.value))

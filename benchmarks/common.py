@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sanawm_jax.compiler_flags import use_compiler_flags
+
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 Measure = Callable[[argparse.Namespace], None]
@@ -42,6 +44,7 @@ def run_sides(
     parser.add_argument("--compile", action="store_true", help="torch.compile the reference")
     parser.add_argument("--side", choices=list(sides), help="only this one, in this process")
     given = parser.parse_args(arguments)
+    use_compiler_flags()
     if given.side:
         sides[given.side](given)
         return

@@ -34,6 +34,7 @@ from jax import lax
 
 from benchmarks.hlo import Program
 from benchmarks.kernels import errors, milliseconds
+from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.float8 import FLOAT8, float8_matmul, quantise, scale_for, to_float8
 from sanawm_jax.core.layers import affine
 from sanawm_jax.core.programs import INDEX_LIMIT
@@ -181,6 +182,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     given = parser.parse_args(arguments)
+    use_compiler_flags()
     found = []
     for frames in [1] if given.tiny else given.latent_frames:
         # a guided clip whose widest layer outgrows an index runs one prompt at a time

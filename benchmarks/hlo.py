@@ -124,6 +124,12 @@ class Program:
             return [instruction]
         return list(self.computations.get(found[1], {}).values())
 
+    def scope(self, instruction: Instruction) -> str:
+        """Its own, or that of the product in it, which a slice of weights may come before."""
+        if instruction.scope:
+            return instruction.scope
+        return next((part.scope for part in self.called(instruction) if self._flops(part)), "")
+
     def flops(self, instruction: Instruction) -> float:
         """Of the matrix products, convolutions and attention in it."""
         return sum(self._flops(part) for part in self.called(instruction))

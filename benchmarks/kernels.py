@@ -31,6 +31,7 @@ import numpy as np
 from kernels_pallas import choice, gdn, ucpe
 from kernels_pallas.conv_glu import Tiles as ConvTiles
 from kernels_pallas.conv_glu import conv_glu
+from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.attention import attention
 
 
@@ -394,6 +395,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     given = parser.parse_args(arguments)
+    use_compiler_flags()
     sizes = Sizes(given.batch, given.latent_frames, (22, 40), 20, 112, 6720)
     if given.tiny:
         sizes = Sizes(1, 2, (3, 4), 1, 16, 16, jnp.float32)

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from configs import common as recipes
 from sanawm_jax.atomic import atomic_write
+from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.dit import attention
@@ -190,6 +191,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument("--workdir", type=Path, help="keeps the encoded clips")
     parser.add_argument("--tiny", action="store_true", help="clips of 3 latent frames, 4 tokens")
     given = parser.parse_args(arguments)
+    use_compiler_flags()
     config = run_config(given)
     with tempfile.TemporaryDirectory() as folder:
         workdir = given.workdir or Path(folder)

@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.hlo import CONTAINERS, Instruction, Program
+from sanawm_jax.compiler_flags import use_compiler_flags
 
 # Achievable bf16 TFLOP/s of large matrix products and of attention; nominal GB/s of the memory.
 LIMITS = {
@@ -54,7 +55,7 @@ _NAMED = re.compile(r"\b(" + "|".join(SCOPES) + r")\b")
 
 def part_of(program: Program, instruction: Instruction) -> tuple[str, str]:
     """Part of the step and finer name: ("gdn", "gdn"), ("gemm", "other")."""
-    named = _NAMED.findall(instruction.scope)
+    named = _NAMED.findall(program.scope(instruction))
     scope = named[-1] if named else ""
     # a product inside an element-wise scope is a product
     if scope and SCOPES[scope] != "element-wise":
@@ -160,7 +161,7 @@ def longest(
     found = []
     for name, nanoseconds in times.most_common(count):
         instruction = program.instructions.get(name)
-        scope, text = (instruction.scope, instruction.text) if instruction else ("", "")
+        scope, text = (program.scope(instruction), instruction.text) if instruction else ("", "")
         result = text.partition("=")[2].strip().partition(" ")[0][:60]
         found.append(
             f"{nanoseconds * 1e-6 / steps:9.3f} ms {kernels_of[name] / steps:6.0f}x"
@@ -293,6 +294,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--longest", type=int, default=0, help="list so many instructions as well")
     parser.add_argument("--trace", type=Path, help="keep the profile in this folder")
     given = parser.parse_args(arguments)
+    use_compiler_flags()
     given.batch = given.batch or (1 if given.backward else 2)
     given.sizes = sizes(given)
     # kernels that are launched as one graph carry no instruction's name

@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.profile_step import LIMITS
+from sanawm_jax.compiler_flags import use_compiler_flags
 
 
 def run_config(given: argparse.Namespace) -> Any:
@@ -194,6 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="steps that the median is of")
     parser.add_argument("--one", action="store_true", help="of each length, in this process")
     given = parser.parse_args(arguments)
+    use_compiler_flags()
     lengths = given.latent_frames or ([5] if given.tiny else [21, 41, 61, 81, 101, 121])
     # as much as leaves the libraries room; JAX takes 0.75 by default
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")

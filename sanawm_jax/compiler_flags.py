@@ -1,0 +1,30 @@
+"""The XLA flags that the model's programs want on a GPU.
+
+`sample.py`, `train.py` and the benchmarks set them; a program of one's own calls
+`use_compiler_flags` before JAX compiles anything. A flag that `XLA_FLAGS` has already stays.
+"""
+
+from __future__ import annotations
+
+import os
+
+FLAGS = {
+    # Round where the program rounds. XLA otherwise replaces a bfloat16 array, for a reader that
+    # widens it, by the float32 one that it was rounded from, and writes both.
+    "xla_allow_excess_precision": "false",
+    # Products by cuBLASLt, which adds biases and residuals on the way and reads a layer's weights
+    # where they lie in their stack. A product of Triton's does neither here, even where XLA takes
+    # cuBLAS for it in the end, as it does for those of this size.
+    "xla_gpu_enable_triton_gemm": "false",
+    # Join products of one operand only where their results are small, in megabytes: to join two is
+    # to copy both weights into one array in every forward pass.
+    "xla_gpu_dot_merger_threshold_mb": "8",
+}
+
+
+def use_compiler_flags() -> None:
+    """Adds `FLAGS` to the environment's `XLA_FLAGS`; XLA reads it once, when it first compiles."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    named = {word.lstrip("-").partition("=")[0] for word in given}
+    added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in named]
+    os.environ["XLA_FLAGS"] = " ".join([*given, *added])

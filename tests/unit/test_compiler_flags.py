@@ -1,0 +1,29 @@
+"""Flags are added to the user's, and XLA knows them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from sanawm_jax.compiler_flags import FLAGS, use_compiler_flags
+
+
+def test_the_users_flags_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_allow_excess_precision=true --xla_cpu_enable_fast_math")
+    use_compiler_flags()
+    use_compiler_flags()
+    words = os.environ["XLA_FLAGS"].split()
+    assert words[:2] == ["--xla_allow_excess_precision=true", "--xla_cpu_enable_fast_math"]
+    others = [name for name in FLAGS if name != "xla_allow_excess_precision"]
+    assert words[2:] == [f"--{name}={FLAGS[name]}" for name in others]
+
+
+def test_xla_knows_them(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    use_compiler_flags()
+    assert all(name in os.environ["XLA_FLAGS"] for name in FLAGS)
+    # XLA ends a process over a flag that it does not know
+    code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
