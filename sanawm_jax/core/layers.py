@@ -52,6 +52,25 @@ def _affine_backward(
 affine.defvjp(_affine_forward, _affine_backward)
 
 
+def _is_wider(x: jax.Array, kernel: jax.Array) -> bool:
+    return x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
+
+
+def wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x (..., in) float32 times a bfloat16 kernel (in, out), as in float32.
+
+    The kernel is read as it is: a float32 copy of one that modulates a large model is half a
+    gigabyte, for one row. x is the sum of three bfloat16 numbers, whose products are exact.
+    """
+    parts, rest = [], x
+    for _ in range(3):
+        # a mere cast back and forth is what a compiler may leave out
+        part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    return jnp.sum(jnp.matmul(jnp.stack(parts), kernel, preferred_element_type=jnp.float32), 0)
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` on the last axis; kernel (in, out).
 
@@ -78,14 +97,19 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
         if self.bias is None:
             return self.product(x)
-        kernel = self.kernel[...].astype(x.dtype)
-        return self._adapted(x, affine(x, kernel, self.bias[...].astype(x.dtype)))
+        bias = self.bias[...].astype(x.dtype)
+        if _is_wider(x, kernel):
+            return self._adapted(x, wide_product(x, kernel) + bias)
+        return self._adapted(x, affine(x, kernel.astype(x.dtype), bias))
 
     def product(self, x: jax.Array) -> jax.Array:
         """Without the bias, for a reader that adds it on the way."""
-        return self._adapted(x, x @ self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...]
+        wide = _is_wider(x, kernel)
+        return self._adapted(x, wide_product(x, kernel) if wide else x @ kernel.astype(x.dtype))
 
     def _adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
         if not hasattr(self, "lora_a"):
