@@ -21,8 +21,6 @@ from sanawm_jax.vae.config import DownStage, Strides, UpStage
 
 Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one after each convolution
 
-_PAD_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-
 
 def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     """Divides every location by the RMS of its channels; statistics in float32."""
@@ -40,6 +38,40 @@ def depth_to_space(x: jax.Array, strides: Strides) -> jax.Array:
     """Inverse of `space_to_depth`."""
     p, q, r = strides
     return rearrange(x, "B F H W (C p q r) -> B (F p) (H q) (W r) C", p=p, q=q, r=r)
+
+
+def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
+    """x (B, F, H, W, C) with edge frames before and after it, and a border of one in space.
+
+    Zeros first, which XLA writes along with whatever makes x, then the borders in place: a
+    `jnp.pad` an axis would write the whole array three times.
+
+    Args:
+      time: frames before and after.
+      mode: reflect, replicate or circular; None leaves space as it is.
+    """
+    frames, sides = x.shape[1], x.shape[2:4]
+    space = (1, 1) if mode else (0, 0)
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(*width, 0) for width in ((0, 0), time, space, space, (0, 0))])
+    for axis, size in zip((2, 3), sides if mode else (), strict=False):
+        inner = (1, size)  # where the first and the last row are now
+        # a side of one cannot be reflected: it is repeated where torch refuses
+        near = min(2, size), max(size - 1, 1)
+        sources = {"reflect": near, "replicate": inner, "circular": inner[::-1]}[mode or ""]
+        for target, source in zip((0, size + 1), sources, strict=True):
+            x = _copy_slice(x, axis, source, target)
+    edges = [(target, time[0]) for target in range(time[0])]
+    edges += [(time[0] + frames + i, time[0] + frames - 1) for i in range(time[1])]
+    for target, source in edges:
+        x = _copy_slice(x, 1, source, target)
+    return x
+
+
+def _copy_slice(x: jax.Array, axis: int, source: int, target: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(
+        x, lax.slice_in_dim(x, source, source + 1, axis=axis), target, axis
+    )
 
 
 class CausalConv(nnx.Module):
@@ -62,16 +94,10 @@ class CausalConv(nnx.Module):
         self.strides = strides
 
     def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
-        before, after = (2, 0) if causal else (1, 1)
-        first = jnp.broadcast_to(x[:, :1], (x.shape[0], before, *x.shape[2:]))
-        parts = [first, x] if causal else [first, x, x[:, -after:]]
-        x = jnp.concatenate(parts, axis=1)
-        space = (1, 1)
-        if self.padding_mode != "zeros":
-            # a side of one cannot be reflected: jnp repeats it where torch refuses
-            widths = ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0))
-            x = jnp.pad(x, widths, mode=_PAD_MODE[self.padding_mode])
-            space = (0, 0)
+        time = (2, 0) if causal else (1, 1)
+        is_padded = self.padding_mode != "zeros"
+        x = _pad(x, time, self.padding_mode if is_padded else None)
+        space = (0, 0) if is_padded else (1, 1)
         return self.conv(x, strides=self.strides, padding=((0, 0), space, space))
 
 
