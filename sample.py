@@ -3,7 +3,8 @@
     python sample.py
     python sample.py --weights DIR --image room.png --prompt "a room" --action "w-40,dw-20"
 
-Alone it runs the small world; with --weights or --refiner_weights the defaults are the released
+Alone it runs the small world and its refiner; --no_refiner decodes stage 1 instead, and so does
+--weights without --refiner_weights. With other weights than those the defaults are the released
 model's, see `configs/`. Prints the output's path as its last line. Bad input gives one line and
 exit status 2.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from sanawm_jax.command_line import define_config, fail, is_released, parse_flags, show_notes
+from sanawm_jax.shipped import SMALL_WORLD, SMALL_WORLD_REFINER
 
 _DEFAULTS = "sample_sana_wm" if is_released(sys.argv) else "sample_small_world"
 _CONFIG = define_config(Path(__file__).parent / f"configs/{_DEFAULTS}.py", "sampling defaults")
@@ -34,7 +36,7 @@ _TEXTS = {
     "precision": "of stage 1's large matrix products: bf16 (that is, --dtype) or fp8",
     "offload": "what stays on the accelerator: none, model (one network) or block (two layers)",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
-    "stage1_latents": "refine or decode these latents: no image, camera or network is needed",
+    "stage1_latents": "refine (as --prompt says) or decode these: no image or camera is needed",
     "refiner_weights": "stage 2: small_world_refiner, a refiner folder, upstream's that holds one, "
     "or a hub name",
     "refiner_latents": "the refiner's noise (1, C, T - sink, h, w) in a .npy file",
@@ -79,6 +81,14 @@ def _option(name: str) -> Any:
     return None if value == "" else value
 
 
+def _refiner_weights() -> str | None:
+    """Stage 2; by default the shipped one, if stage 1 is the default's too and not named."""
+    refiner = _option("refiner_weights")
+    is_default = refiner == SMALL_WORLD_REFINER and flags.FLAGS.refiner_weights is None
+    is_named = flags.FLAGS.weights is not None or _option("weights") != SMALL_WORLD
+    return None if flags.FLAGS.no_refiner or (is_default and is_named) else refiner
+
+
 def run() -> Path:
     from sanawm_jax.compilation_cache import use_compilation_cache
     from sanawm_jax.compiler_flags import use_compiler_flags
@@ -92,8 +102,7 @@ def run() -> Path:
         options["action"] = None  # a path on the command line replaces the configuration's
     if flags.FLAGS.image is not None and flags.FLAGS.intrinsics is None:
         options["intrinsics"] = None  # another picture, another camera
-    if flags.FLAGS.no_refiner:
-        options["refiner_weights"] = None
+    options["refiner_weights"] = _refiner_weights()
     refine = {name: _option(name) for name in _REFINE}
     options["refine_options"] = {k: v for k, v in refine.items() if v is not None}
     options["vae_tiling"] = _CONFIG.value.get("vae_tiling", "auto")

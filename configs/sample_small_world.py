@@ -1,4 +1,4 @@
-"""Sampling defaults of the small world, 49 frames of 128x128: `python sample.py` alone."""
+"""Sampling defaults of the small world, 49 frames of 128x128, refined: `python sample.py` alone."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ _IMAGE = Path(__file__).parents[1] / "sanawm_jax" / "assets" / "small_world.png"
 def get_config() -> ml_collections.ConfigDict:
     config = sample_sana_wm.get_config()
     config.weights = "small_world"
+    config.refiner_weights = "small_world_refiner"  # of these weights alone, see `sample.py`
     config.image = str(_IMAGE)
     config.prompt = (
         "An outdoor scene with a green house, a teal house, a yellow house and a teal tree on "

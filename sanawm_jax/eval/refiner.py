@@ -1,7 +1,7 @@
 """What the refiner changes on the small world: quality by quarter, drift, camera following.
 
+    python -m sanawm_jax.eval.refiner --json refiner.json --sheet refiner.png
     python -m sanawm_jax.eval.refiner --weights STAGE1/export --refiner_weights BASE/export
-        --scenes 56 --json refiner.json --sheet refiner.png
 
 Clips, actions and metrics are those of `eval.small_world`: held-out scenes, one of the 8 single
 actions each. Every clip is sampled once by stage 1, then decoded as it is and after refinement. The
@@ -126,9 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--weights", default="small_world", help="stage 1, in diffusers layout")
     parser.add_argument(
-        "--refiner_weights",
-        required=True,
-        help="a refiner folder, adapters, or small_world_refiner",
+        "--refiner_weights", default="small_world_refiner", help="a refiner folder, or adapters"
     )
     parser.add_argument("--scenes", type=int, default=56, help="held-out scenes, 50 or more")
     parser.add_argument("--num_frames", type=int, default=49)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,10 +13,13 @@ from PIL import Image
 
 from configs.sample_small_world import get_config
 from sanawm_jax.pipeline.generate import SanaWM
+from sanawm_jax.pipeline.stage2 import LTX2Refiner
+from sanawm_jax.refiner.sampler import blocks
 from tests.parity.compare import float32_attention, relative
+from tests.parity.refiner_reference import load_refiner
 
 ASSETS = Path(__file__).parents[2] / "sanawm_jax" / "assets"
-LIMITS = {"small_world": 40e6}  # bytes
+LIMITS = {"small_world": 40e6, "small_world_refiner": 15e6}  # bytes
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -62,3 +66,39 @@ def test_the_reference_loads_the_folder_and_samples_the_same() -> None:
     # two steps are a blur of the scene, but of this scene: noise would be far from the image
     first = np.asarray(image, np.float32) / 255
     assert np.square(ours.frames[0] - first).mean() == pytest.approx(0, abs=2e-3)
+
+
+def test_the_reference_loads_the_refiner_and_refines_the_same() -> None:
+    """The latents are those of a pan over the shipped image: a block of 3 frames, and another."""
+    defaults = get_config()
+    image = np.asarray(Image.open(defaults.image).convert("RGB"), np.float32) / 127.5 - 1
+    pan = np.stack([np.roll(image, -i, axis=1) for i in range(defaults.num_frames)])
+    encoded = SanaWM.from_pretrained("small_world", dtype="float32").encode(jnp.asarray(pan[None]))
+    latents = np.asarray(encoded).transpose(0, 4, 1, 2, 3)  # B C F h w
+    # the reference draws block after block
+    generator = torch.Generator().manual_seed(0)
+    noise = [
+        torch.randn(1, 48, last - first, 16, 16, generator=generator)
+        for first, last in blocks(latents.shape[2], 1, 3)
+    ]
+    assert len(noise) == 2
+
+    refiner = LTX2Refiner.from_pretrained(defaults.refiner_weights, dtype="float32")
+    assert refiner.folder.lora is None  # merged: diffusers needs nothing else
+    expected = load_refiner(ASSETS / "small_world_refiner")(
+        torch.from_numpy(latents.copy()),
+        defaults.prompt,
+        fps=defaults.fps,
+        sigmas=refiner.folder.sigmas,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    )
+    ours = refiner(
+        latents,
+        defaults.prompt,
+        fps=defaults.fps,
+        noise=torch.cat(noise, 2).numpy(),
+        progress=False,
+    )
+    assert relative(ours, expected) <= 1e-3
+    assert relative(ours, latents) > 0.05  # it did something
