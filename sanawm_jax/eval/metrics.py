@@ -39,6 +39,18 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return score.mean(axis=(1, 2, 3))
 
 
+def detail(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean size of a frame's horizontal gradient over b's: (N, H, W, 3) -> (N,).
+
+    Below 1 a is blurred, above it has edges or noise that b has not.
+    """
+
+    def gradient(x: np.ndarray) -> np.ndarray:
+        return np.abs(np.diff(x.astype(np.float64), axis=2)).mean(axis=(1, 2, 3))
+
+    return gradient(a) / np.maximum(gradient(b), 1e-10)
+
+
 def by_quarter(values: np.ndarray) -> np.ndarray:
     """Means over the four quarters of the last axis: (..., N) -> (..., 4)."""
     return np.stack([part.mean(-1) for part in np.array_split(values, 4, axis=-1)], -1)

@@ -58,7 +58,7 @@ def test_table_json_and_sheet(
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     assert {len(row) for row in rows} == {7} and rows[0][0].strip() == "2 clips"
     printed = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows[2:]}
-    assert len(printed) == 6
+    assert len(printed) == 8
     found = table["refined"]
     values = [*found["psnr_by_quarter"], found["psnr"], found["psnr_drift"]]
     assert printed["PSNR, dB, refined"] == [f"{v:.2f}" for v in values]
@@ -70,6 +70,7 @@ def test_table_json_and_sheet(
 def test_drift_is_first_minus_last_quarter() -> None:
     quarters = [np.array([30.0, 28.0, 26.0, 24.0]), np.array([20.0, 20.0, 20.0, 18.0])]
     found = {"followed": [True, False], "psnr": quarters, "ssim": [q / 100 for q in quarters]}
+    found["detail"] = [q / 20 for q in quarters]
     out = evaluation.summary(found)
     assert out["psnr_by_quarter"] == [25.0, 24.0, 23.0, 21.0]
     assert out["psnr_drift"] == 4.0 and out["psnr"] == 23.25

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sanawm_jax.eval.metrics import by_quarter, psnr, ssim
+from sanawm_jax.eval.metrics import by_quarter, detail, psnr, ssim
 from sanawm_jax.eval.small_world import nearest_action
 
 
@@ -23,6 +23,12 @@ def test_ssim(rng: np.random.Generator) -> None:
     x, y = np.full((1, 16, 16, 3), 0.2), np.full((1, 16, 16, 3), 0.6)
     expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
     np.testing.assert_allclose(ssim(x, y), expected, rtol=1e-6)
+
+
+def test_detail(rng: np.random.Generator) -> None:
+    a = np.tile(np.array([0.0, 0.5]), 8).reshape(1, 1, 16, 1).repeat(3, -1)  # differences of 0.5
+    np.testing.assert_allclose(detail(0.5 * a + 0.1, a), [0.5])
+    assert detail(a + 0.5 * rng.normal(size=a.shape), a)[0] > 1
 
 
 def test_quarters() -> None:
