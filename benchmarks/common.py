@@ -31,23 +31,31 @@ def run_sides(
     parser: argparse.ArgumentParser,
     sides: dict[str, Measure],
     arguments: Sequence[str] | None = None,
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Runs one side in this process if `--side` names it, else all sides, each in its own.
 
     Args:
       parser: of the script's own flags.
-      sides: `ours` first, then what it is compared with.
+      sides: `ours` first, then what it is compared with. `reference` has a second form, `compiled`,
+        for which it reads `given.compile`.
       arguments: of the command line.
+
+    Returns:
+      name of a measurement -> side -> its line; empty for one side.
     """
+    sides = {**sides, "compiled": sides["reference"]}
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--repeats", type=int, default=3, help="calls that the median is of")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the reference")
+    parser.add_argument("--peer", action="store_true", help="torch.compile the reference, too")
     parser.add_argument("--side", choices=list(sides), help="only this one, in this process")
     given = parser.parse_args(arguments)
+    given.compile = given.side == "compiled"
     use_compiler_flags()
     if given.side:
         sides[given.side](given)
-        return
+        return {}
+    if not given.peer:
+        del sides["compiled"]
     words = list(sys.argv[1:] if arguments is None else arguments)
     found: dict[str, dict[str, Any]] = {}
     for side in sides:
@@ -62,6 +70,7 @@ def run_sides(
             if side != first and first in lines:
                 ratio = line["seconds"] / lines[first]["seconds"]
                 print(json.dumps({"what": what, "side": side, "ratio": round(ratio, 3)}))
+    return found
 
 
 def in_own_process(words: Sequence[str]) -> tuple[list[dict[str, Any]], int]:

@@ -97,7 +97,7 @@ def reference(given: argparse.Namespace) -> None:
             stage1._decode_latents(refined)
         common.wait_torch()
 
-    common.report("reference", f"{options['num_frames']} frames", run, given.repeats)
+    common.report(given.side, f"{options['num_frames']} frames", run, given.repeats)
 
 
 def main(arguments: list[str] | None = None) -> None:

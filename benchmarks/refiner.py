@@ -181,7 +181,7 @@ def reference(given: argparse.Namespace) -> None:
             model(**inputs)
         common.wait_torch()
 
-    common.report("reference", "forward of the window", forward, given.repeats)
+    common.report(given.side, "forward of the window", forward, given.repeats)
     del cache, inputs["kv_cache"]
     pipeline: Any = SanaWMLTX2Refiner(
         transformer=model,
@@ -202,7 +202,7 @@ def reference(given: argparse.Namespace) -> None:
             )  # fmt: skip
         common.wait_torch()
 
-    common.report("reference", f"refine {frames} frames", refine, 1)
+    common.report(given.side, f"refine {frames} frames", refine, 1)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """One denoising step of stage 1 with guidance: ours and diffusers' on the same device.
 
     python -m benchmarks.stage1 --latent_frames 21 121
-    python -m benchmarks.stage1 --compile        # the reference's blocks through torch.compile
+    python -m benchmarks.stage1 --peer           # the reference's blocks through torch.compile, too
+    python -m benchmarks.stage1 --peer --latent_frames 21 41 61 81 101 121 --figure cost.png
     python -m benchmarks.stage1 --precision fp8  # ours in FP8, and its error against bfloat16
     python -m benchmarks.stage1 --tiny
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks import common
@@ -89,7 +91,8 @@ def ours(given: argparse.Namespace) -> None:
             made[frames] = run(*args)
 
         what = f"step of {frames} latent frames"
-        common.report("ours", what, step, given.repeats, precision=given.precision)
+        extra = {"precision": given.precision, "latent_frames": frames}
+        common.report("ours", what, step, given.repeats, **extra)
     if given.precision == "bf16":
         return
     del params  # both at once would count to the memory
@@ -147,7 +150,41 @@ def reference(given: argparse.Namespace) -> None:
                 )  # fmt: skip
             common.wait_torch()
 
-        common.report("reference", f"step of {frames} latent frames", step, given.repeats)
+        what = f"step of {frames} latent frames"
+        common.report(given.side, what, step, given.repeats, latent_frames=frames)
+
+
+def draw(found: dict[str, dict[str, Any]], out: Path) -> None:
+    """Seconds of a step by the clip's latent frames, one curve a side.
+
+    Args:
+      found: of `common.run_sides`.
+      out: a PNG.
+    """
+    import matplotlib
+
+    from sanawm_jax.atomic import atomic_write
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 3.6))
+    names = {"ours": "sanawm_jax", "reference": "diffusers, eager", "compiled": "torch.compile"}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for lines in found.values():
+        for side, line in lines.items():
+            curves.setdefault(side, []).append((line["latent_frames"], line["seconds"]))
+    for side, points in curves.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=names[side])
+    device = next(iter(next(iter(found.values())).values()))["device"]
+    axis.set(xlabel="latent frames of 22x40", ylabel="seconds a guided step", title=device)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    with atomic_write(out) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,7 +192,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latent_frames", type=int, nargs="+", default=[21, 121])
     parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="of ours")
-    common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
+    parser.add_argument("--figure", type=Path, help="a PNG of seconds by length, of all sides")
+    found = common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
+    figure = parser.parse_args(arguments).figure
+    if figure and found:
+        draw(found, figure)
 
 
 if __name__ == "__main__":

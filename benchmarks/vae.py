@@ -78,7 +78,7 @@ def reference(given: argparse.Namespace) -> None:
                 decoder(latents, return_dict=False)
             common.wait_torch()
 
-        common.report("reference", f"decode {frames} latent frames", decode, given.repeats)
+        common.report(given.side, f"decode {frames} latent frames", decode, given.repeats)
     pixels = torch.randn(1, 3, 1, 32 * grid[0], 32 * grid[1], device=device, dtype=dtype)
 
     def encode() -> None:
@@ -86,7 +86,7 @@ def reference(given: argparse.Namespace) -> None:
             model.encode(pixels)
         common.wait_torch()
 
-    common.report("reference", "encode a picture", encode, given.repeats)
+    common.report(given.side, "encode a picture", encode, given.repeats)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -53,7 +53,8 @@ def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
     frames, sides = x.shape[1], x.shape[2:4]
     space = (1, 1) if mode else (0, 0)
     zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, [(*width, 0) for width in ((0, 0), time, space, space, (0, 0))])
+    widths = ((0, 0), time, space, space, (0, 0))
+    x = lax.pad(x, zero, [(before, after, 0) for before, after in widths])
     for axis, size in zip((2, 3), sides if mode else (), strict=False):
         inner = (1, size)  # where the first and the last row are now
         # a side of one cannot be reflected: it is repeated where torch refuses

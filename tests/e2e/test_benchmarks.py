@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import stage1, train_step
 from sanawm_jax.training import loop
@@ -52,6 +54,24 @@ def test_tiny(name: str, measured: int) -> None:
         assert ratio == pytest.approx(reference["seconds"] / ours["seconds"], abs=1e-3)
         for line in (ours, reference):
             assert line["seconds"] > 0 and 0 < line["peak_gib"] < 64 and line["device"]
+
+
+def test_figure_has_a_curve_a_side(tmp_path: Path) -> None:
+    lines = {
+        f"step of {frames} latent frames": {
+            side: {"latent_frames": frames, "seconds": factor * frames, "device": "a card"}
+            for side, factor in (("ours", 1.0), ("reference", 3.0), ("compiled", 2.0))
+        }
+        for frames in (21, 121)
+    }
+    stage1.draw(lines, tmp_path / "cost.png")
+    few = {what: {"ours": found["ours"]} for what, found in lines.items()}
+    stage1.draw(few, tmp_path / "ours.png")
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("cost.png", "ours.png")]
+    assert pictures[0].shape == pictures[1].shape
+    assert len(np.unique(pictures[0].reshape(-1, 4), axis=0)) > len(
+        np.unique(pictures[1].reshape(-1, 4), axis=0)
+    )
 
 
 def test_train_step() -> None:
