@@ -124,7 +124,7 @@ def scan_runs(
       remat: what the backward pass keeps of a layer: none (everything), full (its input only),
         dots (matrix products too) or parts (its input, and what a `part` keeps). A layer that is
         computed again has all its arrays in memory at once, with parts those of one `part`; the
-        others run a third time, to give the last its input.
+        others run a third time, to give the last its input. Without a `part` it is full.
       unroll: compile every layer on its own. Slower to compile, and faster to train where layers
         are small: a loop copies what the backward pass needs into and out of stacked arrays.
     """
