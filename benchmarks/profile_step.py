@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.hlo import CONTAINERS, Instruction, Program
-from sanawm_jax.compiler_flags import use_compiler_flags
+from sanawm_jax.compiler_flags import options_on, use_compiler_flags
 
 # Achievable bf16 TFLOP/s of large matrix products and of attention; nominal GB/s of the memory.
 LIMITS = {
@@ -255,7 +255,8 @@ def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[A
         )
         return jnp.mean(jnp.square(velocity.astype(jnp.float32) - 1.0))
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, start, conditions).compile()
+    gradient = jax.jit(jax.value_and_grad(loss), compiler_options=options_on(1))
+    compiled = gradient.lower(params, start, conditions).compile()
     return compiled, lambda run: run(params, start, conditions)
 
 
@@ -288,7 +289,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
     parser.add_argument("--refiner", action="store_true", help="the refiner's window instead")
     parser.add_argument("--backward", action="store_true", help="loss and gradients instead")
-    parser.add_argument("--remat", default="full", help="with --backward: none, dots or full")
+    parser.add_argument(
+        "--remat", default="full", help="with --backward: none, dots, full or parts"
+    )
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--repeats", type=int, default=3, help="profiled steps")
     parser.add_argument("--longest", type=int, default=0, help="list so many instructions as well")

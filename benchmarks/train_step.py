@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--latent_frames", type=int, nargs="+", help="21 41 61 81 101 121")
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
     parser.add_argument("--chunk_causal", action="store_true", help="chunks of 3 latent frames")
-    parser.add_argument("--remat", default="full", help="none, dots or full")
+    parser.add_argument("--remat", default="full", help="none, dots, full or parts")
     parser.add_argument("--optimizer", default="adamw", help="or muon, with half the moments")
     parser.add_argument("--ema_decay", type=float, default=0.0, help="0 keeps no average")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")

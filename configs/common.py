@@ -65,7 +65,7 @@ def stage1() -> ConfigDict:
             image_prob=0.9,  # clips whose first latent frame is given
             caption_dropout=0.1,
             use_camera=True,  # False: the network runs without poses and rays
-            remat="none",
+            remat="none",  # or dots, full, parts; see docs/training.md
             unroll=False,
             # the bidirectional model's fields of the chunk layout; see docs/training.md
             chunk_size=0,  # latent frames a chunk; 0: bidirectional

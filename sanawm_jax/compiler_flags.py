@@ -21,6 +21,27 @@ FLAGS = {
     "xla_gpu_dot_merger_threshold_mb": "8",
 }
 
+# Of one compilation on one GPU. The scheduler that hides latency moves what is slow away from its
+# readers, as far as the card's memory lets it. Between devices that hides communication; on one,
+# all gradients of a block's weights move to the block's end, and everything that they are computed
+# from stays in memory until then.
+ON_ONE_DEVICE: dict[str, bool | int | float | str] = {
+    "xla_gpu_enable_latency_hiding_scheduler": False
+}
+
+
+def options_on(devices: int) -> dict[str, bool | int | float | str] | None:
+    """`compiler_options` of a training step on so many devices; None asks for nothing.
+
+    As in `use_compiler_flags` the user's stay.
+    """
+    import jax
+
+    if devices > 1 or jax.default_backend() != "gpu":
+        return None
+    given = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in ON_ONE_DEVICE.items() if name not in given}
+
 
 def use_compiler_flags() -> None:
     """Adds `FLAGS` to the environment's `XLA_FLAGS`; XLA reads it once, when it first compiles."""

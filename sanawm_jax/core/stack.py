@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,30 @@ def over_layers(
     return x, jax.tree.map(lambda *parts: parts, *outputs)
 
 
+_KEPT = "kept of a layer"
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "parts": jax.checkpoint_policies.save_only_these_names(_KEPT),
 }
+
+
+def part(
+    function: Callable[[jax.Array], jax.Array], remat: str, *, keep: bool = False
+) -> Callable[[jax.Array], jax.Array]:
+    """A part of a layer, which `remat="parts"` computes again on its own.
+
+    Args:
+      function: x -> x.
+      remat: of the layer, see `scan_runs`.
+      keep: also keep the result, of a part that is too slow to run a third time.
+    """
+    if remat != "parts":
+        return function
+    # not together with the layer's own recomputation, which is in the same body of the loop
+    again = jax.checkpoint(function, prevent_cse=True)
+    return (lambda x: checkpoint_name(again(x), _KEPT)) if keep else again
 
 
 def scan_runs(
@@ -101,8 +121,10 @@ def scan_runs(
     Args:
       runs: stacked modules, one a run.
       step: (layer, x) -> x.
-      remat: what the backward pass keeps of a layer: none (everything), full (its input only)
-        or dots (matrix products too).
+      remat: what the backward pass keeps of a layer: none (everything), full (its input only),
+        dots (matrix products too) or parts (its input, and what a `part` keeps). A layer that is
+        computed again has all its arrays in memory at once, with parts those of one `part`; the
+        others run a third time, to give the last its input. Without a `part` it is full.
       unroll: compile every layer on its own. Slower to compile, and faster to train where layers
         are small: a loop copies what the backward pass needs into and out of stacked arrays.
     """

@@ -48,6 +48,7 @@ class Context(NamedTuple):
     grid: tuple[int, int]  # token rows, columns
     layout: FrameLayout  # chunks, and padding to the size of a mesh
     key_scale: str = "1/sqrt(D*S)"  # of the recurrence, one of KEY_SCALES
+    remat: str = "none"  # see `core.stack.scan_runs`
 
 
 class _Heads(NamedTuple):

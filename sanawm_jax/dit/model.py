@@ -24,7 +24,7 @@ from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import stack
 from sanawm_jax.core.rope import pair_split, rope_angles
 from sanawm_jax.core.sharding import axis_size, check_heads, shard
-from sanawm_jax.core.stack import scan_runs
+from sanawm_jax.core.stack import part, scan_runs
 from sanawm_jax.dit.attention import Context, SelfAttention
 from sanawm_jax.dit.config import DiTConfig, LayerKind
 from sanawm_jax.dit.feed_forward import GatedConvFeedForward, Mlp
@@ -107,14 +107,23 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             modulation[:, :, i, None] for i in range(6)
         )  # B F 1 C each
-        x = masked(x)
-        y = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx)
-        x = shard(x + masked((gate1 * y).astype(x.dtype)), "B F P C")
-        if ctx.plucker is not None and hasattr(self, "plucker"):
-            x = x + self.plucker(ctx.plucker)
-        x = masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
-        y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid, ctx.layout)
-        return shard(x + masked((gate2 * y).astype(x.dtype)), "B F P C")
+
+        def attend(x: jax.Array) -> jax.Array:
+            y = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx)
+            return shard(x + masked((gate1 * y).astype(x.dtype)), "B F P C")
+
+        def inform(x: jax.Array) -> jax.Array:
+            if ctx.plucker is not None and hasattr(self, "plucker"):
+                x = x + self.plucker(ctx.plucker)
+            return masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
+
+        def feed(x: jax.Array) -> jax.Array:
+            y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid, ctx.layout)
+            return shard(x + masked((gate2 * y).astype(x.dtype)), "B F P C")
+
+        # softmax of a long clip is most of a step, the recurrence a small part of its own block
+        x = part(attend, ctx.remat, keep=self.attn.softmax)(masked(x))
+        return part(feed, ctx.remat)(part(inform, ctx.remat)(x))
 
 
 class Run(nnx.Module):
@@ -250,6 +259,7 @@ class DiT(nnx.Module):
             grid=grid,
             layout=layout,
             key_scale=key_scale,
+            remat=remat,
         )
         for segment in self.segments:
             x = scan_runs(

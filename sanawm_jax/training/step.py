@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sanawm_jax.compiler_flags import options_on
 from sanawm_jax.core.params import Params
 from sanawm_jax.core.sharding import batch_sharding, signal_sharding
 from sanawm_jax.training.optimizer import ema_decay
@@ -195,7 +196,7 @@ def compile_steps(
         return state, {**metrics, STOP: jnp.broadcast_to(stop, metrics["loss"].shape)}
 
     if state_shardings is None:
-        return jax.jit(run, donate_argnums=0)
+        return jax.jit(run, donate_argnums=0, compiler_options=options_on(1))
     mesh = state_shardings.step.mesh
     whole = NamedSharding(mesh, P())
     return jax.jit(
@@ -209,4 +210,5 @@ def compile_steps(
             signal_sharding(mesh),
         ),
         out_shardings=(state_shardings, whole),
+        compiler_options=options_on(mesh.size),
     )

@@ -196,7 +196,7 @@ def test_forward_without_camera(rng: np.random.Generator, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["base", "odd_grid_masked"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "full", "parts"])
 def test_gradients(name: str, remat: str, rng: np.random.Generator, tmp_path: Path) -> None:
     model, grid, batch, masked = make(name)
     inputs = make_inputs(rng, model, grid, batch, masked)

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
-from sanawm_jax.compiler_flags import FLAGS, use_compiler_flags
+import jax
+
+from sanawm_jax.compiler_flags import FLAGS, ON_ONE_DEVICE, options_on, use_compiler_flags
 
 
 def test_the_users_flags_stay(monkeypatch):
@@ -27,3 +29,14 @@ def test_xla_knows_them(monkeypatch):
     code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "2", done.stderr
+
+
+def test_options_of_one_gpu(monkeypatch):
+    assert options_on(1) is None  # this is a CPU
+    assert jax.jit(lambda x: x + 1, compiler_options=ON_ONE_DEVICE)(1) == 2  # XLA knows them
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert options_on(2) is None and options_on(1) == ON_ONE_DEVICE
+    (name,) = ON_ONE_DEVICE
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=true")
+    assert options_on(1) == {}

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sanawm_jax.core.stack import over_layers
+from sanawm_jax.core.stack import over_layers, part, scan_runs
 from sanawm_jax.core.streaming import separate_layers
 
 
@@ -43,3 +44,27 @@ def test_what_is_no_layer_stays_whole() -> None:
     """Nor are layers with two stacked axes, which nested scans run over, taken apart."""
     for path in ("embed.kernel", "segments.0.runs.0.kernel"):
         assert isinstance(separate_layers(path, np.ones((2, 3))), jax.Array)
+
+
+@pytest.mark.parametrize(
+    ("remat", "keep", "runs"),
+    [("none", False, 1), ("full", False, 2), ("parts", False, 3), ("parts", True, 2)],
+)
+def test_how_often_a_part_runs(remat: str, keep: bool, runs: int) -> None:
+    """The last part of a layer twice at most: nothing is computed from it in the layer."""
+
+    def step(weight: jax.Array, x: jax.Array) -> jax.Array:
+        x = part(lambda x: jnp.exp(x * weight), remat, keep=keep)(x)
+        return part(lambda x: jnp.tanh(x * weight), remat)(x)
+
+    def loss(weights: jax.Array) -> jax.Array:
+        return scan_runs([weights], jnp.ones(3), step, remat=remat).sum()
+
+    weights = jnp.linspace(0.1, 0.5, 6).reshape(2, 3)
+    text = str(jax.make_jaxpr(jax.grad(loss))(weights))
+    assert (text.count("= exp "), text.count("= tanh ")) == (runs, min(runs, 2))
+
+
+def test_refuses_an_unknown_remat() -> None:
+    with pytest.raises(ValueError, match="parts"):
+        scan_runs([jnp.ones((1, 1))], jnp.ones(3), lambda weight, x: weight * x, remat="some")
