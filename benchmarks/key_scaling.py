@@ -30,13 +30,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common as recipes
-from sanawm_jax.atomic import atomic_write
 from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.dit import attention
 from sanawm_jax.dit.attention import KEY_SCALES
-from sanawm_jax.training.curves import smooth
+from sanawm_jax.training.curves import panels, smooth
 from sanawm_jax.training.loop import start_run
 from sanawm_jax.training.tasks import Task, cached_clips, open_source, task_of_cache
 
@@ -147,38 +146,29 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
 
     The strong lines of the loss are means over twenty steps.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     colours = dict(zip(KEY_SCALES, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
-    for name, rows in runs.items():
-        colour, last = colours[name], rows[-1]
-        is_over = not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"]))
-        label = f"{name}: no number at step {last['step']}" if is_over else name
-        for axis, metric in zip(axes, ("loss", "grad_norm"), strict=True):
-            known = [(row["step"], row[metric]) for row in rows if math.isfinite(row[metric])]
-            x, y = np.array(known, np.float64).reshape(-1, 2).T
-            if metric == "loss":
-                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
-                axis.plot(x, smooth(y, 20), color=colour, label=label)
-            else:  # a mean would show its peaks alone
-                axis.plot(x, y, color=colour, linewidth=0.8)
-            if is_over:
-                # at the last number, or without one at the top
-                place = (last["step"], y[-1]) if len(y) else (last["step"], 0.95)
-                transform = axis.transData if len(y) else axis.get_xaxis_transform()
-                axis.plot(*place, "X", color=colour, markersize=8, transform=transform)
-    for axis, title in zip(axes, ("loss", "gradient norm"), strict=True):
-        axis.set(xlabel="step", ylabel=title, xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_write(out) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)
+    with panels(out, 2, (10, 3.4)) as axes:
+        for name, rows in runs.items():
+            colour, last = colours[name], rows[-1]
+            is_over = not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"]))
+            label = f"{name}: no number at step {last['step']}" if is_over else name
+            for axis, metric in zip(axes, ("loss", "grad_norm"), strict=True):
+                known = [(row["step"], row[metric]) for row in rows if math.isfinite(row[metric])]
+                x, y = np.array(known, np.float64).reshape(-1, 2).T
+                if metric == "loss":
+                    axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
+                    axis.plot(x, smooth(y, 20), color=colour, label=label)
+                else:  # a mean would show its peaks alone
+                    axis.plot(x, y, color=colour, linewidth=0.8)
+                if is_over:
+                    # at the last number, or without one at the top
+                    place = (last["step"], y[-1]) if len(y) else (last["step"], 0.95)
+                    transform = axis.transData if len(y) else axis.get_xaxis_transform()
+                    axis.plot(*place, "X", color=colour, markersize=8, transform=transform)
+        for axis, title in zip(axes, ("loss", "gradient norm"), strict=True):
+            axis.set(xlabel="step", ylabel=title, xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize=8)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:

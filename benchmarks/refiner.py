@@ -32,7 +32,7 @@ def sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
 
     if given.tiny:
         return TINY.refiner, 6, (2, 2), 8
-    return RELEASED.refiner, getattr(given, "frames", 0), (22, 40), 1024
+    return RELEASED.refiner, given.frames, (22, 40), 1024
 
 
 def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: Any) -> Any:

@@ -161,30 +161,21 @@ def draw(found: dict[str, dict[str, Any]], out: Path) -> None:
       found: of `common.run_sides`.
       out: a PNG.
     """
-    import matplotlib
+    from sanawm_jax.training.curves import panels
 
-    from sanawm_jax.atomic import atomic_write
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 3.6))
     names = {"ours": "sanawm_jax", "reference": "diffusers, eager", "compiled": "torch.compile"}
     curves: dict[str, list[tuple[int, float]]] = {}
     for lines in found.values():
         for side, line in lines.items():
             curves.setdefault(side, []).append((line["latent_frames"], line["seconds"]))
-    for side, points in curves.items():
-        axis.plot(*zip(*sorted(points), strict=True), "o-", label=names[side])
     device = next(iter(next(iter(found.values())).values()))["device"]
-    axis.set(xlabel="latent frames of 22x40", ylabel="seconds a guided step", title=device)
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.tight_layout()
-    with atomic_write(out) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)
+    with panels(out, 1, (6, 3.6)) as (axis,):
+        for side, points in curves.items():
+            axis.plot(*zip(*sorted(points), strict=True), "o-", label=names[side])
+        axis.set(xlabel="latent frames of 22x40", ylabel="seconds a guided step", title=device)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,13 +39,22 @@ def options_on(devices: int) -> dict[str, bool | int | float | str] | None:
 
     if devices > 1 or jax.default_backend() != "gpu":
         return None
-    given = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in ON_ONE_DEVICE.items() if name not in given}
+    named = _named(_given())
+    return {name: value for name, value in ON_ONE_DEVICE.items() if name not in named}
 
 
 def use_compiler_flags() -> None:
     """Adds `FLAGS` to the environment's `XLA_FLAGS`; XLA reads it once, when it first compiles."""
-    given = os.environ.get("XLA_FLAGS", "").split()
-    named = {word.lstrip("-").partition("=")[0] for word in given}
+    given = _given()
+    named = _named(given)
     added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in named]
     os.environ["XLA_FLAGS"] = " ".join([*given, *added])
+
+
+def _given() -> list[str]:
+    return os.environ.get("XLA_FLAGS", "").split()
+
+
+def _named(words: list[str]) -> set[str]:
+    """Names of the flags that the words set."""
+    return {word.lstrip("-").partition("=")[0] for word in words}

@@ -97,19 +97,19 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
         if self.bias is None:
             return self.product(x)
-        bias = self.bias[...].astype(x.dtype)
+        kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
         if _is_wider(x, kernel):
-            return self._adapted(x, wide_product(x, kernel) + bias)
+            return self.product(x) + bias
         return self._adapted(x, affine(x, kernel.astype(x.dtype), bias))
 
     def product(self, x: jax.Array) -> jax.Array:
         """Without the bias, for a reader that adds it on the way."""
         kernel = self.kernel[...]
-        wide = _is_wider(x, kernel)
-        return self._adapted(x, wide_product(x, kernel) if wide else x @ kernel.astype(x.dtype))
+        if _is_wider(x, kernel):
+            return self._adapted(x, wide_product(x, kernel))
+        return self._adapted(x, x @ kernel.astype(x.dtype))
 
     def _adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
         if not hasattr(self, "lora_a"):

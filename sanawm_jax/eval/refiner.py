@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,22 @@ from sanawm_jax.eval.small_world import nearest_action, sample_task, tasks
 
 STAGES = {"stage1": "stage 1", "refined": "refined"}  # as the table names them
 _SHOWN_FRAMES = 7
+
+
+class Metric(NamedTuple):
+    """A figure of every frame, and how the table has it."""
+
+    of: Callable[[np.ndarray, np.ndarray], np.ndarray]  # frames, truth -> (N,)
+    label: str
+    digits: int  # kept
+    shown_digits: int
+
+
+METRICS = {
+    "psnr": Metric(psnr, "PSNR, dB", 3, 2),
+    "ssim": Metric(ssim, "SSIM", 4, 4),
+    "detail": Metric(detail, "detail over the truth's", 4, 2),
+}
 
 
 def evaluate(
@@ -70,7 +87,7 @@ def evaluate(
         refiner_weights, dtype="float32", options=options, keep=True
     )
     figures: dict[str, dict[str, list]] = {
-        stage: {"followed": [], "psnr": [], "ssim": [], "detail": []} for stage in STAGES
+        stage: {"followed": [], **{name: [] for name in METRICS}} for stage in STAGES
     }
     strips = []
     for task in tasks(scenes, num_frames, size):
@@ -85,9 +102,8 @@ def evaluate(
             found = figures[stage]
             found["followed"].append(nearest_action(frames, task.truths) == task.key)
             # frame 0 is given: quality counts from frame 1
-            found["psnr"].append(by_quarter(psnr(frames[1:], truth[1:])))
-            found["ssim"].append(by_quarter(ssim(frames[1:], truth[1:])))
-            found["detail"].append(by_quarter(detail(frames[1:], truth[1:])))
+            for name, metric in METRICS.items():
+                found[name].append(by_quarter(metric.of(frames[1:], truth[1:])))
         if len(strips) < sheet_clips:
             shown = np.linspace(0, num_frames - 1, _SHOWN_FRAMES).astype(int)
             rows = [np.concatenate(list(clip[shown]), 1) for clip in (truth, *videos.values())]
@@ -100,7 +116,7 @@ def evaluate(
 def summary(found: dict[str, list]) -> dict[str, Any]:
     """Means over clips; drift is the first quarter's minus the last one's, positive is worse."""
     out: dict[str, Any] = {"camera_following": float(np.mean(found["followed"]))}
-    for name, digits in (("psnr", 3), ("ssim", 4), ("detail", 4)):
+    for name, (_, _, digits, _) in METRICS.items():
         quarters = np.mean(found[name], 0)
         out[name] = round(float(quarters.mean()), digits)
         out[f"{name}_by_quarter"] = quarters.round(digits).tolist()
@@ -112,9 +128,7 @@ def table_lines(table: dict[str, Any]) -> list[str]:
     """The figures as the model card shows them, in Markdown."""
     head = (f"{table['clips']} clips", "quarter 1", "2", "3", "4", "mean", "drift")
     rows = [head, ("---",) * len(head)]
-    for name, label, digits in (
-        ("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 4), ("detail", "detail over the truth's", 2)
-    ):  # fmt: skip
+    for name, (_, label, _, digits) in METRICS.items():
         for stage, shown in STAGES.items():
             found = table[stage]
             values = (*found[f"{name}_by_quarter"], found[name], found[f"{name}_drift"])

@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,27 +45,38 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 
-def draw(runs: dict[str, str | Path], out: str | Path, *, metric: str = "loss") -> Path:
-    """Draws one panel a run, its title -> its metrics file, to a PNG."""
+@contextmanager
+def panels(out: str | Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes side by side, (columns,), which are written to a PNG at the end.
+
+    Args:
+      size: of the whole picture, width and height in inches.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(runs), figsize=(5 * len(runs), 3.2), squeeze=False)
-    for axis, (title, file) in zip(axes[0], runs.items(), strict=True):
-        steps, values = read_metric(file, metric)
-        axis.plot(steps, values, color="#b8c4d8", linewidth=0.5)
-        axis.plot(steps, smooth(values, max(1, len(values) // 100)), color="#1f4e9c")
-        low, high = np.percentile(values, [0.1, 99.0])
-        axis.set(title=title, xlabel="step", ylabel=metric, yscale="log")
-        if low < high:
-            axis.set_ylim(low, high)
-        axis.grid(alpha=0.3, which="both")
+    figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False)
+    yield axes[0]
     figure.tight_layout()
     with atomic_write(out) as partial:
         figure.savefig(partial, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def draw(runs: dict[str, str | Path], out: str | Path, *, metric: str = "loss") -> Path:
+    """Draws one panel a run, its title -> its metrics file, to a PNG."""
+    with panels(out, len(runs), (5 * len(runs), 3.2)) as axes:
+        for axis, (title, file) in zip(axes, runs.items(), strict=True):
+            steps, values = read_metric(file, metric)
+            axis.plot(steps, values, color="#b8c4d8", linewidth=0.5)
+            axis.plot(steps, smooth(values, max(1, len(values) // 100)), color="#1f4e9c")
+            low, high = np.percentile(values, [0.1, 99.0])
+            axis.set(title=title, xlabel="step", ylabel=metric, yscale="log")
+            if low < high:
+                axis.set_ylim(low, high)
+            axis.grid(alpha=0.3, which="both")
     return Path(out)
 
 

@@ -11,21 +11,12 @@ import numpy as np
 import pytest
 
 from sanawm_jax.core.params import Params, apply, build, init
-from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.kv_window import open_window
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import VideoRope, frame_window, video_rope
 from sanawm_jax.refiner.sampler import block_noise
+from tests.tiny_refiner import CONFIG
 
-CONFIG = RefinerConfig(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    cross_attention_dim=32,
-    caption_channels=8,
-    num_layers=2,
-)
 FRAMES, ROWS, COLUMNS = 4, 2, 2
 ROPE = video_rope(CONFIG, 8, ROWS, COLUMNS, 16.0)
 

@@ -28,16 +28,9 @@ from sanawm_jax.refiner.sampler import (
     refine,
     refine_block,
 )
+from tests.tiny_refiner import CONFIG
 
-PLAIN = RefinerConfig(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    cross_attention_dim=32,
-    caption_channels=8,
-    num_layers=3,
-)
+PLAIN = dataclasses.replace(CONFIG, num_layers=3)
 CASES = {
     "interleaved": dict(rope_type="interleaved"),
     "split": dict(rope_type="split"),
