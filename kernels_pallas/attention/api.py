@@ -105,7 +105,8 @@ def _with_sums(
     if key_count is not None:
         options["q_seqlen"] = jnp.full(q.shape[:1], q.shape[1], jnp.int32)
         options |= {"kv_seqlen": key_count, "mask_type": MaskType.PADDING}
-    return dot_product_attention(q, k, v, scale=scale, return_residual=True, **options)
+    found: Any = dot_product_attention(q, k, v, scale=scale, return_residual=True, **options)
+    return found
 
 
 def _library(
