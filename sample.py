@@ -54,7 +54,7 @@ _INTEGERS = {
 }
 _REFINE = {
     "refiner_block_size": "latent frames refined together; 0: all at once",
-    "refiner_kv_max_frames": "latent frames that a block sees, itself included",
+    "refiner_kv_max_frames": "latent frames that a block sees beside its own, the sink included",
     "sink_size": "leading latent frames that stay unrefined",
     "refiner_seed": "of the refiner's noise",
 }

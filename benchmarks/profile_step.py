@@ -268,15 +268,9 @@ def build_refiner(given: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]
     config, frames, grid, length = refiner.sizes(given)
     dtype = common.jax_dtype(given.tiny)
     graphdef, params, *_, call = refiner.window(config, frames, grid, length, dtype)
-    forward, *inputs, window = call
-    compiled = forward.lower(graphdef, params, *inputs, window).compile()
-
-    def step(run: Any) -> Any:
-        nonlocal window  # it is donated
-        velocity, window = run(params, *inputs, window)
-        return velocity
-
-    return compiled, step
+    forward, *inputs = call
+    compiled = forward.lower(graphdef, params, *inputs).compile()
+    return compiled, lambda run: run(params, *inputs)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

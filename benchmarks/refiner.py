@@ -44,8 +44,7 @@ def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: 
 
     Returns:
       graph definition, parameters, prompt, rotary tables, and a jitted function of the first two
-      with its other arguments, prompt, latents and window. It returns the velocity and the window,
-      which is donated.
+      with its other arguments, prompt, latents and window. It returns the velocity.
     """
     import jax
     import jax.numpy as jnp
@@ -69,17 +68,17 @@ def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: 
         shape = (1, count, grid[0] * grid[1], config.num_attention_heads, config.attention_head_dim)
         return tuple(normal(seed + i, *shape) for i in range(config.num_layers))
 
-    buffers = KeyValue(keys(100, WINDOW), keys(200, WINDOW))
-    full = KVWindow(keys(300, SINK), buffers, jnp.int32(HISTORY), ACTIVE)
+    buffers = KeyValue(keys(100, SINK + HISTORY), keys(200, SINK + HISTORY))
+    full = KVWindow(keys(300, SINK), buffers, jnp.int32(HISTORY))
     here = frame_window(rope, SINK + HISTORY, ACTIVE)
     latents = normal(3, 1, ACTIVE, *grid, config.in_channels)
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+    @functools.partial(jax.jit, static_argnums=0)
     def forward(
         graphdef: Any, params: Any, text: RefinerText, latents: jax.Array, window: KVWindow
-    ) -> tuple[jax.Array, KVWindow]:
+    ) -> jax.Array:
         times = jnp.full((1, 1, 1), 725.0)
-        velocity, written = apply(
+        return apply(
             graphdef,
             params,
             latents,
@@ -88,8 +87,7 @@ def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: 
             here,
             text_keys=text.keys,
             window=window,
-        )
-        return velocity, window.after_block(written)
+        )[0]
 
     return graphdef, params, text, rope, (forward, text, latents, full)
 
@@ -104,15 +102,14 @@ def ours(given: argparse.Namespace) -> None:
     config, frames, grid, length = sizes(given)
     dtype = common.jax_dtype(given.tiny)
     graphdef, params, text, rope, call = window(config, frames, grid, length, dtype)
-    run, _, latents, state = call
-
-    def forward() -> None:
-        nonlocal state  # it is donated
-        velocity, state = run(graphdef, params, text, latents, state)
-        velocity.block_until_ready()
-
-    common.report("ours", "forward of the window", forward, given.repeats)
-    del call, state  # the clip has a window of its own
+    forward = functools.partial(call[0], graphdef, params, *call[1:])
+    common.report(
+        "ours",
+        "forward of the window",
+        lambda forward=forward: forward().block_until_ready(),
+        given.repeats,
+    )
+    del call, forward  # the clip has a window of its own
     shape = (1, SINK + frames, *grid, config.in_channels)
     clip = jax.random.normal(jax.random.key(4), shape, jnp.float32)
     common.report(

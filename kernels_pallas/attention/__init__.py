@@ -1,5 +1,5 @@
 """Softmax attention over long sequences: cuDNN's, or JAX's own kernels for Hopper and TPUs."""
 
-from kernels_pallas.attention.api import flash_attention
+from kernels_pallas.attention.api import fits_cudnn, flash_attention, flash_attention_to_both
 
-__all__ = ["flash_attention"]
+__all__ = ["fits_cudnn", "flash_attention", "flash_attention_to_both"]

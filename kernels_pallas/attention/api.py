@@ -53,12 +53,60 @@ def flash_attention(
     """
     if jax.default_backend() == "tpu":
         return _on_tpu(q, k, v, scale, key_count)
-    if choice.capability() < choice.AMPERE or q.shape[-1] % 8 or q.shape[-1] > 128:
-        return _library("xla", q, k, v, scale, key_count)  # what cuDNN does not take
+    if not fits_cudnn(q):
+        return _library("xla", q, k, v, scale, key_count)
     is_long = min(q.shape[1], k.shape[1]) >= _SHORTEST and q.shape[2] == k.shape[2]
     if key_count is None and is_long and choice.pick("attention", impl) == "mosaic":
         return _mosaic(scale, q, k, v)
     return _library("cudnn", q, k, v, scale, key_count)
+
+
+def fits_cudnn(q: jax.Array) -> bool:
+    """Whether this device's cuDNN takes heads like those of q (B, T, N, D)."""
+    return choice.capability() >= choice.AMPERE and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def flash_attention_to_both(
+    q: jax.Array,
+    first: tuple[jax.Array, jax.Array],
+    second: tuple[jax.Array, jax.Array],
+    scale: float,
+    *,
+    key_count: jax.Array,
+) -> jax.Array:
+    """`flash_attention` to two sets of keys as if they were one, on a GPU; not differentiable.
+
+    Args:
+      q: (B, T, N, D) bfloat16 that `fits_cudnn`.
+      first, second: keys and values, (B, S, N, D) each.
+      key_count: (B,) int32, hides every key of the second set from that one on; at least 1.
+    """
+    return merged(_with_sums(q, *first, scale), _with_sums(q, *second, scale, key_count))
+
+
+def merged(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Attention to two sets of keys, of the attention to each.
+
+    Args:
+      first, second: the result (B, T, N, D), and the logarithm of the sum of the logits'
+        exponentials (B, N, T) in float32.
+    """
+    share = jnp.swapaxes(jax.nn.sigmoid(first[1] - second[1]), 1, 2)[..., None]  # of the first
+    return (share * first[0] + (1 - share) * second[0]).astype(first[0].dtype)
+
+
+def _with_sums(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    # the public function rounds the sums to q's dtype, which is an error of percents in a share
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    options: dict[str, Any] = {}
+    if key_count is not None:
+        options["q_seqlen"] = jnp.full(q.shape[:1], q.shape[1], jnp.int32)
+        options |= {"kv_seqlen": key_count, "mask_type": MaskType.PADDING}
+    found: Any = dot_product_attention(q, k, v, scale=scale, return_residual=True, **options)
+    return found
 
 
 def _library(

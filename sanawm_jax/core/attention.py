@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention import flash_attention
+from kernels_pallas.attention import fits_cudnn, flash_attention, flash_attention_to_both
 
 
 @jax.named_scope("attention")
@@ -44,6 +44,31 @@ def attention(
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask, scale=scale, key_value_seq_lengths=key_count
     )
+
+
+@jax.named_scope("attention")
+def attention_to_both(
+    q: jax.Array,
+    first: tuple[jax.Array, jax.Array],
+    second: tuple[jax.Array, jax.Array],
+    *,
+    key_count: jax.Array,
+) -> jax.Array:
+    """`attention` to two sets of keys as if they were one; cuDNN's are never put together.
+
+    Args:
+      q: (B, T, N, D).
+      first, second: keys and values, (B, S, N, D) each.
+      key_count: (B,) int32, hides every key of the second set from that one on; at least 1.
+
+    Returns:
+      (B, T, N, D) in q's dtype; not differentiable on a GPU.
+    """
+    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and fits_cudnn(q):
+        scale = q.shape[-1] ** -0.5
+        return flash_attention_to_both(q, first, second, scale, key_count=key_count)
+    k, v = (jnp.concatenate(pair, 1) for pair in zip(first, second, strict=True))
+    return attention(q, k, v, key_count=first[0].shape[1] + key_count)
 
 
 def seen_first(

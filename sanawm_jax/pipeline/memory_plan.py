@@ -145,9 +145,7 @@ def refiner_need(
     def keys(slots: int) -> tuple[Any, ...]:
         return layers(1, slots, height * width, *heads)
 
-    # as many frames where layers stay in host memory: the block's are beside the window then
-    slots = KeyValue(*[keys(block + window)] * 2)
-    state = KVWindow(keys(sink), slots, _array((), jnp.int32), block)
+    state = KVWindow(keys(sink), KeyValue(*[keys(window)] * 2), _array((), jnp.int32))
     clean = _array((1, block, height, width, channels), _F32)
     rope = video_rope(config, frames, height, width, 16.0)
     separate = {**params, "blocks": jax.tree.map(lambda a: layers(*a.shape[1:]), params["blocks"])}

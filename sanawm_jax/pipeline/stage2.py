@@ -40,7 +40,7 @@ class RefineOptions:
     Attributes:
       sink_size: leading frames that stay as they are and that every block sees.
       refiner_block_size: latent frames refined together; 0 takes the whole clip at once.
-      refiner_kv_max_frames: frames that a block sees, itself included.
+      refiner_kv_max_frames: frames that a block sees beside its own, the sink included.
       refiner_seed: of the noise.
 
     Raises:

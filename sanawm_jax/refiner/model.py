@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from sanawm_jax.core.attention import attention
+from sanawm_jax.core.attention import attention, attention_to_both
 from sanawm_jax.core.layers import Linear, modulated_norm
 from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import Params, stack
@@ -37,14 +37,14 @@ class _Context:
     """What every layer shares."""
 
     modulation: jax.Array  # B F|1 P|1 M C float32
-    text: jax.Array  # B L C
+    text: jax.Array | None  # B L C, None if it was read already
     text_mask: jax.Array | None  # B L bool
     text_modulation: jax.Array | None  # B 2 C float32
     rotation: Rotation
-    key_count: jax.Array | None  # B int32, valid keys of the window with the block in it
-    active_slots: int  # of the window
+    key_count: jax.Array | None  # B int32, valid keys of the window
     sink_frames: int
     capture: bool
+    slots: jax.Array | None  # F int32, where in the window a layer captures; None: beside it
 
 
 class AdaLNSingle(nnx.Module):
@@ -154,10 +154,15 @@ class Block(nnx.Module):
         q, (k, v) = self.attn.query(x), self.attn.key_value(x)  # B T N D
         captured = KeyValue(by_frame(k), by_frame(v)) if ctx.capture else None
         q, k = rotate(q, ctx.rotation, kind), rotate(k, ctx.rotation, kind)
-        if keys is not None:
-            captured, seen = with_block(keys, KeyValue(by_frame(k), by_frame(v)), ctx.active_slots)
-            k, v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (seen.k, seen.v))
-            mixed = attention(q, k, v, key_count=ctx.key_count)
+        if keys is not None and ctx.key_count is not None:
+            old_k, old_v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (keys.k, keys.v))
+            mixed = attention_to_both(q, (k, v), (old_k, old_v), key_count=ctx.key_count)
+            if ctx.capture:
+                captured = KeyValue(by_frame(k), by_frame(v))
+                if ctx.slots is not None:
+                    # written when attention has read: otherwise the compiler copies the window
+                    mixed, read = jax.lax.optimization_barrier((mixed, keys))
+                    captured = with_block(read, captured, ctx.slots)
         elif 0 < ctx.sink_frames < frames:
             # the sink sees itself, the rest sees all: two calls with sliced keys need no mask
             cut = ctx.sink_frames * per_frame
@@ -182,6 +187,7 @@ class Block(nnx.Module):
         return rearrange(y, "B (F P) C -> B F P C", P=per_frame)
 
     def _modulated_text(self, ctx: _Context) -> jax.Array:
+        assert ctx.text is not None
         if not hasattr(self, "text_modulation_table"):
             return ctx.text
         table = self.text_modulation_table[...].astype(jnp.float32)[None]  # 1 2 C
@@ -242,20 +248,19 @@ class Refiner(nnx.Module):
           window: keys and values of other frames, which every frame sees; of the same form as the
             parameters, see `core.stack.Layers`.
           sink_frames: the first frames, which see only themselves; not together with a window.
-          capture: also return keys and values of these frames; not together with a window, which
-            always does.
+          capture: also return keys and values of these frames.
           remat: what the backward pass keeps of a block, see `core.stack.scan_runs`.
 
         Returns:
-          (B, F, H, W, c) in the compute dtype; and what `kv_window.append_block` takes with a
-          window, or (Y, B, F, P, N, D) keys before rotation and values to capture, or None.
+          (B, F, H, W, c) in the compute dtype; and None, or to capture, (Y, B, F, P, N, D) keys
+          before rotation and values, or what `kv_window.append_block` takes with a window.
 
         Raises:
-          ValueError: a window with sink frames or to capture, or an unknown `remat`.
+          ValueError: a window with sink frames, or an unknown `remat`.
         """
         config, dtype = self.config, latents.dtype
-        if window is not None and (sink_frames or capture):
-            raise ValueError("a window holds the sink already; sink_frames, capture must be off")
+        if window is not None and sink_frames:
+            raise ValueError("a window holds the sink already; sink_frames must be 0")
         if remat not in REMAT:
             raise ValueError(f"remat={remat!r}; use one of {', '.join(REMAT)}")
         batch, _, height, _, _ = latents.shape
@@ -266,20 +271,21 @@ class Refiner(nnx.Module):
             if text_timesteps is None:
                 text_timesteps = jnp.max(timesteps, (1, 2))
             text_modulation, _ = self.text_time(text_timesteps)
-        key_count = None
+        key_count = slots = None
         if window is not None:
-            valid = x.shape[1] + window.sink_frames + window.history_frames
+            valid = window.sink_frames + window.history_frames
             key_count = jnp.full((batch,), valid * x.shape[2], jnp.int32)
+            slots = window.slots(x.shape[1]) if window.is_separate else None
         ctx = _Context(
             modulation=modulation,
-            text=self._caption(text.astype(dtype)),
+            text=self._caption(text.astype(dtype)) if text_keys is None else None,
             text_mask=None if text_mask is None else text_mask > 0,
             text_modulation=text_modulation,
             rotation=rotations(rope, config.num_attention_heads, config.attention_head_dim),
             key_count=key_count,
-            active_slots=0 if window is None else window.active_slots,
             sink_frames=sink_frames,
             capture=capture,
+            slots=slots,
         )
 
         def layer(x: jax.Array, parts: list[Any]) -> tuple[jax.Array, KeyValue | None]:
@@ -322,4 +328,7 @@ def without_text_layers(params: Params) -> Params:
     cross = dict(params["blocks"]["cross_attn"])
     for name in ("k", "v", "k_norm"):
         cross[name] = dict.fromkeys(cross[name])
-    return {**params, "blocks": {**params["blocks"], "cross_attn": cross}}
+    kept = {**params, "blocks": {**params["blocks"], "cross_attn": cross}}
+    if "caption" in kept:
+        kept["caption"] = {name: dict.fromkeys(part) for name, part in kept["caption"].items()}
+    return kept

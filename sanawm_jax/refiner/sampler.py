@@ -79,7 +79,7 @@ def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "active_slots", "dtype"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "dtype"))
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -88,7 +88,6 @@ def capture_sink(
     rope: VideoRope,
     *,
     history_slots: int,
-    active_slots: int,
     dtype: Any,
 ) -> KVWindow:
     """An empty window whose sink are raw stage-1 frames (B, F, H, W, c), read at noise level 0.
@@ -96,7 +95,6 @@ def capture_sink(
     Args:
       rope: tables of the clip from frame 0 on.
       history_slots: refined frames that the window keeps, `window frames - sink frames`.
-      active_slots: frames of the longest block.
       dtype: compute dtype, and that of the keys and values.
     """
     here = frame_window(rope, 0, sink.shape[1])
@@ -115,7 +113,6 @@ def capture_sink(
         captured,
         lambda k: apply(graphdef, params, k, here, method="turn"),
         history_slots=history_slots,
-        active_slots=active_slots,
     )
 
 
@@ -152,9 +149,8 @@ def refine_block(
     frames = clean.shape[1]
     here = frame_window(rope, window.block_start, frames)
 
-    def step(state: tuple[jax.Array, KeyValue], levels: tuple[jax.Array, ...]) -> tuple[Any, None]:
-        (x, written), (sigma, next_sigma, is_last) = state, levels
-        velocity, written = apply(
+    def forward(x: jax.Array, sigma: Any, *, capture: bool = False) -> tuple[jax.Array, Any]:
+        return apply(
             graphdef,
             params,
             x.astype(dtype),
@@ -163,18 +159,19 @@ def refine_block(
             here,
             text_mask=text.mask,
             text_keys=text.keys,
-            window=window.after_block(written),
+            window=window,
+            capture=capture,
         )
-        moved = x + (next_sigma - sigma) * velocity.astype(jnp.float32)
-        return (jnp.where(is_last, x, moved), written), None
 
-    # The refined frames' keys and values come from one more pass at noise level 0. It is a turn of
-    # the same loop, so that the network is compiled once.
-    end = jnp.zeros((1,), sigmas.dtype)
-    levels = jnp.concatenate([sigmas[:-1], end])
-    turns = (levels, jnp.concatenate([sigmas[1:], end]), jnp.arange(len(levels)) == len(levels) - 1)
-    state = _start(clean, noise, sigmas[0]), window.before_block(frames)
-    (x, written), _ = lax.scan(step, state, turns)
+    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        sigma, next_sigma = pair
+        velocity, _ = forward(x, sigma)
+        return x + (next_sigma - sigma) * velocity.astype(jnp.float32), None
+
+    x, _ = lax.scan(step, _start(clean, noise, sigmas[0]), (sigmas[:-1], sigmas[1:]))
+    # The refined frames' keys and values come from one more pass at noise level 0. It is not a turn
+    # of the loop, where every step would have to hold a block's keys in all layers.
+    _, written = forward(x, 0.0, capture=True)
 
     def turn(k: jax.Array, start: jax.Array) -> jax.Array:
         return apply(
@@ -264,7 +261,7 @@ def refine(
       noise: (B, F - sink_frames, H, W, c); drawn from `key` if None.
       sink_frames: the first frames, kept as they are.
       block_frames: frames a block; 0 refines the clip at once, without a window.
-      window_frames: frames that a block attends to, itself included: sink, history, block.
+      window_frames: frames that a block attends to beside its own: sink and history.
       sigmas: falling noise levels down to 0.
       dtype: compute dtype of the network.
       progress: show a progress bar.
@@ -311,7 +308,6 @@ def refine(
         text,
         rope,
         history_slots=window_frames - sink_frames,
-        active_slots=min(block_frames, frames - sink_frames),
         dtype=dtype,
     )
     cuts = list(blocks(frames, sink_frames, block_frames))

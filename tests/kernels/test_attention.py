@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from kernels_pallas import choice
 from kernels_pallas.attention import api, flash_attention
 from kernels_pallas.attention.tpu import splash_attention
-from sanawm_jax.core.attention import attention, seen_first
+from sanawm_jax.core.attention import attention, attention_to_both, seen_first
 
 
 def _tokens(queries, keys, size, dtype=jnp.float32):
@@ -83,6 +85,41 @@ def test_on_a_gpu():
     )(q)
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
     assert choice.AUTO["attention"] in choice.IMPLS["attention"]
+
+
+def test_two_sets_of_keys_are_one():
+    q, k, v = _tokens(5, 9, 16)
+    wanted = jax.nn.dot_product_attention(q, k[:, :7], v[:, :7])
+    first, second = (k[:, :4], v[:, :4]), (k[:, 4:], v[:, 4:])
+    counts = jnp.full((2,), 3, jnp.int32)
+    found = attention_to_both(q, first, second, key_count=counts)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+    def with_sums(k, v):
+        y, sums = jax.nn.dot_product_attention(q, k, v, return_residual=True)
+        return y, jnp.swapaxes(sums, 1, 2)
+
+    found = api.merged(with_sums(*first), with_sums(k[:, 4:7], v[:, 4:7]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_library_still_gives_sums():
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    options = inspect.signature(dot_product_attention).parameters
+    assert {"q_seqlen", "kv_seqlen", "mask_type", "scale", "return_residual"} <= options.keys()
+    assert MaskType.PADDING != MaskType.NO_MASK
+
+
+@pytest.mark.gpu
+def test_two_sets_of_keys_on_a_gpu():
+    q, k, v = _tokens(300, 1500, 128, jnp.bfloat16)
+    first, second = (k[:, :300], v[:, :300]), (k[:, 300:], v[:, 300:])
+    seen = (a[:, :1000].astype(jnp.float32) for a in (k, v))
+    truth = np.asarray(jax.nn.dot_product_attention(q.astype(jnp.float32), *seen))
+    found = attention_to_both(q, first, second, key_count=jnp.full((2,), 700, jnp.int32))
+    error = np.linalg.norm(np.asarray(found, np.float32) - truth) / np.linalg.norm(truth)
+    assert error < 4e-3
 
 
 def test_hidden_keys_last():

@@ -274,10 +274,10 @@ def test_captured_keys_and_values_and_a_window(rope_type: str, tmp_path: Path) -
     _, sink_ours = forward(sink, 0, capture=True)
     check(sink_ours, sink_theirs)
     # room for 4 frames of history, none filled, then 2: what lies in the rest is never seen
-    window = open_window(sink_ours, turn, history_slots=4, active_slots=3)
+    window = open_window(sink_ours, turn, history_slots=4)
     junk = jax.tree.map(lambda a: a.at[:, :, 1:].set(1e4), window.keys)
     window = dataclasses.replace(window, keys=junk)
-    _, old_ours = forward(old, 1, window=window)
+    _, old_ours = forward(old, 1, window=window, capture=True)
     check(old_ours, old_theirs)
     window = append_block(window, old_ours, 2, turn)
     ours, _ = forward(new, 3, window=window)

@@ -80,7 +80,7 @@ def test_refiner(form: str) -> None:
             lambda a: (array(*a.shape[1:]),) * config.num_layers, params["blocks"]
         )
     sink = array(1, 1, ROWS, COLUMNS, 128, dtype=F32)
-    static = dict(history_slots=10, active_slots=3, dtype=BF16)
+    static = dict(history_slots=10, dtype=BF16)
     assert_fits(trace(capture_sink, graphdef, params, sink, text, rope, **static))
     window = jax.eval_shape(
         lambda *args: capture_sink(graphdef, *args, **static), params, sink, text, rope

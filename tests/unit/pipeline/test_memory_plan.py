@@ -27,7 +27,7 @@ def test_released_sizes() -> None:
     assert 2 < dit.other / GIB < 10
     # the feed-forward: its input, its output and the matrix between, one clip at a time
     token = 48 * 4096 * 2  # of keys, in 48 layers
-    window = (2 * 14 + 1) * 22 * 40 * token  # 1 + 10 + 3 frames, and the sink before rotation
+    window = (2 * 11 + 1) * 22 * 40 * token  # 1 + 10 frames, and the sink before rotation
     text = 2 * 1024 * token
     refiner = refiner_need(
         RELEASED.refiner, LATENTS, sink=1, block=3, window=11, text_length=1024, dtype=BF16

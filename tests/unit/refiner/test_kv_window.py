@@ -42,17 +42,17 @@ def layer(part: Any, i: int) -> Any:
 @pytest.mark.parametrize("slots", [3, 4, 5, 6, 100])
 @pytest.mark.parametrize("lengths", [[3] * 5, [3, 3, 3, 1], [1] * 7, [2]])
 def test_keeps_the_newest_frames(slots: int, lengths: list[int], form: str) -> None:
-    window = open_window(frames_of([0], form), placed, history_slots=slots, active_slots=3)
+    window = open_window(frames_of([0], form), placed, history_slots=slots)
 
-    def step(window: KVWindow, block: KeyValue, frames: int) -> tuple[KVWindow, list[Any]]:
-        pairs = [
-            with_block(layer(window.keys, i), layer(block, i), window.active_slots)
-            for i in range(LAYERS)
-        ]
-        written = jax.tree.map(lambda *parts: parts, *[left for left, _ in pairs])
-        if form == "stacked":
-            written = KeyValue(jnp.stack(written.k), jnp.stack(written.v))
-        return append_block(window, written, frames, placed), [seen for _, seen in pairs]
+    def step(window: KVWindow, block: KeyValue, frames: int) -> KVWindow:
+        written = block
+        if form == "separate":
+            parts = [
+                with_block(layer(window.keys, i), layer(block, i), window.slots(frames))
+                for i in range(LAYERS)
+            ]
+            written = jax.tree.map(lambda *parts: parts, *parts)
+        return append_block(window, written, frames, placed)
 
     step = jax.jit(step, donate_argnums=0, static_argnums=2)
     done: list[int] = []
@@ -63,22 +63,22 @@ def test_keeps_the_newest_frames(slots: int, lengths: list[int], form: str) -> N
         assert int(window.block_start) == new[0] and valid == len(kept)
         # the sink sits just before the oldest frame that is left
         assert sink + window.sink_frames == (kept or new)[0]
-        window, all_seen = step(window, frames_of(new, form), length)
-        for seen in all_seen:
-            k, v = (np.asarray(a)[0, : length + 1 + valid, 0, 0, 0] for a in (seen.k, seen.v))
-            assert k[:length].tolist() == new and k[length] == 1000.0 + sink
-            assert sorted(k[length + 1 :]) == kept
-            np.testing.assert_array_equal(np.delete(v, length), -np.delete(k, length))
-            assert v[length] == 0
+        for i in range(LAYERS):
+            seen = layer(window.keys, i)
+            k, v = (np.asarray(a)[0, : 1 + valid, 0, 0, 0] for a in (seen.k, seen.v))
+            assert k[0] == 1000.0 + sink and v[0] == 0
+            assert sorted(k[1:]) == kept
+            np.testing.assert_array_equal(v[1:], -k[1:])
+        window = step(window, frames_of(new, form), length)
         done += new
     assert window.history_slots == slots
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_is_a_pytree_of_arrays_alone(form: str) -> None:
-    window = open_window(frames_of([0, 1], form), placed, history_slots=4, active_slots=3)
+    window = open_window(frames_of([0, 1], form), placed, history_slots=4)
     copied = jax.tree.map(lambda a: a, window)
     assert isinstance(copied, KVWindow)
     assert len(jax.tree.leaves(window)) == (4 if form == "stacked" else 3 * LAYERS + 1)
     assert window.sink_frames == 2 and window.history_slots == 4
-    assert window.active_slots == (0 if form == "stacked" else 3)
+    assert window.is_separate == (form == "separate")

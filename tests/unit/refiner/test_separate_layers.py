@@ -66,9 +66,7 @@ def block_of(case: str) -> tuple[Any, Params, KVWindow, tuple[Any, ...]]:
     rope = video_rope(config, FRAMES, ROWS, COLUMNS, 16.0)
     params, text = read_text(graphdef, separate(params), prompt(), dtype=jnp.float32)
     sink = jnp.ones((1, 1, ROWS, COLUMNS, 4))
-    window = capture_sink(
-        graphdef, params, sink, text, rope, history_slots=6, active_slots=3, dtype=jnp.float32
-    )
+    window = capture_sink(graphdef, params, sink, text, rope, history_slots=6, dtype=jnp.float32)
     clean, noise = jax.random.normal(jax.random.key(2), (2, 1, 3, ROWS, COLUMNS, 4))
     return graphdef, params, window, (clean, noise, text, rope, jnp.asarray(SIGMAS))
 
@@ -109,7 +107,8 @@ def test_text_is_read_once_if_nothing_modulates_it(
     assert text.keys is not None
     assert text.keys.k.shape == (config.num_layers, 1, 5, 2, 16)
     assert {path.rpartition(".")[0] for path in missing} == {
-        f"blocks.cross_attn.{name}" for name in ("k", "v", "k_norm")
+        *(f"blocks.cross_attn.{name}" for name in ("k", "v", "k_norm")),
+        *(f"caption.linear_{i}" for i in (1, 2)),
     }
 
     def refined(params: Params, text: RefinerText) -> np.ndarray:
@@ -127,12 +126,16 @@ def test_one_loop_and_no_copies() -> None:
     graphdef, params, window, args = block_of("split")
     program = trace(refine_block, graphdef, params, window, *args, dtype=jnp.float32)
     assert [e.primitive.name for e in equations(program)].count("scan") == 1
-    compiled = refine_block.lower(graphdef, params, window, *args, dtype=jnp.float32).compile()
+    lowered = refine_block.lower(graphdef, params, window, *args, dtype=jnp.float32)
+    # the last pass, after the loop, writes a window that it reads; this order alone needs no copy
+    # of it, and a CPU's compiler drops what says so
+    assert "optimization_barrier" in lowered.as_text()
+    steps = lowered.compile().as_text().partition("ENTRY")[0]
     buffer = window.keys.k[0]
     sizes = "|".join(
-        ",".join(map(str, shape)) for shape in (buffer.shape, (1, 10 * 6, *buffer.shape[3:]))
+        ",".join(map(str, shape)) for shape in (buffer.shape, (1, 7 * 6, *buffer.shape[3:]))
     )
-    assert not re.findall(rf"= f32\[(?:{sizes})\]\S* copy\(.*", compiled.as_text())
+    assert not re.findall(rf"= f32\[(?:{sizes})\]\S* copy\(.*", steps)
 
 
 @pytest.mark.parametrize("frames", [3, 2])
@@ -152,7 +155,7 @@ def test_unfilled_slots_have_no_influence(frames: int) -> None:
         graphdef, params, window, (clean, noise, *rest) = block_of("split")
 
         def spoil(a: jax.Array, value: float) -> jax.Array:
-            return a.at[:, :3].set(value).at[:, 4:].set(value)
+            return a.at[:, 1:].set(value)
 
         keys = dataclasses.replace(
             window.keys,
@@ -168,7 +171,7 @@ def test_unfilled_slots_have_no_influence(frames: int) -> None:
     plain, _ = refined(0.0)
     spoilt, window = refined(1e4)
     np.testing.assert_array_equal(spoilt, plain)
-    slots = jnp.arange(window.history_slots) + 4
+    slots = jnp.arange(window.history_slots) + 1
     for k in window.keys.k:
         assert np.isfinite(k[:, slots[:frames]]).all() and np.isnan(k[:, slots[frames:]]).all()
 
