@@ -43,8 +43,6 @@ class Tiles:
     warps: int = 1
     gate_rows: int = 4
     dx_rows: int = 4
-    early: bool = True
-    unroll: int = 1
 
 
 class _Band:
@@ -53,12 +51,11 @@ class _Band:
     Refs are flat, and an index is one scalar, so that addresses cost few vector instructions.
     """
 
-    def __init__(self, size: tuple[int, int, int], rows: int, tiles: Tiles, is_exact: bool):
+    def __init__(self, size: tuple[int, int, int], rows: int, block: int, is_exact: bool):
         self.height, self.width, self.channels = size
         self.is_exact = is_exact
         self.rows = rows
-        block = self.block = tiles.channels
-        self.early, self.unroll = tiles.early, tiles.unroll
+        self.block = block
         self.first = pl.program_id(1) * rows
         self.channel = pl.program_id(0) * block
         # None where every block is full
@@ -90,8 +87,6 @@ class _Band:
         y = self.first + row
         at = self._at(jnp.minimum(y, self.height - 1), column, halves, half)
         mask = self.real if self.height % self.rows == 0 else self._mask(y < self.height)
-        if self.width % self.unroll:
-            mask = self._mask((y < self.height) & (column < self.width))
         plgpu.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
     def parameter(self, ref: Any, place: int) -> jax.Array:
@@ -146,24 +141,16 @@ class _Band:
         vectors, own = fetch(0)
         centre = prepare(vectors)
         left = jax.tree.map(jnp.zeros_like, centre)
-        is_early, unroll = self.early, self.unroll
 
-        def step(i: jax.Array, state: Any) -> Any:
-            left, centre, own, following, carry = state
-            for part in range(unroll):
-                column = unroll * i + part
-                if is_early:
-                    vectors, later_own = following
-                    following = fetch(column + 2)
-                else:
-                    vectors, later_own = fetch(column + 1)
-                right = prepare(vectors)
-                carry = use(column, (left, centre, right), own, carry)
-                left, centre, own = centre, right, later_own
-            return left, centre, own, following, carry
+        def step(column: jax.Array, state: Any) -> Any:
+            left, centre, own, (vectors, later), carry = state
+            following = fetch(column + 2)
+            right = prepare(vectors)
+            carry = use(column, (left, centre, right), own, carry)
+            return centre, right, later, following, carry
 
-        state = (left, centre, own, fetch(1) if is_early else None, carry)
-        return lax.fori_loop(0, pl.cdiv(self.width, unroll), step, state)[-1]
+        state = (left, centre, own, fetch(1), carry)
+        return lax.fori_loop(0, self.width, step, state)[-1]
 
 
 def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any, own: Any = None) -> None:
@@ -283,7 +270,7 @@ def _call(
         return pl.BlockSpec((None, None, a.shape[-1]), lambda c, r, f: (f, r, 0))
 
     return pl.pallas_call(
-        functools.partial(body, band=lambda: _Band(size, rows, tiles, is_exact)),
+        functools.partial(body, band=lambda: _Band(size, rows, block, is_exact)),
         # the first axis runs fastest: neighbouring blocks of channels share lines of memory
         grid=(pl.cdiv(size[2], block), pl.cdiv(size[0], rows), outputs[0].shape[0]),
         in_specs=[spec(a) for a in inputs],
