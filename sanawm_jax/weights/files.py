@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,11 +29,21 @@ DTYPES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
 class SafetensorsFolder:
     """The tensors of one component folder, e.g. `transformer/`.
 
     Finds `*.safetensors.index.json` and its shards, or the one `*.safetensors` file. Shapes come
-    from the headers; `read` copies one tensor at a time.
+    from the headers; `read` copies one tensor at a time, and threads may do so side by side.
 
     Raises:
       InputError: no such folder, nothing to load, only pickles, or a truncated file.
@@ -42,30 +53,58 @@ class SafetensorsFolder:
         from safetensors import SafetensorError, safe_open
 
         folder = Path(folder)
-        self._handles: dict[str, Any] = {}
+        self._tensors: dict[str, _Stored] = {}
         for file in _files(folder):
             try:
-                handle = safe_open(str(file), framework="numpy")
+                safe_open(str(file), framework="numpy")  # checks the header against the file
+                stored = _header(file)
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     f"{file} is truncated or not a safetensors file ({error}); fetch it again"
                 ) from None
-            for key in handle.keys():
-                if key in self._handles:
+            for key in stored:
+                if key in self._tensors:
                     raise InputError(f"{folder} holds tensor {key} in two files; keep one of them")
-                self._handles[key] = handle
+            self._tensors.update(stored)
 
     def keys(self) -> Iterable[str]:
-        return self._handles.keys()
+        return self._tensors.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._handles[key].get_slice(key).get_shape())
+        return self._tensors[key].shape
 
     def dtype(self, key: str) -> np.dtype:
-        return DTYPES[self._handles[key].get_slice(key).get_dtype()]
+        return self._tensors[key].dtype
 
     def read(self, key: str) -> np.ndarray:
-        return self._handles[key].get_tensor(key)
+        stored = self._tensors[key]
+        out = np.empty(stored.shape, stored.dtype)
+        left = memoryview(out.reshape(-1).view(np.uint8))
+        # not through a map: its pages would count to the process, and faults hold the interpreter
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise InputError(f"{stored.file} is truncated; fetch it again")
+                left = left[count:]
+        return out
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        key: _Stored(
+            path,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            DTYPES[entry["dtype"]],
+        )
+        for key, entry in header.items()
+    }
 
 
 class Tensors:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +20,9 @@ import numpy as np
 
 from sanawm_jax.core.params import Params, from_leaves, leaves
 from sanawm_jax.errors import InputError
+from sanawm_jax.weights.copies import copy_into
+
+_AHEAD_BYTES = 1 << 30
 
 
 class TensorSource(Protocol):
@@ -171,7 +177,7 @@ def load(
     place: Callable[[str, np.ndarray], Any] | None = None,
     ignore: Callable[[str], bool] = lambda key: False,
 ) -> Params:
-    """Reads a parameter tree, one tensor at a time, strictly.
+    """Reads a parameter tree, strictly; tensors are read and cast by several threads.
 
     Args:
       entries: the model's table.
@@ -192,26 +198,37 @@ def load(
         by_path.setdefault(entry.path, []).append(entry)
     shardings = dict(leaves(sharding)) if isinstance(sharding, dict) else None
     flat = {}
-    for path, leaf in leaves(abstract):
-        host: Any = None
-        for entry in by_path[path]:
-            value = entry.layout.to_ours(source.read(entry.source))
-            target = dtype if dtype is not None and _is_float(value) else value.dtype
-            if not entry.index:
-                host = np.asarray(value.astype(target), order="C")
-                continue
-            if host is None:  # the stack is allocated once, in its final dtype
-                host = np.empty(leaf.shape, target)
-            host[entry.index] = value
+
+    def fill(host: np.ndarray, entry: Entry) -> None:
+        value = entry.layout.to_ours(source.read(entry.source))
+        copy_into(host[(*entry.index, ...)], value)
+
+    def finish(path: str, host: np.ndarray, jobs: list[Future[None]]) -> None:
+        for job in jobs:
+            job.result()
         if place is not None:
             flat[path] = place(path, host)
         else:
             flat[path] = jax.device_put(host, shardings[path] if shardings else sharding)
+
+    pending: deque[tuple[str, np.ndarray, list[Future[None]]]] = deque()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for path, leaf in leaves(abstract):
+            kept = source.dtype(by_path[path][0].source)
+            is_cast = dtype is not None and _is_float(kept)
+            # the stack is allocated once, in its final dtype
+            host = np.empty(leaf.shape, dtype if is_cast else kept)
+            pending.append((path, host, [pool.submit(fill, host, e) for e in by_path[path]]))
+            # what is being read while the leaf before it goes to the device
+            while pending and sum(host.nbytes for _, host, _ in pending) > _AHEAD_BYTES:
+                finish(*pending.popleft())
+        while pending:
+            finish(*pending.popleft())
     return from_leaves(flat)
 
 
-def _is_float(a: np.ndarray) -> bool:
-    return a.dtype.kind == "f" or a.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def export(
