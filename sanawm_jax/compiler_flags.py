@@ -19,6 +19,9 @@ FLAGS = {
     # Join products of one operand only where their results are small, in megabytes: to join two is
     # to copy both weights into one array in every forward pass.
     "xla_gpu_dot_merger_threshold_mb": "8",
+    # Convolutions over channels-last arrays, as the models have them and as tensor cores want them.
+    # XLA otherwise turns those over time and space, and cuDNN turns them back, in extra passes.
+    "xla_gpu_force_conv_nhwc": "true",
 }
 
 # Of one compilation on one GPU. The scheduler that hides latency moves what is slow away from its

@@ -7,10 +7,13 @@ Activations are channels-last `B F H W C`. Source: the LTX2Video blocks of diffu
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 from jax import lax
@@ -25,7 +28,11 @@ Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one after each convolu
 def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     """Divides every location by the RMS of its channels; statistics in float32."""
     x32 = x.astype(jnp.float32)
-    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    # Where channels lie innermost, XLA would write the normalised array, and pad it after: one
+    # more pass than to read x again on the way into the padded array.
+    scale = lax.optimization_barrier(scale)
+    return (x32 * scale).astype(x.dtype)
 
 
 def space_to_depth(x: jax.Array, strides: Strides) -> jax.Array:
@@ -40,39 +47,68 @@ def depth_to_space(x: jax.Array, strides: Strides) -> jax.Array:
     return rearrange(x, "B F H W (C p q r) -> B (F p) (H q) (W r) C", p=p, q=q, r=r)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
     """x (B, F, H, W, C) with edge frames before and after it, and a border of one in space.
 
-    Zeros first, which XLA writes along with whatever makes x, then the borders in place: a
-    `jnp.pad` an axis would write the whole array three times.
+    One gather of locations, which XLA fuses with whatever makes x: the padded array is written
+    once, by one kernel, borders and all.
 
     Args:
       time: frames before and after.
       mode: reflect, replicate or circular; None leaves space as it is.
     """
-    frames, sides = x.shape[1], x.shape[2:4]
-    space = (1, 1) if mode else (0, 0)
-    zero = jnp.zeros((), x.dtype)
-    widths = ((0, 0), time, space, space, (0, 0))
-    x = lax.pad(x, zero, [(before, after, 0) for before, after in widths])
-    for axis, size in zip((2, 3), sides if mode else (), strict=False):
-        inner = (1, size)  # where the first and the last row are now
-        # a side of one cannot be reflected: it is repeated where torch refuses
-        near = min(2, size), max(size - 1, 1)
-        sources = {"reflect": near, "replicate": inner, "circular": inner[::-1]}[mode or ""]
-        for target, source in zip((0, size + 1), sources, strict=True):
-            x = _copy_slice(x, axis, source, target)
-    edges = [(target, time[0]) for target in range(time[0])]
-    edges += [(time[0] + frames + i, time[0] + frames - 1) for i in range(time[1])]
-    for target, source in edges:
-        x = _copy_slice(x, 1, source, target)
-    return x
-
-
-def _copy_slice(x: jax.Array, axis: int, source: int, target: int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(
-        x, lax.slice_in_dim(x, source, source + 1, axis=axis), target, axis
+    source = jnp.zeros((), jnp.int32)  # (F', H', W') numbers of locations, once all axes are in
+    for axis, (before, after), how in _widths(time, mode):
+        size = x.shape[axis]
+        # from an iota, since a constant for all locations would be megabytes in the program
+        places = _sources(lax.iota(jnp.int32, before + size + after) - before, size, how)
+        source = source[..., None] * size + places
+    locations = jnp.asarray(x).reshape(x.shape[0], -1, x.shape[-1])
+    y = locations.at[:, source.reshape(-1)].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
     )
+    return y.reshape(x.shape[0], *source.shape, x.shape[-1])
+
+
+def _widths(
+    time: tuple[int, int], mode: str | None
+) -> list[tuple[int, tuple[int, int], str | None]]:
+    """Axis, its widths before and after, and how its border is made."""
+    space = (1, 1) if mode else (0, 0)
+    return [(1, time, "replicate"), (2, space, mode), (3, space, mode)]
+
+
+def _sources(i: Any, size: int, mode: str | None) -> Any:
+    """Which of an axis' `size` entries stands at i, of which those outside are borders."""
+    if mode == "circular":
+        return i % size
+    if mode == "reflect":
+        i = size - 1 - abs(size - 1 - abs(i))
+    # also a side of one, which cannot be reflected: it is repeated where torch refuses
+    return i.clip(0, size - 1)
+
+
+def _pad_forward(x: jax.Array, time: tuple[int, int], mode: str | None) -> tuple[jax.Array, None]:
+    return _pad(x, time, mode), None
+
+
+def _pad_backward(
+    time: tuple[int, int], mode: str | None, _: None, d: jax.Array
+) -> tuple[jax.Array]:
+    """Borders go back to what they repeat; the gather's own gradient would scatter everything."""
+    for axis, (before, after), how in _widths(time, mode):
+        size = d.shape[axis] - before - after
+        whole, d = d, lax.slice_in_dim(d, before, before + size, axis=axis)
+        places = np.arange(-before, size + after)
+        for i, source in zip(places, _sources(places, size, how), strict=True):
+            if not 0 <= i < size:
+                at = (slice(None),) * axis + (int(source),)
+                d = d.at[at].add(lax.index_in_dim(whole, int(i + before), axis, keepdims=False))
+    return (d,)
+
+
+_pad.defvjp(_pad_forward, _pad_backward)
 
 
 class CausalConv(nnx.Module):
