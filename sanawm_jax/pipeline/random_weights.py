@@ -53,6 +53,7 @@ from sanawm_jax.vae import keys as vae_keys
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 from sanawm_jax.weights import upstream
+from sanawm_jax.weights.copies import copy_into
 from sanawm_jax.weights.keymap import Entry, shapes
 from sanawm_jax.weights.writer import Spec, write_file, write_folder, write_json
 
@@ -60,7 +61,7 @@ PARTS = ("stage1", "refiner", "all")
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 _TEXT_SHARD_BYTES = 5 * 10**9
 _CHUNK = 1 << 24
-_WORKERS = min(32, os.cpu_count() or 1)  # numpy draws without holding the interpreter
+_WORKERS = min(32, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +182,9 @@ def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -
     flat = out.reshape(-1)
     for start in range(0, flat.size, _CHUNK):  # no float32 copy of the largest ones
         part = rng.standard_normal(min(_CHUNK, flat.size - start), np.float32)
-        flat[start : start + part.size] = part * np.float32(scale) + np.float32(mean)
+        part *= np.float32(scale)
+        part += np.float32(mean)
+        copy_into(flat[start : start + part.size], part)
     return out
 
 
