@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                                  # all, 121 latent frames
     python -m benchmarks.kernels --only gdn --latent_frames 21
+    python -m benchmarks.kernels --only gdn --part recurrence
     python -m benchmarks.kernels --tiny                           # interpreted, seconds on a CPU
 
 One JSON line a measurement: kernel, part, variant, pass (forward, or backward: gradients of all
@@ -148,6 +149,12 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
             (32, 8, "bf16x3"), (32, 4, "bf16x3"), (64, 8, "bf16x3"), (16, 4, "bf16x3"),
             (32, 8, "tf32x3"),
         )
+    } | {
+        f"hopper groups {r.groups} maps {r.maps} inputs {r.inputs} raw {r.raw}":
+            gdn.Tiles(scan_ring=r)
+        for r in (
+            gdn.Ring(), gdn.Ring(2), gdn.Ring(maps=3), gdn.Ring(maps=1, raw=2), gdn.Ring(raw=1),
+        )
     })  # fmt: skip
     for both, name in ((False, "recurrence, one direction"), (True, "recurrence, both")):
         run = gdn.bidirectional_states if both else gdn.scan_states
@@ -156,6 +163,14 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
             variants(lambda w, u, run=run, **o: run(gdn.Transition(w, u), **o)[0], scans),
             _bytes(maps, maps.u), _bytes(maps, maps) + 2 * _bytes(maps.u),
         )  # fmt: skip
+    rows = sweep({"matrix unit": gdn.Tiles()} | {
+        f"sums warps {w}": gdn.Tiles(scan_sums=True, scan_warps=w) for w in (4, 8, 16)
+    })  # fmt: skip
+    yield Part(
+        "gdn", "recurrence of the normaliser, both", (maps.w, normaliser),
+        variants(lambda w, u, **o: gdn.bidirectional_states(gdn.Transition(w, u), **o)[0], rows),
+        _bytes(maps.w, normaliser, normaliser), 2 * _bytes(maps.w) + 4 * _bytes(normaliser),
+    )  # fmt: skip
 
     def read(states: Any, z: Any, q_rot: Any, q: Any, **options: Any) -> Any:
         y = gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options)
@@ -389,6 +404,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs one command line and returns its lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--part", default="", help="only parts with this in their name")
     parser.add_argument("--latent_frames", type=int, default=121)
     parser.add_argument("--batch", type=int, default=2, help="of gdn and ucpe; conv_glu runs one")
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
@@ -403,6 +419,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     found = []
     for kernel in given.only:
         for part in PARTS[kernel](sizes, given.tiny):
+            if given.part not in part.name:
+                continue
             cut = 2 if given.tiny else (21 if kernel == "gdn" else 8)
             for line in measure(part, cut, 1 if given.tiny else given.repeats, tuple(given.passes)):
                 line |= {"frames": sizes.frames, "device": device, "auto": choice.AUTO[kernel]}

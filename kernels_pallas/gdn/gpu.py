@@ -30,6 +30,24 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ring:
+    """Shape of a program of the recurrence on Hopper, see `gdn.gpu_scan_hopper`.
+
+    Attributes:
+      groups: warpgroups that carry rows, 1 or 2; two read the same maps.
+      maps: frames whose split maps are held.
+      inputs: frames whose inputs are held.
+      raw: frames whose float32 maps are held, to be split by the warpgroup that brings them; 0 if
+        maps are split beforehand, by XLA.
+    """
+
+    groups: int = 1
+    maps: int = 2
+    inputs: int = 2
+    raw: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
     """Sizes of the kernels' programs; the defaults are the fastest on an H100.
 
@@ -39,6 +57,8 @@ class Tiles:
       read, read_gradient: of the read-out.
       scan_rows, scan_warps: rows of the state that one program of the recurrence carries.
       scan_precision: tf32x3, bf16x3 or ieee, of the recurrence's products.
+      scan_sums: a state of one row is multiplied in float32, without the matrix unit.
+      scan_ring: the kernel for Hopper in place of all this, where it takes the state.
     """
 
     maps: Tile = Tile(stages=3)
@@ -50,6 +70,8 @@ class Tiles:
     scan_rows: int = 32
     scan_warps: int = 8
     scan_precision: str = "bf16x3"
+    scan_sums: bool = False
+    scan_ring: Ring | None = None
 
     @classmethod
     def of(cls, tile: Tile, **scan: Any) -> Tiles:
@@ -63,7 +85,7 @@ def padded(size: int) -> int:
     return max(16, pl.next_power_of_2(size))
 
 
-def _parts(a: jax.Array) -> list[jax.Array]:
+def bfloat16_parts(a: jax.Array) -> list[jax.Array]:
     """bfloat16 arrays that sum to a float32 one, to 2^-17."""
     high = a.astype(jnp.bfloat16)
     return [high, (a - high.astype(jnp.float32)).astype(jnp.bfloat16)]
@@ -82,8 +104,8 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> j
 
     if exact:
         return dot(a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST)
-    parts_a = _parts(a) if a.dtype == jnp.float32 else [a]
-    parts_b = _parts(b) if b.dtype == jnp.float32 else [b]
+    parts_a = bfloat16_parts(a) if a.dtype == jnp.float32 else [a]
+    parts_b = bfloat16_parts(b) if b.dtype == jnp.float32 else [b]
     # smallest first; low times low is below the rest's rounding
     pairs = [(i, j) for i in range(len(parts_a)) for j in range(len(parts_b)) if i + j < 2]
     terms = [dot(parts_a[i], parts_b[j]) for i, j in sorted(pairs, key=sum, reverse=True)]

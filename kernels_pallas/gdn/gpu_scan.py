@@ -16,12 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels_pallas import choice
+from kernels_pallas.gdn import gpu_scan_hopper
 from kernels_pallas.gdn.gpu import Tiles, matrix_mask, padded, product
 
 _PRESETS = {"tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3}
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: str) -> jax.Array:
+    if len(a) == 1:  # a row does not fill a matrix unit
+        row, across = jnp.sum(a, 0), axes[1]
+        return jnp.sum((row[None, :] if across else row[:, None]) * b, across)[None, :]
     if precision in _PRESETS:
         dims = (((axes[0],), (axes[1],)), ((), ()))
         return lax.dot_general(a, b, dims, _PRESETS[precision], preferred_element_type=jnp.float32)
@@ -109,9 +114,12 @@ def scan(
       (R, B, F, N, V, D) and (R, B, N, V, D).
     """
     _, batch, frames, heads, values, size = u.shape
+    ring, is_hopper = tiles.scan_ring, not interpret and choice.capability() == choice.HOPPER
+    if ring is not None and is_hopper and gpu_scan_hopper.takes(values, size, ring):
+        return gpu_scan_hopper.scan(w, u, initial, reset, runs, ring, adjoint=adjoint)
     shares_u = len(u) == 1
     count, wide = len(runs), padded(size)
-    rows = min(tiles.scan_rows, padded(values))
+    rows = 1 if tiles.scan_sums and values == 1 else min(tiles.scan_rows, padded(values))
     maps = pl.BlockSpec((None, frames, None, wide, wide), lambda r, n, b, d: (b, 0, n, 0, 0))
     line = (None, None, frames, None, rows, wide)
     added = pl.BlockSpec(line, lambda r, n, b, d: (0 if shares_u else d, b, 0, n, r, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels_pallas import gdn
+from kernels_pallas import choice, gdn
 from kernels_pallas.gdn import api, gpu_scan
-from tests.kernels.lowering import triton_kernels
+from tests.kernels.lowering import lowered, triton_kernels
 
 TILES = gdn.Tiles.of(gdn.Tile(tokens=16, warps=4), scan_rows=16, scan_precision="ieee")
 NAMES = ("q", "k", "v", "q_rot", "k_rot", "beta", "decay", "initial")
@@ -153,6 +154,61 @@ def test_scan_and_its_gradient(reverse, exclusive):
     )
 
 
+def _scan_inputs(shape, runs, adjoint):
+    """Maps that are not symmetric, so that a transposition shows, and a reset in the last run."""
+    batch, frames, heads, values, size = shape
+    keys = jax.random.split(jax.random.key(sum(shape)), 3)
+    noise = jax.random.normal(keys[0], (batch, frames, heads, size, size))
+    u = jax.random.normal(keys[1], (len(runs) if adjoint else 1, *shape))
+    initial = jax.random.normal(keys[2], (len(runs), batch, heads, values, size))
+    reset = jnp.zeros((len(runs), frames)).at[-1, frames // 2].set(1.0)
+    return 0.9 * jnp.eye(size) + 0.3 / size**0.5 * noise, u, initial, reset
+
+
+RUNS = {
+    "forward": (gpu_scan.Run(False, False),),
+    "before": (gpu_scan.Run(False, True),),
+    "reverse": (gpu_scan.Run(True, False),),
+    "both": (gpu_scan.Run(False, False), gpu_scan.Run(True, True)),
+}
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("runs", RUNS)
+def test_scan_of_a_row_by_sums(runs, adjoint):
+    inputs = _scan_inputs((2, 4, 2, 1, 20), RUNS[runs], adjoint)
+    wanted, found = (
+        gpu_scan.scan(
+            *inputs, RUNS[runs], dataclasses.replace(TILES, scan_sums=sums),
+            adjoint=adjoint, interpret=True,
+        )
+        for sums in (False, True)
+    )  # fmt: skip
+    for a, b in zip(wanted, found, strict=True):
+        assert _error(b, a) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("runs", RUNS)
+@pytest.mark.parametrize("ring", [gdn.Ring(), gdn.Ring(2), gdn.Ring(maps=1, raw=2)], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 64), (112, 112), (96, 64)], ids=str)
+def test_scan_on_hopper(sizes, ring, runs, adjoint):
+    if choice.capability() != choice.HOPPER:
+        pytest.skip("the kernel is for Hopper alone")
+    inputs = _scan_inputs((2, 5, 3, *sizes), RUNS[runs], adjoint)
+    wanted, found = (
+        jax.jit(
+            lambda *a, tiles=tiles: gpu_scan.scan(
+                *a, RUNS[runs], tiles, adjoint=adjoint, interpret=False
+            )
+        )(*inputs)
+        for tiles in (gdn.Tiles(scan_precision="ieee", scan_rows=16), gdn.Tiles(scan_ring=ring))
+    )
+    for a, b in zip(wanted, found, strict=True):
+        assert _error(np.asarray(b), np.asarray(a)) < 2e-5
+
+
 def test_finite_differences():
     inputs = _inputs((1, 2, 3, 1, 4))
     run = jax.jit(functools.partial(_both_branches, impl="pallas", tiles=TILES))
@@ -192,6 +248,19 @@ def test_lowers_for_cuda():
     ]
     assert triton_kernels(read, matrix, token, row, token) == ["gdn_read", "gdn_read_gradient"]
     assert triton_kernels(scan, matrix, row) == ["gdn_scan", "gdn_scan_adjoint"]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="an older lowering")
+@pytest.mark.parametrize("ring", [gdn.Ring(), gdn.Ring(2), gdn.Ring(maps=1, raw=2)], ids=str)
+def test_lowers_for_hopper(monkeypatch, ring):
+    monkeypatch.setattr(choice, "capability", lambda: choice.HOPPER)
+    runs, tiles = RUNS["both"], gdn.Tiles(scan_ring=ring)
+    for adjoint in (False, True):
+        inputs = _scan_inputs((1, 3, 2, 112, 112), runs, adjoint)
+        run = functools.partial(
+            gpu_scan.scan, runs=runs, tiles=tiles, adjoint=adjoint, interpret=False
+        )
+        assert "mosaic_gpu" in lowered(run, *inputs)
 
 
 @pytest.mark.gpu
