@@ -88,16 +88,19 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     kernel = _normal(1, (3, 3, 1, 2 * sizes.inner), jnp.float32, 0.3)
     x_bias, bias = (_normal(i, (2 * sizes.inner,), jnp.float32, 0.1) for i in (2, 3))
     sweep = [
-        ConvTiles(rows, channels, warps, rows, rows)
-        for rows, channels, warps in (
-            (4, 64, 1), (2, 64, 1), (2, 128, 1), (4, 128, 1), (3, 128, 2), (6, 64, 1)
+        ConvTiles(rows, channels, 1, rows, rows, early, unroll)
+        for rows, channels, early, unroll in (
+            (4, 64, True, 1), (4, 64, False, 1), (4, 64, False, 2), (4, 64, True, 2),
+            (4, 64, False, 4), (4, 32, False, 2), (4, 32, True, 2), (2, 64, False, 4),
+            (2, 64, True, 2), (3, 64, False, 2),
         )
     ]  # fmt: skip
     variants: dict[str, Callable[..., Any]] = {
         impl: lambda *a, impl=impl: conv_glu(*a, impl=impl) for impl in ("xla", "xla_split")
     }
     for tiles in sweep[:1] if is_tiny else sweep:
-        name = f"pallas rows {tiles.rows} channels {tiles.channels} warps {tiles.warps}"
+        name = f"pallas rows {tiles.rows} channels {tiles.channels}"
+        name += f" early {tiles.early} unroll {tiles.unroll}"
         variants[name] = lambda *a, tiles=tiles: conv_glu(*a, impl="pallas", tiles=tiles)
     y = _bytes(x) / 2
     yield Part(

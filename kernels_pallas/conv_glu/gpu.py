@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels_pallas.triton import fma
+
 Rows = tuple[jax.Array, ...]  # one vector of channels a row
 _OUTSIDE = -9984.0  # in place of x outside the frame: whatever bias is added, its SiLU is 0
 
@@ -41,6 +43,8 @@ class Tiles:
     warps: int = 1
     gate_rows: int = 4
     dx_rows: int = 4
+    early: bool = True
+    unroll: int = 1
 
 
 class _Band:
@@ -49,11 +53,12 @@ class _Band:
     Refs are flat, and an index is one scalar, so that addresses cost few vector instructions.
     """
 
-    def __init__(self, size: tuple[int, int, int], rows: int, block: int, is_exact: bool):
+    def __init__(self, size: tuple[int, int, int], rows: int, tiles: Tiles, is_exact: bool):
         self.height, self.width, self.channels = size
         self.is_exact = is_exact
         self.rows = rows
-        self.block = block
+        block = self.block = tiles.channels
+        self.early, self.unroll = tiles.early, tiles.unroll
         self.first = pl.program_id(1) * rows
         self.channel = pl.program_id(0) * block
         # None where every block is full
@@ -77,7 +82,7 @@ class _Band:
         inside = (y >= 0) & (y < self.height) & (column < self.width)
         y, column = jnp.clip(y, 0, self.height - 1), jnp.minimum(column, self.width - 1)
         at = self._at(y, column, halves, half)
-        return plgpu.load(ref.at[at], mask=self._mask(inside), other=other).astype(jnp.float32)
+        return plgpu.load(ref.at[at], mask=self._mask(inside), other=other)
 
     def store(
         self, ref: Any, value: jax.Array, row: int, column: Any, halves: int = 1, half: int = 0
@@ -85,6 +90,8 @@ class _Band:
         y = self.first + row
         at = self._at(jnp.minimum(y, self.height - 1), column, halves, half)
         mask = self.real if self.height % self.rows == 0 else self._mask(y < self.height)
+        if self.width % self.unroll:
+            mask = self._mask((y < self.height) & (column < self.width))
         plgpu.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
     def parameter(self, ref: Any, place: int) -> jax.Array:
@@ -97,76 +104,105 @@ class _Band:
             [self.parameter(ref, (3 * i + j) * halves + half) for j in range(3)] for i in range(3)
         ]
 
-    def sigmoid(self, x: jax.Array) -> jax.Array:
-        if self.is_exact:
-            return 1.0 / (1.0 + jnp.exp(-x))
-        # One instruction, good to 2^-11, where exp and a division are twenty and bound the kernel;
-        # bfloat16 rounds what comes of it to 2^-9.
-        return 0.5 + 0.5 * plgpu.approx_tanh(0.5 * x)
+    def fma(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        return a * b + c if self.is_exact else fma(a, b, c)
 
     def silu(self, x: jax.Array) -> jax.Array:
-        return x * self.sigmoid(x)
+        return self.silu_and_sigmoid(x)[0]
+
+    def silu_and_sigmoid(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.is_exact:
+            sigmoid = 1.0 / (1.0 + jnp.exp(-x))
+            return x * sigmoid, sigmoid
+        # One instruction, good to 2^-11, where exp and a division are twenty and bound the kernel;
+        # bfloat16 rounds what comes of it to 2^-9.
+        half = 0.5 * x
+        turn = plgpu.approx_tanh(half)
+        return fma(half, turn, half), 0.5 + 0.5 * turn
 
     def silu_and_slope(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sigmoid = self.sigmoid(x)
-        return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+        silu, sigmoid = self.silu_and_sigmoid(x)
+        return silu, self.fma(silu, 1.0 - sigmoid, sigmoid)
 
-    def walk(self, read: Any, use: Any, carry: Any) -> Any:
-        """Calls `use(column, (left, centre, right), carry)` for every column.
+    def window(
+        self, columns: tuple[Rows, Rows, Rows], row: int, taps: list[list[jax.Array]], start: Any
+    ) -> jax.Array:
+        """`start` and the correlation at a row; above and below it are `row` and `row + 2`."""
+        total = start
+        for i in range(3):
+            for j in range(3):
+                total = self.fma(columns[j][row + i], taps[i][j], total)
+        return total
+
+    def walk(self, fetch: Any, prepare: Any, use: Any, carry: Any) -> Any:
+        """Calls `use(column, (left, centre, right), own, carry)` for every column.
 
         Args:
-          read: column -> vectors of it, zeros right of the frame.
-          use: -> the next carry.
+          fetch: column -> (vectors, own), loaded and nothing else; zeros right of the frame. They
+            are asked for a column early, so that memory's delay hides behind a column's work.
+          prepare: vectors of a column -> what its neighbours see.
+          use: -> the next carry; `own` is the column's, not its neighbours'.
         """
-        centre = read(0)
+        vectors, own = fetch(0)
+        centre = prepare(vectors)
         left = jax.tree.map(jnp.zeros_like, centre)
+        is_early, unroll = self.early, self.unroll
 
-        def step(column: jax.Array, state: Any) -> Any:
-            left, centre, carry = state
-            right = read(column + 1)
-            return centre, right, use(column, (left, centre, right), carry)
+        def step(i: jax.Array, state: Any) -> Any:
+            left, centre, own, following, carry = state
+            for part in range(unroll):
+                column = unroll * i + part
+                if is_early:
+                    vectors, later_own = following
+                    following = fetch(column + 2)
+                else:
+                    vectors, later_own = fetch(column + 1)
+                right = prepare(vectors)
+                carry = use(column, (left, centre, right), own, carry)
+                left, centre, own = centre, right, later_own
+            return left, centre, own, following, carry
 
-        return lax.fori_loop(0, self.width, step, (left, centre, carry))[2]
+        state = (left, centre, own, fetch(1) if is_early else None, carry)
+        return lax.fori_loop(0, pl.cdiv(self.width, unroll), step, state)[-1]
 
 
-def _window(columns: tuple[Rows, Rows, Rows], row: int, taps: list[list[jax.Array]]) -> jax.Array:
-    """Correlation at a row; above and below it are `row` and `row + 2` of a column."""
-    return sum(
-        (columns[j][row + i] * taps[i][j] for i in range(3) for j in range(3) if (i, j) != (0, 0)),
-        columns[0][row] * taps[0][0],
-    )
+def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any, own: Any = None) -> None:
+    """Calls `use(column, row, value, gate, own)` with both halves of the convolution's result.
 
-
-def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any) -> None:
-    """Calls `use(column, row, value, gate)` with both halves of the convolution's result."""
-    dtype = x_ref.dtype
+    Args:
+      own: column -> a vector a row, handed on to `use`.
+    """
     taps = [band.taps(w_ref, 2, half) for half in range(2)]
     x_bias, bias = ([band.parameter(b_ref, i + half) for half in range(2)] for i in (0, 2))
 
-    def read(column: Any) -> tuple[Rows, Rows]:
+    def fetch(column: Any) -> tuple[Any, Any]:
         def one(half: int, row: int) -> jax.Array:
-            x = band.load(x_ref, row - 1, column, 2, half, _OUTSIDE)
-            activated = band.silu(x + x_bias[half])
-            return activated.astype(dtype).astype(jnp.float32)  # as it is written otherwise
+            return band.load(x_ref, row - 1, column, 2, half, _OUTSIDE)
 
         value, gate = (tuple(one(h, r) for r in range(band.rows + 2)) for h in range(2))
-        return value, gate
+        return (value, gate), own(column) if own else None
 
-    def at_column(column: jax.Array, seen: Any, carry: None) -> None:
+    def prepare(halves: tuple[Rows, Rows]) -> Any:
+        def one(half: int, x: jax.Array) -> jax.Array:
+            return band.silu(x.astype(jnp.float32) + x_bias[half])
+
+        return tuple(tuple(one(h, x) for x in halves[h]) for h in range(2))
+
+    def at_column(column: jax.Array, seen: Any, own: Any, carry: None) -> None:
         for row in range(band.rows):
             value, gate = (
-                bias[half] + _window(tuple(c[half] for c in seen), row, taps[half])
+                band.window(tuple(c[half] for c in seen), row, taps[half], bias[half])
                 for half in range(2)
             )
-            use(column, row, value, gate)
+            use(column, row, value, gate, own)
 
-    band.walk(read, at_column, None)
+    band.walk(fetch, prepare, at_column, None)
 
 
 def _forward_kernel(x_ref: Any, w_ref: Any, b_ref: Any, y_ref: Any, *, band: Any) -> None:
     tile = band()
 
-    def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array) -> None:
+    def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array, _: None) -> None:
         tile.store(y_ref, value * tile.silu(gate), row, column)
 
     _gated(tile, x_ref, w_ref, b_ref, use)
@@ -176,13 +212,16 @@ def _gate_kernel(x_ref: Any, w_ref: Any, b_ref: Any, dy_ref: Any, d_ref: Any, *,
     """Gradient of the convolution's result, which is computed again."""
     tile = band()
 
-    def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array) -> None:
-        dy = tile.load(dy_ref, row, column)
+    def own(column: Any) -> Rows:
+        return tuple(tile.load(dy_ref, row, column) for row in range(tile.rows))
+
+    def use(column: jax.Array, row: int, value: jax.Array, gate: jax.Array, own: Rows) -> None:
+        dy = own[row].astype(jnp.float32)
         activated, slope = tile.silu_and_slope(gate)
         tile.store(d_ref, dy * activated, row, column, 2, 0)
         tile.store(d_ref, dy * value * slope, row, column, 2, 1)
 
-    _gated(tile, x_ref, w_ref, b_ref, use)
+    _gated(tile, x_ref, w_ref, b_ref, use, own)
 
 
 def _dx_kernel(
@@ -190,31 +229,34 @@ def _dx_kernel(
 ) -> None:
     """Gradients of x, and of taps and biases summed over this band; halves are alike here."""
     tile = band()
-    dtype = x_ref.dtype
     taps, x_bias = tile.taps(w_ref), tile.parameter(b_ref, 0)
     turned = [row[::-1] for row in taps[::-1]]
+    zero = jnp.zeros((tile.block,), jnp.float32)
 
-    def read(column: Any) -> Rows:
-        return tuple(tile.load(d_ref, row - 1, column) for row in range(tile.rows + 2))
+    def fetch(column: Any) -> tuple[Rows, Rows]:
+        d = tuple(tile.load(d_ref, row - 1, column) for row in range(tile.rows + 2))
+        return d, tuple(tile.load(x_ref, r, column, other=_OUTSIDE) for r in range(tile.rows))
 
-    def use(column: jax.Array, seen: Any, sums: Rows) -> Rows:
+    def prepare(d: Rows) -> Rows:
+        return tuple(row.astype(jnp.float32) for row in d)
+
+    def use(column: jax.Array, seen: Any, own: Rows, sums: Rows) -> Rows:
         found = list(sums)
         for row in range(tile.rows):
-            x = tile.load(x_ref, row, column, other=_OUTSIDE) + x_bias
+            x = own[row].astype(jnp.float32) + x_bias
             activated, slope = tile.silu_and_slope(x)
-            activated = activated.astype(dtype).astype(jnp.float32)
-            dx = _window(seen, row, turned) * slope
+            dx = tile.window(seen, row, turned, zero) * slope
             tile.store(dx_ref, dx, row, column)
             for i in range(3):
                 for j in range(3):
-                    found[3 * i + j] += activated * seen[2 - j][row + 2 - i]
+                    known = found[3 * i + j]
+                    found[3 * i + j] = tile.fma(activated, seen[2 - j][row + 2 - i], known)
             # a band's last rows may lie below the frame, where slope and d are zero
             found[9] += dx
             found[10] += seen[1][row + 1]
         return tuple(found)
 
-    zero = jnp.zeros((tile.block,), jnp.float32)
-    for i, total in enumerate(tile.walk(read, use, (zero,) * 11)):
+    for i, total in enumerate(tile.walk(fetch, prepare, use, (zero,) * 11)):
         at = pl.ds(i * tile.channels + tile.channel, tile.block)
         plgpu.store(dw_ref.at[at], total, mask=tile.real)
 
@@ -241,7 +283,7 @@ def _call(
         return pl.BlockSpec((None, None, a.shape[-1]), lambda c, r, f: (f, r, 0))
 
     return pl.pallas_call(
-        functools.partial(body, band=lambda: _Band(size, rows, block, is_exact)),
+        functools.partial(body, band=lambda: _Band(size, rows, tiles, is_exact)),
         # the first axis runs fastest: neighbouring blocks of channels share lines of memory
         grid=(pl.cdiv(size[2], block), pl.cdiv(size[0], rows), outputs[0].shape[0]),
         in_specs=[spec(a) for a in inputs],

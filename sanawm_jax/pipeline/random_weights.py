@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ PARTS = ("stage1", "refiner", "all")
 F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 _TEXT_SHARD_BYTES = 5 * 10**9
 _CHUNK = 1 << 24
+_WORKERS = min(32, os.cpu_count() or 1)  # numpy draws without holding the interpreter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +241,12 @@ def text_specs(config: GemmaConfig) -> dict[str, Spec]:
 def _write_text(config: GemmaConfig, folder: Path, tokenizer: Path, seed: int) -> None:
     specs = text_specs(config)
     write_folder(
-        folder, specs, _reader(specs, seed, 0.0), stem="model", max_bytes=_TEXT_SHARD_BYTES
+        folder,
+        specs,
+        _reader(specs, seed, 0.0),
+        stem="model",
+        max_bytes=_TEXT_SHARD_BYTES,
+        workers=_WORKERS,
     )
     fields = {"hidden_activation": "gelu_pytorch_tanh", "dtype": "bfloat16", **config.to_json()}
     if config.model_type == GEMMA2:
@@ -255,7 +262,7 @@ def _write_text(config: GemmaConfig, folder: Path, tokenizer: Path, seed: int) -
 def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
     specs, schedule = dit_specs(sizes.dit), Schedule(shift=9.8)
     if layout == "diffusers":
-        write_folder(out / "transformer", specs, _reader(specs, seed))
+        write_folder(out / "transformer", specs, _reader(specs, seed), workers=_WORKERS)
         raw = {"_class_name": "SanaWMTransformer3DModel", **_json(sizes.dit)}
         write_json(out / "transformer" / "config.json", raw)
         write_scheduler(out, schedule)
@@ -274,10 +281,11 @@ def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
                 if name == upstream.DROPPED_CAPTION
                 else read(upstream.to_diffusers(name))
             ),
+            workers=_WORKERS,
         )
         write_yaml(out / "config.yaml", upstream_config(sizes.dit, schedule))
     vae = vae_specs(sizes.vae)
-    write_folder(out / "vae", vae, _reader(vae, seed))
+    write_folder(out / "vae", vae, _reader(vae, seed), workers=_WORKERS)
     write_json(
         out / "vae" / "config.json", {"_class_name": "AutoencoderKLLTX2Video", **_json(sizes.vae)}
     )
@@ -292,7 +300,7 @@ def _write_refiner(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
         ("transformer", refiner_specs(sizes.refiner), sizes.refiner, name),
         ("connectors", connectors_specs(sizes.connectors), sizes.connectors, "LTX2TextConnectors"),
     ):
-        write_folder(out / part, specs, _reader(specs, seed))
+        write_folder(out / part, specs, _reader(specs, seed), workers=_WORKERS)
         write_json(out / part / "config.json", {"_class_name": cls, **_json(config)})
     tokenizer = out / ("tokenizer" if is_diffusers else "text_encoder")
     _write_text(sizes.refiner_text, out / "text_encoder", tokenizer, seed)
@@ -310,7 +318,7 @@ def write_random(
     sizes: Sizes = RELEASED,
     seed: int = 0,
 ) -> list[Path]:
-    """Writes random weights; no more than one tensor is in memory.
+    """Writes random weights; no more than a tensor a processor is in memory, and 32 at most.
 
     Args:
       out: a new folder. With `all` in diffusers layout the refiner goes to `OUT-refiner`, in

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,20 @@ def plan_shards(specs: Mapping[str, Spec], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def write_file(path: Path, specs: Mapping[str, Spec], read: Callable[[str], np.ndarray]) -> None:
-    """Writes one safetensors file; no more than one tensor is in memory.
+def write_file(
+    path: Path,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], np.ndarray],
+    *,
+    workers: int = 1,
+) -> None:
+    """Writes one safetensors file; no more than `workers` tensors are in memory.
 
     Args:
       path: the file; it appears when it is complete.
       specs: name -> shape and dtype, in the order of the file.
       read: name -> the tensor.
+      workers: threads that read; with one, the caller's does.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -57,10 +66,28 @@ def write_file(path: Path, specs: Mapping[str, Spec], read: Callable[[str], np.n
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in specs.items():
-            value = np.asarray(read(name), dtype, order="C")
+        values = _read_ahead(read, list(specs), workers)
+        for (name, (shape, dtype)), tensor in zip(specs.items(), values, strict=True):
+            value = np.asarray(tensor, dtype, order="C")
             assert value.shape == shape, (name, value.shape, shape)
             file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def _read_ahead(
+    read: Callable[[str], np.ndarray], names: list[str], workers: int
+) -> Iterator[np.ndarray]:
+    """The tensors in order, the next `workers - 1` being read meanwhile."""
+    if workers == 1:
+        yield from map(read, names)
+        return
+    with ThreadPoolExecutor(workers - 1) as pool:
+        pending: deque[Future[np.ndarray]] = deque()
+        for name in names:
+            pending.append(pool.submit(read, name))
+            if len(pending) == workers - 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def write_folder(
@@ -70,24 +97,25 @@ def write_folder(
     *,
     stem: str = "diffusion_pytorch_model",
     max_bytes: int = MAX_SHARD_BYTES,
+    workers: int = 1,
 ) -> None:
     """Writes `STEM.safetensors`, or its shards and `STEM.safetensors.index.json` if larger.
 
     Args:
       folder: made if absent.
-      specs, read: see `write_file`.
+      specs, read, workers: see `write_file`.
       stem: `diffusion_pytorch_model`, or `model` for a text encoder.
       max_bytes: of one file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(specs, max_bytes)
     if len(shards) <= 1:
-        write_file(folder / f"{stem}.safetensors", specs, read)
+        write_file(folder / f"{stem}.safetensors", specs, read, workers=workers)
         return
     weight_map = {}
     for i, names in enumerate(shards, 1):
         file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, {n: specs[n] for n in names}, read)
+        write_file(folder / file, {n: specs[n] for n in names}, read, workers=workers)
         weight_map.update(dict.fromkeys(names, file))
     total = sum(num_bytes(spec) for spec in specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

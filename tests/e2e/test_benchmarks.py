@@ -37,7 +37,7 @@ def run(name: str, *flags: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "measured"),
-    [("stage1", 1), ("vae", 2), ("refiner", 2), pytest.param("pipeline", 1)],
+    [("stage1", 1), ("vae", 2), ("refiner", 2), ("pipeline", 3)],
 )
 def test_tiny(name: str, measured: int) -> None:
     lines = run(name, "--repeats=1")
@@ -46,9 +46,8 @@ def test_tiny(name: str, measured: int) -> None:
         side: {line["what"]: line for line in lines if "seconds" in line and line["side"] == side}
         for side in ("ours", "reference")
     }
-    assert len(ratios) == measured and all(
-        found.keys() == ratios.keys() for found in sides.values()
-    )
+    assert len(ratios) == measured
+    assert sides["reference"].keys() == ratios.keys() <= sides["ours"].keys()
     for what, ratio in ratios.items():
         ours, reference = sides["ours"][what], sides["reference"][what]
         assert ratio == pytest.approx(reference["seconds"] / ours["seconds"], abs=1e-3)
