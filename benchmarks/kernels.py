@@ -111,6 +111,7 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     """Stages of the main branch, then one direction and both of it as a whole."""
+    del is_tiny
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     bound = sizes.head_dim**-0.5 * sizes.tokens**-0.5
     q, k, v, q_rot, k_rot = (
@@ -123,55 +124,30 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     states = jax.jit(lambda m: gdn.scan_states(m)[0])(maps)
     normaliser = jax.nn.relu(_normal(7, (*decay.shape, 1, sizes.head_dim), jnp.float32)) + 0.1
 
-    def sweep(tiles: dict[str, gdn.Tiles]) -> dict[str, dict[str, Any]]:
-        chosen = dict(list(tiles.items())[:1]) if is_tiny else tiles
-        pallas = {f"pallas {name}": {"impl": "pallas", "tiles": t} for name, t in chosen.items()}
-        return {"xla": {"impl": "xla"}, **pallas}
+    def variants(function: Any) -> dict[str, Callable[..., Any]]:
+        return {impl: lambda *a, i=impl: function(*a, impl=i) for impl in choice.IMPLS["gdn"]}
 
-    def variants(function: Any, options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
-        return {name: lambda *a, o=o: function(*a, **o) for name, o in options.items()}
-
-    tokens = sweep({"default": gdn.Tiles()} | {
-        f"tokens {t} warps {w} stages {s}": gdn.Tiles.of(gdn.Tile(t, w, s))
-        for t, w, s in ((64, 8, 2), (64, 4, 3), (32, 4, 3), (128, 8, 2))
-    })  # fmt: skip
     forward, small = _bytes(k_rot, v), _bytes(maps, beta)
     yield Part(
         "gdn", "frame maps", (k_rot, v, beta, decay),
-        variants(lambda *a, **o: tuple(gdn.frame_transitions(*a, **o)), tokens),
+        variants(lambda *a, **o: tuple(gdn.frame_transitions(*a, **o))),
         forward + small, 2 * forward + 2 * small,
     )  # fmt: skip
     yield Part(
         "gdn", "normaliser maps", (k, beta, decay),
-        variants(lambda *a, **o: tuple(gdn.normaliser_transitions(*a, **o)), tokens),
+        variants(lambda *a, **o: tuple(gdn.normaliser_transitions(*a, **o))),
         _bytes(k, beta, maps.w), 2 * _bytes(k, beta) + _bytes(maps.w),
     )  # fmt: skip
-    scans = sweep({
-        f"rows {r} warps {w} {p}": gdn.Tiles(scan_rows=r, scan_warps=w, scan_precision=p)
-        for r, w, p in (
-            (32, 8, "bf16x3"), (32, 4, "bf16x3"), (64, 8, "bf16x3"), (16, 4, "bf16x3"),
-            (32, 8, "tf32x3"),
-        )
-    } | {
-        f"hopper groups {r.groups} maps {r.maps} inputs {r.inputs} raw {r.raw}":
-            gdn.Tiles(scan_ring=r)
-        for r in (
-            gdn.Ring(), gdn.Ring(2), gdn.Ring(maps=3), gdn.Ring(maps=1, raw=2), gdn.Ring(raw=1),
-        )
-    })  # fmt: skip
     for both, name in ((False, "recurrence, one direction"), (True, "recurrence, both")):
         run = gdn.bidirectional_states if both else gdn.scan_states
         yield Part(
             "gdn", name, tuple(maps),
-            variants(lambda w, u, run=run, **o: run(gdn.Transition(w, u), **o)[0], scans),
+            variants(lambda w, u, run=run, **o: run(gdn.Transition(w, u), **o)[0]),
             _bytes(maps, maps.u), _bytes(maps, maps) + 2 * _bytes(maps.u),
         )  # fmt: skip
-    rows = sweep({"matrix unit": gdn.Tiles()} | {
-        f"sums warps {w}": gdn.Tiles(scan_sums=True, scan_warps=w) for w in (4, 8, 16)
-    })  # fmt: skip
     yield Part(
         "gdn", "recurrence of the normaliser, both", (maps.w, normaliser),
-        variants(lambda w, u, **o: gdn.bidirectional_states(gdn.Transition(w, u), **o)[0], rows),
+        variants(lambda w, u, **o: gdn.bidirectional_states(gdn.Transition(w, u), **o)[0]),
         _bytes(maps.w, normaliser, normaliser), 2 * _bytes(maps.w) + 4 * _bytes(normaliser),
     )  # fmt: skip
 
@@ -180,7 +156,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         return y.astype(q.dtype)
 
     yield Part(
-        "gdn", "read-out", (states, normaliser, q_rot, q), variants(read, tokens),
+        "gdn", "read-out", (states, normaliser, q_rot, q), variants(read),
         _bytes(states, q, q, q), 2 * _bytes(states) + 5 * _bytes(q),
     )  # fmt: skip
 
@@ -191,12 +167,11 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         z, _ = run(gdn.normaliser_transitions(k, beta, decay, **options), **options)
         return gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options).astype(q.dtype)
 
-    whole = sweep({"default": gdn.Tiles()})
     least = _bytes(q, k, v, q_rot, k_rot, beta)
     for both, name in ((False, "one direction"), (True, "both directions")):
         yield Part(
             "gdn", f"main branch, {name}", (q, k, v, q_rot, k_rot, beta, decay),
-            variants(lambda *a, both=both, **o: branch(*a, both=both, **o), whole),
+            variants(lambda *a, both=both, **o: branch(*a, both=both, **o)),
             least + _bytes(q), 2 * least + _bytes(q),
         )  # fmt: skip
 

@@ -8,11 +8,10 @@ from kernels_pallas.gdn.api import (
     read_out,
     scan_states,
 )
-from kernels_pallas.gdn.gpu import Ring, Tile, Tiles
+from kernels_pallas.gdn.gpu import Tile, Tiles
 from kernels_pallas.gdn.reference import Transition, compose_states
 
 __all__ = [
-    "Ring",
     "Tile",
     "Tiles",
     "Transition",

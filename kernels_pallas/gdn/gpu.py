@@ -30,24 +30,6 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Shape of a program of the recurrence on Hopper, see `gdn.gpu_scan_hopper`.
-
-    Attributes:
-      groups: warpgroups that carry rows, 1 or 2; two read the same maps.
-      maps: frames whose split maps are held.
-      inputs: frames whose inputs are held.
-      raw: frames whose float32 maps are held, to be split by the warpgroup that brings them; 0 if
-        maps are split beforehand, by XLA.
-    """
-
-    groups: int = 1
-    maps: int = 2
-    inputs: int = 2
-    raw: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Tiles:
     """Sizes of the kernels' programs; the defaults are the fastest on an H100.
 
@@ -56,9 +38,7 @@ class Tiles:
       rows, rows_gradient: of the normaliser's, whose u is a row.
       read, read_gradient: of the read-out.
       scan_rows, scan_warps: rows of the state that one program of the recurrence carries.
-      scan_precision: tf32x3, bf16x3 or ieee, of the recurrence's products.
-      scan_sums: a state of one row is multiplied in float32, without the matrix unit.
-      scan_ring: the kernel for Hopper in place of all this, where it takes the state.
+      scan_exact: its products in float32, for tests; never on Hopper's own kernel.
     """
 
     maps: Tile = Tile(stages=3)
@@ -69,9 +49,7 @@ class Tiles:
     read_gradient: Tile = Tile()
     scan_rows: int = 32
     scan_warps: int = 8
-    scan_precision: str = "bf16x3"
-    scan_sums: bool = False
-    scan_ring: Ring | None = None
+    scan_exact: bool = False
 
     @classmethod
     def of(cls, tile: Tile, **scan: Any) -> Tiles:
