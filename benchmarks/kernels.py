@@ -197,29 +197,20 @@ def attention_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     """From projections to what both branches' recurrences read, and the camera branch's output."""
+    del is_tiny
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     x = _normal(0, shape, sizes.dtype)
     matrices = _normal(1, (*shape[:3], 4, 4), jnp.float32)
     angles = _normal(2, (1, *shape[1:3], sizes.head_dim // 2), jnp.float32)
     scale = 1.0 + _normal(3, (sizes.heads * sizes.head_dim,), jnp.float32, 0.1)
     keys = ucpe.Features(scale, 1e-5, True, sizes.head_dim**-0.5 * sizes.tokens**-0.5)
-    sweep = [
-        ucpe.Tiles(tokens, warps, joined)
-        for tokens, warps, joined in (
-            (16, 4, True), (32, 8, True), (32, 4, True), (8, 2, True), (16, 4, False)
-        )
-    ]  # fmt: skip
-    options: dict[str, Any] = {"xla": {"impl": "xla"}}
-    for t in sweep[:1] if is_tiny else sweep:
-        name = f"pallas tokens {t.tokens} warps {t.warps} {'joined' if t.joined else 'strided'}"
-        options[name] = {"impl": "pallas", "tiles": t}
 
     def part(name: str, function: Callable[..., Any], *small: jax.Array, writes: int = 1) -> Part:
         variants: dict[str, Callable[..., Any]] = {
-            impl: lambda x, *a, o=o: function(x, *a, **o) for impl, o in options.items()
+            impl: lambda x, *a, i=impl: function(x, *a, impl=i) for impl in choice.IMPLS["ucpe"]
         }
-        moved = (1 + writes) * _bytes(x) + _bytes(small)
-        return Part("ucpe", name, (x, *small), variants, moved, 2 * moved)
+        least = (1 + writes) * _bytes(x) + _bytes(small)
+        return Part("ucpe", name, (x, *small), variants, least, 2 * least)
 
     half = angles[..., : sizes.head_dim // 4]
     yield part(
@@ -230,12 +221,8 @@ def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         "features to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], keys, **o),
         matrices, half,
     )  # fmt: skip
-    yield part(
-        "to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], **o), matrices, half
-    )
-    yield part(
-        "from ray space", lambda x, m, a, **o: ucpe.apply_ucpe(x, m, a[0], **o), matrices, half
-    )
+    for name, run in (("to ray space", ucpe.to_ray_space), ("from ray space", ucpe.apply_ucpe)):
+        yield part(name, lambda x, m, a, run=run, **o: run(x, m, a[0], **o), matrices, half)
 
 
 PARTS = {
@@ -266,9 +253,7 @@ def _weights(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -
 def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> float:
     """Time of a call of a compiled function: the median of runs of ten queued ones, over ten.
 
-    Calls of more than 50 ms are timed one by one.
-
-    A launch hides behind the call before it, and the wait for the last is shared by all.
+    A launch hides behind the call before it; calls of more than 50 ms are timed one by one.
     """
     jax.block_until_ready(function(*inputs))
     start = time.perf_counter()

@@ -116,12 +116,13 @@ def test_equals_xla(case):
 
 
 def test_bfloat16_is_no_worse_than_xla():
-    inputs = _inputs(SHAPE, jnp.bfloat16)
+    # enough tokens to average the rounding of a map
+    inputs = _inputs((1, 3, 440, 1, 32), jnp.bfloat16)
     wide = {name: a.astype(jnp.float32) for name, a in inputs.items()}
     truth = _results(wide, "xla")
     xla, pallas = _results(inputs, "xla"), _results(inputs, "pallas")
     for name, want in truth.items():
-        assert _error(pallas[name], want) < max(1.1 * _error(xla[name], want), 2e-5), name
+        assert _error(pallas[name], want) < max(1.02 * _error(xla[name], want), 2e-5), name
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -265,7 +266,7 @@ def test_on_a_gpu(monkeypatch, case, capability):
     if capability > choice.capability():
         pytest.skip("an older card")
     monkeypatch.setattr(choice, "capability", lambda: capability)
-    _run.clear_cache()
+    jax.clear_caches()  # what was traced for another card
     options = dict(HARD[case])
     ends, shape = options.pop("ends", None), options.pop("shape", (2, 5, 200, 2, 112))
     inputs = _inputs(shape, jnp.bfloat16, **options)
@@ -273,5 +274,5 @@ def test_on_a_gpu(monkeypatch, case, capability):
     xla = _results(inputs, "xla", ends=ends)
     for name, found in _results(inputs, "pallas", gdn.Tiles(), ends).items():
         # a gradient that is a sum of two is rounded twice
-        bound = max(1.1 * _error(xla[name], truth[name]), 3e-3 if name in ROUNDED else 1e-4)
+        bound = max(1.1 * _error(xla[name], truth[name]), 3e-3 if name in ROUNDED else 3e-4)
         assert np.isfinite(found).all() and _error(found, truth[name]) < bound, name
