@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                                  # all, 121 latent frames
     python -m benchmarks.kernels --only gdn --latent_frames 21
+    python -m benchmarks.kernels --only gdn --part recurrence
     python -m benchmarks.kernels --tiny                           # interpreted, seconds on a CPU
 
 One JSON line a measurement: kernel, part, variant, pass (forward, or backward: gradients of all
@@ -105,6 +106,7 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     """Stages of the main branch, then one direction and both of it as a whole."""
+    del is_tiny
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     bound = sizes.head_dim**-0.5 * sizes.tokens**-0.5
     q, k, v, q_rot, k_rot = (
@@ -117,50 +119,39 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     states = jax.jit(lambda m: gdn.scan_states(m)[0])(maps)
     normaliser = jax.nn.relu(_normal(7, (*decay.shape, 1, sizes.head_dim), jnp.float32)) + 0.1
 
-    def sweep(tiles: dict[str, gdn.Tiles]) -> dict[str, dict[str, Any]]:
-        chosen = dict(list(tiles.items())[:1]) if is_tiny else tiles
-        pallas = {f"pallas {name}": {"impl": "pallas", "tiles": t} for name, t in chosen.items()}
-        return {"xla": {"impl": "xla"}, **pallas}
+    def variants(function: Any) -> dict[str, Callable[..., Any]]:
+        return {impl: lambda *a, i=impl: function(*a, impl=i) for impl in choice.IMPLS["gdn"]}
 
-    def variants(function: Any, options: dict[str, Any]) -> dict[str, Callable[..., Any]]:
-        return {name: lambda *a, o=o: function(*a, **o) for name, o in options.items()}
-
-    tokens = sweep({"default": gdn.Tiles()} | {
-        f"tokens {t} warps {w} stages {s}": gdn.Tiles.of(gdn.Tile(t, w, s))
-        for t, w, s in ((64, 8, 2), (64, 4, 3), (32, 4, 3), (128, 8, 2))
-    })  # fmt: skip
     forward, small = _bytes(k_rot, v), _bytes(maps, beta)
     yield Part(
         "gdn", "frame maps", (k_rot, v, beta, decay),
-        variants(lambda *a, **o: tuple(gdn.frame_transitions(*a, **o)), tokens),
+        variants(lambda *a, **o: tuple(gdn.frame_transitions(*a, **o))),
         forward + small, 2 * forward + 2 * small,
     )  # fmt: skip
     yield Part(
         "gdn", "normaliser maps", (k, beta, decay),
-        variants(lambda *a, **o: tuple(gdn.normaliser_transitions(*a, **o)), tokens),
+        variants(lambda *a, **o: tuple(gdn.normaliser_transitions(*a, **o))),
         _bytes(k, beta, maps.w), 2 * _bytes(k, beta) + _bytes(maps.w),
     )  # fmt: skip
-    scans = sweep({
-        f"rows {r} warps {w} {p}": gdn.Tiles(scan_rows=r, scan_warps=w, scan_precision=p)
-        for r, w, p in (
-            (32, 8, "bf16x3"), (32, 4, "bf16x3"), (64, 8, "bf16x3"), (16, 4, "bf16x3"),
-            (32, 8, "tf32x3"),
-        )
-    })  # fmt: skip
     for both, name in ((False, "recurrence, one direction"), (True, "recurrence, both")):
         run = gdn.bidirectional_states if both else gdn.scan_states
         yield Part(
             "gdn", name, tuple(maps),
-            variants(lambda w, u, run=run, **o: run(gdn.Transition(w, u), **o)[0], scans),
+            variants(lambda w, u, run=run, **o: run(gdn.Transition(w, u), **o)[0]),
             _bytes(maps, maps.u), _bytes(maps, maps) + 2 * _bytes(maps.u),
         )  # fmt: skip
+    yield Part(
+        "gdn", "recurrence of the normaliser, both", (maps.w, normaliser),
+        variants(lambda w, u, **o: gdn.bidirectional_states(gdn.Transition(w, u), **o)[0]),
+        _bytes(maps.w, normaliser, normaliser), 2 * _bytes(maps.w) + 4 * _bytes(normaliser),
+    )  # fmt: skip
 
     def read(states: Any, z: Any, q_rot: Any, q: Any, **options: Any) -> Any:
         y = gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options)
         return y.astype(q.dtype)
 
     yield Part(
-        "gdn", "read-out", (states, normaliser, q_rot, q), variants(read, tokens),
+        "gdn", "read-out", (states, normaliser, q_rot, q), variants(read),
         _bytes(states, q, q, q), 2 * _bytes(states) + 5 * _bytes(q),
     )  # fmt: skip
 
@@ -171,12 +162,11 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         z, _ = run(gdn.normaliser_transitions(k, beta, decay, **options), **options)
         return gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options).astype(q.dtype)
 
-    whole = sweep({"default": gdn.Tiles()})
     least = _bytes(q, k, v, q_rot, k_rot, beta)
     for both, name in ((False, "one direction"), (True, "both directions")):
         yield Part(
             "gdn", f"main branch, {name}", (q, k, v, q_rot, k_rot, beta, decay),
-            variants(lambda *a, both=both, **o: branch(*a, both=both, **o), whole),
+            variants(lambda *a, both=both, **o: branch(*a, both=both, **o)),
             least + _bytes(q), 2 * least + _bytes(q),
         )  # fmt: skip
 
@@ -202,29 +192,20 @@ def attention_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     """From projections to what both branches' recurrences read, and the camera branch's output."""
+    del is_tiny
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     x = _normal(0, shape, sizes.dtype)
     matrices = _normal(1, (*shape[:3], 4, 4), jnp.float32)
     angles = _normal(2, (1, *shape[1:3], sizes.head_dim // 2), jnp.float32)
     scale = 1.0 + _normal(3, (sizes.heads * sizes.head_dim,), jnp.float32, 0.1)
     keys = ucpe.Features(scale, 1e-5, True, sizes.head_dim**-0.5 * sizes.tokens**-0.5)
-    sweep = [
-        ucpe.Tiles(tokens, warps, joined)
-        for tokens, warps, joined in (
-            (16, 4, True), (32, 8, True), (32, 4, True), (8, 2, True), (16, 4, False)
-        )
-    ]  # fmt: skip
-    options: dict[str, Any] = {"xla": {"impl": "xla"}}
-    for t in sweep[:1] if is_tiny else sweep:
-        name = f"pallas tokens {t.tokens} warps {t.warps} {'joined' if t.joined else 'strided'}"
-        options[name] = {"impl": "pallas", "tiles": t}
 
     def part(name: str, function: Callable[..., Any], *small: jax.Array, writes: int = 1) -> Part:
         variants: dict[str, Callable[..., Any]] = {
-            impl: lambda x, *a, o=o: function(x, *a, **o) for impl, o in options.items()
+            impl: lambda x, *a, i=impl: function(x, *a, impl=i) for impl in choice.IMPLS["ucpe"]
         }
-        moved = (1 + writes) * _bytes(x) + _bytes(small)
-        return Part("ucpe", name, (x, *small), variants, moved, 2 * moved)
+        least = (1 + writes) * _bytes(x) + _bytes(small)
+        return Part("ucpe", name, (x, *small), variants, least, 2 * least)
 
     half = angles[..., : sizes.head_dim // 4]
     yield part(
@@ -235,12 +216,8 @@ def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         "features to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], keys, **o),
         matrices, half,
     )  # fmt: skip
-    yield part(
-        "to ray space", lambda x, m, a, **o: ucpe.to_ray_space(x, m, a[0], **o), matrices, half
-    )
-    yield part(
-        "from ray space", lambda x, m, a, **o: ucpe.apply_ucpe(x, m, a[0], **o), matrices, half
-    )
+    for name, run in (("to ray space", ucpe.to_ray_space), ("from ray space", ucpe.apply_ucpe)):
+        yield part(name, lambda x, m, a, run=run, **o: run(x, m, a[0], **o), matrices, half)
 
 
 PARTS = {
@@ -271,9 +248,7 @@ def _weights(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -
 def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> float:
     """Time of a call of a compiled function: the median of runs of ten queued ones, over ten.
 
-    Calls of more than 50 ms are timed one by one.
-
-    A launch hides behind the call before it, and the wait for the last is shared by all.
+    A launch hides behind the call before it; calls of more than 50 ms are timed one by one.
     """
     jax.block_until_ready(function(*inputs))
     start = time.perf_counter()
@@ -387,6 +362,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs one command line and returns its lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--part", default="", help="only parts with this in their name")
     parser.add_argument("--latent_frames", type=int, default=121)
     parser.add_argument("--batch", type=int, default=2, help="of gdn and ucpe; conv_glu runs one")
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
@@ -401,6 +377,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     found = []
     for kernel in given.only:
         for part in PARTS[kernel](sizes, given.tiny):
+            if given.part not in part.name:
+                continue
             cut = 2 if given.tiny else (21 if kernel == "gdn" else 8)
             for line in measure(part, cut, 1 if given.tiny else given.repeats, tuple(given.passes)):
                 line |= {"frames": sizes.frames, "device": device, "auto": choice.AUTO[kernel]}

@@ -1,4 +1,4 @@
-"""The recurrence over frames as a Triton kernel.
+"""The recurrence over frames as a Triton kernel, or on Hopper as `gdn.gpu_scan_hopper`.
 
 Rows of a state do not see each other (S W acts on columns), so a program carries a few rows of one
 head through all frames, on the chip; a head's programs read the same maps, from the cache.
@@ -16,16 +16,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels_pallas import choice
+from kernels_pallas.gdn import gpu_scan_hopper
 from kernels_pallas.gdn.gpu import Tiles, matrix_mask, padded, product
 
-_PRESETS = {"tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3}
 
-
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: str) -> jax.Array:
-    if precision in _PRESETS:
-        dims = (((axes[0],), (axes[1],)), ((), ()))
-        return lax.dot_general(a, b, dims, _PRESETS[precision], preferred_element_type=jnp.float32)
-    return product(a, b, axes, exact=precision == "ieee")
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> jax.Array:
+    if len(a) == 1:  # a row does not fill a matrix unit
+        row, across = jnp.sum(a, 0), axes[1]
+        return jnp.sum((row[None, :] if across else row[:, None]) * b, across)[None, :]
+    return product(a, b, axes, exact)
 
 
 class Run(NamedTuple):
@@ -67,11 +67,11 @@ def _kernel(*refs: Any, frames: int, sizes: tuple[int, int], options: dict[str, 
         keep = 1.0 - reset_ref[frame]
         if adjoint:  # u holds the gradient of the reported states
             told = state + (1.0 - exclusive) * u
-            after = _dot(told, w, (1, 1), options["precision"])
+            after = _dot(told, w, (1, 1), options["exact"])
             state = keep * (after + exclusive * u)
         else:
             state = keep * state
-            after = _dot(state, w, (1, 0), options["precision"]) + u
+            after = _dot(state, w, (1, 0), options["exact"]) + u
             told, state = jnp.where(exclusive > 0, state, after), after
         plgpu.store(states_ref.at[frame, :, :], told, mask=row_mask)
         return state, following
@@ -109,22 +109,19 @@ def scan(
       (R, B, F, N, V, D) and (R, B, N, V, D).
     """
     _, batch, frames, heads, values, size = u.shape
+    is_hopper = not (interpret or tiles.scan_exact) and choice.capability() == choice.HOPPER
+    if is_hopper and gpu_scan_hopper.takes(values, size):
+        return gpu_scan_hopper.scan(w, u, initial, reset, runs, adjoint=adjoint)
     shares_u = len(u) == 1
     count, wide = len(runs), padded(size)
-    rows = min(tiles.scan_rows, padded(values))
+    rows = 1 if values == 1 else min(tiles.scan_rows, padded(values))
     maps = pl.BlockSpec((None, frames, None, wide, wide), lambda r, n, b, d: (b, 0, n, 0, 0))
     line = (None, None, frames, None, rows, wide)
     added = pl.BlockSpec(line, lambda r, n, b, d: (0 if shares_u else d, b, 0, n, r, 0))
     told = pl.BlockSpec(line, lambda r, n, b, d: (d, b, 0, n, r, 0))
     state = pl.BlockSpec((None, None, None, rows, wide), lambda r, n, b, d: (d, b, n, r, 0))
     flags = pl.BlockSpec((None, frames), lambda r, n, b, d: (d, 0))
-    # an interpreter has no such units
-    is_replaced = interpret and tiles.scan_precision in _PRESETS
-    options = {
-        "runs": runs,
-        "adjoint": adjoint,
-        "precision": "ieee" if is_replaced else tiles.scan_precision,
-    }
+    options = {"runs": runs, "adjoint": adjoint, "exact": tiles.scan_exact}
     states, final = pl.pallas_call(
         functools.partial(_kernel, frames=frames, sizes=(values, size), options=options),
         grid=(pl.cdiv(values, rows), heads, batch, count),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from kernels_pallas.triton import fma
 
 Quad = tuple[jax.Array, ...]  # channels 4g, 4g + 1, 4g + 2, 4g + 3 of half a head
 Rotation = tuple[jax.Array, ...]  # cosine and sine
@@ -32,13 +33,10 @@ class Tiles:
     Attributes:
       tokens: that it owns, a power of two.
       warps: of 32 threads.
-      joined: read and write half a head as one block of neighbouring channels, which is taken
-        apart and put together on the chip; else as four blocks of every fourth channel.
     """
 
     tokens: int = 16
     warps: int = 4
-    joined: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +72,9 @@ class Form:
 class _Tokens:
     """What a program may read and write; refs are flat, one frame each."""
 
-    def __init__(self, size: tuple[int, int, int], tiles: Tiles):
+    def __init__(self, size: tuple[int, int, int], tiles: Tiles, interpret: bool):
         self.tokens, self.heads, self.dim = size
-        self.tiles = tiles
+        self.tiles, self.interpret = tiles, interpret
         self.groups = self.dim // 8
         wide = pl.next_power_of_2(self.groups)
         self.row = pl.program_id(0) * tiles.tokens + jnp.arange(tiles.tokens)
@@ -109,57 +107,49 @@ class _Tokens:
 
     def load(self, ref: Any, head: Any, *, is_shared: bool = False) -> tuple[Any, Any]:
         """Both halves of a head in their dtype, for `quad`; `is_shared` if tokens have the same."""
-        first, second = (
-            tuple(
-                plgpu.load(ref.at[place], mask=mask, other=0.0)
-                for place, mask in self._places(head, half, is_shared)
-            )
-            for half in range(2)
-        )
+        places = [self._places(head, half, is_shared) for half in range(2)]
+        first, second = (plgpu.load(ref.at[at], mask=mask, other=0.0) for at, mask in places)
         return first, second
 
-    def quad(self, loaded: tuple[jax.Array, ...]) -> Quad:
+    def quad(self, loaded: jax.Array) -> Quad:
         """What `load` gave of half a head, in float32."""
-        if self.tiles.joined:
-            pairs = loaded[0].reshape(self.tiles.tokens, -1, 2, 2)
-            even, odd = (jnp.unstack(a, axis=-1) for a in jnp.unstack(pairs, axis=-1))
-            loaded = (even[0], odd[0], even[1], odd[1])
-        return tuple(a.astype(jnp.float32) for a in loaded)
+        pairs = loaded.reshape(self.tiles.tokens, -1, 2, 2)
+        even, odd = (jnp.unstack(a, axis=-1) for a in jnp.unstack(pairs, axis=-1))
+        quad = (even[0], odd[0], even[1], odd[1])
+        return tuple(a.astype(jnp.float32) for a in quad)
 
     def store(self, ref: Any, head: Any, half: int, values: Quad) -> None:
         values = tuple(value.astype(ref.dtype) for value in values)
-        if self.tiles.joined:
-            even, odd = (jnp.stack([values[j], values[j + 2]], -1) for j in range(2))
-            values = (jnp.stack([even, odd], -1).reshape(self.tiles.tokens, -1),)
-        for (place, mask), value in zip(self._places(head, half), values, strict=True):
-            plgpu.store(ref.at[place], value, mask=mask)
+        even, odd = (jnp.stack([values[j], values[j + 2]], -1) for j in range(2))
+        place, mask = self._places(head, half)
+        joined = jnp.stack([even, odd], -1).reshape(self.tiles.tokens, -1)
+        plgpu.store(ref.at[place], joined, mask=mask)
 
-    def _places(
-        self, head: Any, half: int, is_shared: bool = False
-    ) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Where the blocks of half a head are, and which of their elements exist."""
+    def _places(self, head: Any, half: int, is_shared: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Where the channels of half a head are, and which of them exist."""
         row = self.row[:, None] * (0 if is_shared else self.heads * self.dim)
         start = row + (head * self.dim + half * self.dim // 2)
-        if self.tiles.joined:
-            channel = jnp.arange(4 * self.group.shape[0])
-            yield start + channel[None, :], self.real[:, None] & (channel < self.dim // 2)[None, :]
-            return
-        for j in range(4):
-            yield start + 4 * self.group[None, :] + j, self.mask
+        channel = jnp.arange(4 * self.group.shape[0])
+        return start + channel[None, :], self.real[:, None] & (channel < self.dim // 2)[None, :]
+
+    def fma(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        return a * b + c if self.interpret else fma(a, b, c)
 
 
-def _squares(*quads: Quad) -> jax.Array:
+def _squares(tile: _Tokens, *quads: Quad) -> jax.Array:
     """Sum of squares over a head, (tokens,)."""
-    total = functools.reduce(jnp.add, (a * a for quad in quads for a in quad))
-    return jnp.sum(total, 1)
+    first, *others = [a for quad in quads for a in quad]
+    return jnp.sum(
+        functools.reduce(lambda total, a: tile.fma(a, a, total), others, first * first), 1
+    )
 
 
-def _rotate(x: Quad, rotation: list[Rotation]) -> Quad:
+def _rotate(tile: _Tokens, x: Quad, rotation: list[Rotation]) -> Quad:
     """Turns the pairs (0, 1) and (2, 3) by (cos, sin) each, if there is a rotation."""
     if not rotation:
         return x
     pairs = ((x[2 * i], x[2 * i + 1], *rotation[i]) for i in range(2))
-    turned = ((a * cos - b * sin, a * sin + b * cos) for a, b, cos, sin in pairs)
+    turned = ((tile.fma(a, cos, -(b * sin)), tile.fma(a, sin, b * cos)) for a, b, cos, sin in pairs)
     return tuple(value for pair in turned for value in pair)
 
 
@@ -171,8 +161,13 @@ def _move(tile: _Tokens, m_ref: Any, rotation_refs: list[Any]) -> Any:
     rotation = tile.load_rotation(rotation_refs, 2 * tile.groups, 1)
 
     def move(x: tuple[Quad, Quad]) -> tuple[Quad, Quad]:
-        products = ((row[j] * x[0][j] for j in range(4)) for row in matrix)
-        return tuple(functools.reduce(jnp.add, p) for p in products), _rotate(x[1], rotation)
+        moved = []
+        for row in matrix:
+            total = row[0] * x[0][0]
+            for j in range(1, 4):
+                total = tile.fma(row[j], x[0][j], total)
+            moved.append(total)
+        return tuple(moved), _rotate(tile, x[1], rotation)
 
     return move
 
@@ -190,12 +185,12 @@ def _features(tile: _Tokens, inverse_ref: Any, weight_ref: Any, relu: bool) -> A
 
 
 def _bounded(
-    before: tuple[Quad, Quad], after: tuple[Quad, Quad], dim: int
+    tile: _Tokens, before: tuple[Quad, Quad], after: tuple[Quad, Quad]
 ) -> tuple[tuple[Quad, Quad], jax.Array]:
     """A head scaled down to its former RMS, and its squared inflation (tokens,)."""
     eps = 1e-6
-    squares = [_squares(*before), _squares(*after)]
-    rms = [jnp.sqrt(a / dim + eps) for a in squares]
+    squares = [_squares(tile, *before), _squares(tile, *after)]
+    rms = [jnp.sqrt(a / tile.dim + eps) for a in squares]
     scale = jnp.minimum(rms[0] / jnp.maximum(rms[1], eps), 1.0)
     # rounding, which comes next, moves a head's size by far less than one channel
     sizes = [jnp.maximum(a, eps) for a in (jnp.sqrt(squares[0]), scale * jnp.sqrt(squares[1]))]
@@ -203,8 +198,10 @@ def _bounded(
     return jax.tree.map(lambda a: a * scale[:, None], after), ratio * ratio
 
 
-def _kernel(*refs: Any, size: tuple[int, int, int], tiles: Tiles, form: Form) -> None:
-    tile = _Tokens(size, tiles)
+def _kernel(
+    *refs: Any, size: tuple[int, int, int], tiles: Tiles, form: Form, interpret: bool
+) -> None:
+    tile = _Tokens(size, tiles, interpret)
     named = dict(zip(form.inputs(), refs, strict=False))
     outputs = refs[len(named) :]
     rotation_refs = [named[name] for name in ("cos", "sin") if name in named]
@@ -226,11 +223,11 @@ def _kernel(*refs: Any, size: tuple[int, int, int], tiles: Tiles, form: Form) ->
         if move is not None:
             found = move(x)
             if form.bounded:
-                found, inflation = _bounded(x, found, tile.dim)
+                found, inflation = _bounded(tile, x, found)
                 tile.store_scalars(outputs[1], inflation, tile.heads, head)
             results = [found]
         else:
-            turned = tuple(_rotate(x[half], rotations[half]) for half in range(2))
+            turned = tuple(_rotate(tile, x[half], rotations[half]) for half in range(2))
             results = [turned, x]
         for ref, halves in zip(outputs, results, strict=False):
             for half, values in enumerate(halves):
@@ -271,7 +268,9 @@ def run(
         return pl.BlockSpec((None, None, a.shape[-1]), lambda t, f, b: (b, f, 0))
 
     found = pl.pallas_call(
-        functools.partial(_kernel, size=(tokens, heads, dim), tiles=tiles, form=form),
+        functools.partial(
+            _kernel, size=(tokens, heads, dim), tiles=tiles, form=form, interpret=interpret
+        ),
         grid=(pl.cdiv(tokens, tiles.tokens), frames, batch),
         in_specs=[spec(a) for a in inputs],
         out_specs=[spec(a) for a in outputs],

@@ -8,8 +8,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 
-def triton_kernels(function, *args):
-    """Names of the Triton kernels in `function` lowered for CUDA; raises what cannot be lowered."""
+def lowered(function, *args):
+    """Text of `function` lowered for CUDA; raises what cannot be lowered."""
     context = contextlib.nullcontext()
     if jax.__version_info__ >= (0, 11):  # asks which GPU it is for
         from jax.sharding import AbstractDevice
@@ -18,8 +18,12 @@ def triton_kernels(function, *args):
         mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
         context = jax.sharding.use_abstract_mesh(mesh)
     with context:
-        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def triton_kernels(function, *args):
+    """Names of the Triton kernels in `function`."""
+    text = lowered(function, *args)
     return (
         [part.split('"')[0] for part in text.split('name = "')[1:]]
         if "xla.gpu.triton" in text

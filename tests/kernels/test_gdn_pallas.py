@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels_pallas import gdn
-from kernels_pallas.gdn import api, gpu_scan
-from tests.kernels.lowering import triton_kernels
+from kernels_pallas import choice, gdn
+from kernels_pallas.gdn import api, gpu_scan, gpu_scan_hopper
+from tests.kernels.lowering import lowered, triton_kernels
 
-TILES = gdn.Tiles.of(gdn.Tile(tokens=16, warps=4), scan_rows=16, scan_precision="ieee")
+TILES = gdn.Tiles.of(gdn.Tile(tokens=16, warps=4), scan_rows=16, scan_exact=True)
 NAMES = ("q", "k", "v", "q_rot", "k_rot", "beta", "decay", "initial")
 
 
@@ -116,12 +116,13 @@ def test_equals_xla(case):
 
 
 def test_bfloat16_is_no_worse_than_xla():
-    inputs = _inputs(SHAPE, jnp.bfloat16)
+    # enough tokens to average the rounding of a map
+    inputs = _inputs((1, 3, 440, 1, 32), jnp.bfloat16)
     wide = {name: a.astype(jnp.float32) for name, a in inputs.items()}
     truth = _results(wide, "xla")
     xla, pallas = _results(inputs, "xla"), _results(inputs, "pallas")
     for name, want in truth.items():
-        assert _error(pallas[name], want) < max(1.1 * _error(xla[name], want), 2e-5), name
+        assert _error(pallas[name], want) < max(1.02 * _error(xla[name], want), 2e-5), name
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -151,6 +152,58 @@ def test_scan_and_its_gradient(reverse, exclusive):
         both("xla"),
         both("pallas"),
     )
+
+
+def _scan_inputs(shape, runs, adjoint):
+    """Maps that are not symmetric, so that a transposition shows, and a reset in the last run."""
+    batch, frames, heads, values, size = shape
+    keys = jax.random.split(jax.random.key(sum(shape)), 3)
+    noise = jax.random.normal(keys[0], (batch, frames, heads, size, size))
+    u = jax.random.normal(keys[1], (len(runs) if adjoint else 1, *shape))
+    initial = jax.random.normal(keys[2], (len(runs), batch, heads, values, size))
+    reset = jnp.zeros((len(runs), frames)).at[-1, frames // 2].set(1.0)
+    return 0.9 * jnp.eye(size) + 0.3 / size**0.5 * noise, u, initial, reset
+
+
+RUNS = {
+    "forward": (gpu_scan.Run(False, False),),
+    "before": (gpu_scan.Run(False, True),),
+    "reverse": (gpu_scan.Run(True, False),),
+    "both": (gpu_scan.Run(False, False), gpu_scan.Run(True, True)),
+}
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("runs", RUNS)
+def test_scan_of_a_row_is_that_of_a_matrix(runs, adjoint):
+    w, u, initial, reset = _scan_inputs((2, 4, 2, 1, 20), RUNS[runs], adjoint)
+    run = functools.partial(
+        gpu_scan.scan, runs=RUNS[runs], tiles=TILES, adjoint=adjoint, interpret=True
+    )
+    found = run(w, u, initial, reset)
+    wanted = run(w, *(jnp.repeat(a, 2, axis=-2) for a in (u, initial)), reset)
+    for a, b in zip(wanted, found, strict=True):
+        assert _error(b, a[..., :1, :]) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("runs", RUNS)
+@pytest.mark.parametrize("sizes", [(64, 64), (112, 112), (96, 64)], ids=str)
+def test_scan_on_hopper(sizes, runs, adjoint):
+    if choice.capability() != choice.HOPPER or not gpu_scan_hopper.takes(*sizes):
+        pytest.skip("the kernel is for Hopper alone")
+    inputs = _scan_inputs((2, 5, 3, *sizes), RUNS[runs], adjoint)
+    wanted, found = (
+        jax.jit(
+            lambda *a, tiles=tiles: gpu_scan.scan(
+                *a, RUNS[runs], tiles, adjoint=adjoint, interpret=False
+            )
+        )(*inputs)
+        for tiles in (gdn.Tiles(scan_exact=True, scan_rows=16), gdn.Tiles())
+    )
+    for a, b in zip(wanted, found, strict=True):
+        assert _error(np.asarray(b), np.asarray(a)) < 2e-5
 
 
 def test_finite_differences():
@@ -194,17 +247,32 @@ def test_lowers_for_cuda():
     assert triton_kernels(scan, matrix, row) == ["gdn_scan", "gdn_scan_adjoint"]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="an older lowering")
+def test_lowers_for_hopper(monkeypatch):
+    monkeypatch.setattr(choice, "capability", lambda: choice.HOPPER)
+    runs = RUNS["both"]
+    for adjoint in (False, True):
+        inputs = _scan_inputs((1, 3, 2, 112, 112), runs, adjoint)
+        run = functools.partial(
+            gpu_scan.scan, runs=runs, tiles=gdn.Tiles(), adjoint=adjoint, interpret=False
+        )
+        assert "mosaic_gpu" in lowered(run, *inputs)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["tf32x3", "bf16x3"])
+@pytest.mark.parametrize("capability", [choice.AMPERE, choice.HOPPER])
 @pytest.mark.parametrize("case", HARD)
-def test_on_a_gpu(case, precision):
+def test_on_a_gpu(monkeypatch, case, capability):
+    if capability > choice.capability():
+        pytest.skip("an older card")
+    monkeypatch.setattr(choice, "capability", lambda: capability)
+    jax.clear_caches()  # what was traced for another card
     options = dict(HARD[case])
     ends, shape = options.pop("ends", None), options.pop("shape", (2, 5, 200, 2, 112))
-    tiles = gdn.Tiles(scan_precision=precision)
     inputs = _inputs(shape, jnp.bfloat16, **options)
     truth = _results({n: a.astype(jnp.float32) for n, a in inputs.items()}, "xla", ends=ends)
     xla = _results(inputs, "xla", ends=ends)
-    for name, found in _results(inputs, "pallas", tiles, ends).items():
+    for name, found in _results(inputs, "pallas", gdn.Tiles(), ends).items():
         # a gradient that is a sum of two is rounded twice
-        bound = max(1.1 * _error(xla[name], truth[name]), 3e-3 if name in ROUNDED else 1e-4)
+        bound = max(1.1 * _error(xla[name], truth[name]), 3e-3 if name in ROUNDED else 3e-4)
         assert np.isfinite(found).all() and _error(found, truth[name]) < bound, name

@@ -15,13 +15,13 @@ from tests.kernels.lowering import triton_kernels
 
 # tokens that tiles divide and do not, groups of channels that are a power of two and not
 CASES = [
-    ((2, 3, 5, 2, 16), ucpe.Tiles(tokens=4, joined=False)),
+    ((2, 3, 5, 2, 16), ucpe.Tiles(tokens=4)),
     ((1, 2, 8, 1, 24), ucpe.Tiles(tokens=8)),
     ((1, 1, 1, 3, 112), ucpe.Tiles(tokens=2)),
 ]
 GPU_CASES = [
     ((2, 3, 880, 20, 112), ucpe.Tiles()),
-    ((1, 2, 100, 3, 112), ucpe.Tiles(joined=False)),
+    ((1, 2, 100, 3, 112), ucpe.Tiles()),
     ((1, 2, 100, 3, 64), ucpe.Tiles(tokens=32, warps=8)),
 ]
 FORMS = (
@@ -149,7 +149,7 @@ def test_small_and_large_heads(scale):
         assert all(np.isfinite(a).all() for a in _results(inputs, "to ray space", impl, tiles))
 
 
-@pytest.mark.parametrize("tiles", [ucpe.Tiles(), ucpe.Tiles(tokens=32, joined=False)])
+@pytest.mark.parametrize("tiles", [ucpe.Tiles(), ucpe.Tiles(tokens=32)])
 def test_lowers_for_cuda(tiles):
     shape = (1, 121, 880, 20, 112)
     inputs = jax.eval_shape(lambda: _inputs(shape, jnp.bfloat16))

@@ -1,0 +1,254 @@
+"""The recurrence over frames as a Mosaic GPU kernel for Hopper.
+
+A program is 64 rows of a state and two warpgroups. One carries the rows in registers and feeds
+them, split in two bfloat16 parts, to the matrix unit (wgmma) as they are: nothing of the state
+passes through shared memory. The other brings maps and inputs in two frames ahead of time, and
+splits the maps. Axis letters as in `gdn.gpu`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.gdn.gpu import bfloat16_parts
+
+if TYPE_CHECKING:
+    from kernels_pallas.gdn.gpu_scan import Run
+
+_F32, _B16 = jnp.float32, jnp.bfloat16
+_ROWS = 64  # of the matrix unit
+_COLUMNS = 16  # bfloat16 ones that a row of a swizzled tile holds: 112 is whole numbers of it
+_AHEAD = 2  # frames whose float32 maps and inputs are held, beside one frame's split maps
+_SHARED = 220 * 1024  # bytes that a program has for all of them
+_FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 16 bytes
+
+
+def takes(values: int, size: int) -> bool:
+    """Whether states (values, size) fit the matrix unit and their program its shared memory."""
+    held = 4 * size * (size + _AHEAD * (size + _ROWS))
+    is_whole = values % 8 == 0 and size % _COLUMNS == 0
+    is_fit = _ROWS <= values <= 2 * _ROWS and size >= _ROWS and held <= _SHARED
+    # older versions of JAX read memory by other calls
+    return is_whole and is_fit and jax.__version_info__ >= (0, 11)
+
+
+def _multiply(
+    start: jax.Array, parts: Any, maps: Any, adjoint: bool, meanwhile: Callable[[], None]
+) -> jax.Array:
+    """start + S W or, for the adjoint, start + S W^T, of both's high and low parts.
+
+    Args:
+      maps: (2 D, D), high parts above low ones.
+      meanwhile: what is done while the matrix unit works.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    size = maps.shape[1]
+
+    def run(sums: Any) -> None:
+        high, low = (maps.at[pl.ds(j * size, size)] for j in range(2))
+        if adjoint:
+            high, low = high.transpose((1, 0)), low.transpose((1, 0))
+        # smallest first; low times low is below the rest's rounding
+        plgpu.wgmma(sums, parts[1], high)
+        plgpu.wgmma(sums, parts[0], low)
+        plgpu.wgmma(sums, parts[0], high)
+        meanwhile()
+
+    found: Any = pl.run_state(run)(plgpu.ACC.init(start))
+    return found
+
+
+def _kernel(
+    *refs: Any,
+    frames: int,
+    heads: int,
+    batch: int,
+    sizes: tuple[int, int],
+    runs: tuple[Run, ...],
+    adjoint: bool,
+    shares_u: bool,
+) -> None:
+    """As `gpu_scan._kernel`; arrays of (B F N or R B N, ...) so that one index picks a matrix."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs[:6]
+    maps, inputs, split, flags = refs[6:10]
+    map_full, input_full, input_free, split_full, split_free, once = refs[10:]
+    values, size = sizes
+    direction, row, head = lax.axis_index("run"), lax.axis_index("row"), lax.axis_index("head")
+    # head counts over the batch
+    item, own_head = lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads))
+
+    def of_run(field: str) -> Any:
+        first, *others = [int(getattr(run, field)) for run in runs]
+        return direction * (others[0] - first) + first if others else jnp.int32(first)
+
+    backwards = of_run("reverse")
+    if adjoint:
+        backwards = 1 - backwards
+    exclusive = of_run("exclusive").astype(_F32)
+
+    def at(i: Any) -> tuple[Any, Any, Any]:
+        """The frame that is run i-th, and where its map and its input are."""
+        frame = i + backwards * (frames - 1 - 2 * i)
+        own = (item * frames + frame) * heads + own_head
+        return frame, own, own + direction * (batch * frames * heads)
+
+    # the last rows' program starts earlier: it repeats rows, and none of it is past the end
+    rows = pl.ds(pl.multiple_of(jnp.minimum(row * _ROWS, values - _ROWS), 8), _ROWS)
+
+    def slot(i: Any) -> Any:
+        return lax.rem(i, jnp.int32(_AHEAD))
+
+    def carry() -> None:
+        plgpu.barrier_wait(once)
+        state_at = direction * (batch * heads) + head
+        load: Any = plgpu.load
+        start = load(initial_ref.at[state_at, rows, :], layout=plgpu.Layout.WGMMA, optimized=False)
+
+        def step(i: Any, state: Any) -> Any:
+            frame, _, told_at = at(i)
+            if not adjoint:
+                # before the first frame nothing is to be told; what is written is written over
+                told_at = at(jnp.maximum(i - 1 + exclusive.astype(jnp.int32), 0))[2]
+            keep = 1.0 - flags[frame]
+            place = slot(i)
+            plgpu.barrier_wait(input_full.at[place])
+            u = plgpu.layout_cast(inputs[place], plgpu.Layout.WGMMA)
+            if adjoint:
+                state = state + (1.0 - exclusive) * u
+                u = exclusive * u
+                told = state
+            else:
+                # what was the state after the frame before, or is that before this one
+                told = state * (1.0 - exclusive * (1.0 - keep))
+                state = state * keep
+            parts = bfloat16_parts(state)
+            u, *parts = lax.optimization_barrier((u, *parts))
+            plgpu.barrier_arrive(input_free.at[place])
+            plgpu.barrier_wait(split_full)
+
+            def tell() -> None:
+                states_ref[told_at, rows, :] = told
+
+            after = _multiply(u, parts, split, adjoint, tell)
+            plgpu.barrier_arrive(split_free)
+            return keep * after if adjoint else after
+
+        final = lax.fori_loop(0, frames, step, start)
+        if not adjoint:
+
+            @pl.when(exclusive < 0.5)
+            def _last() -> None:
+                states_ref[at(jnp.int32(frames - 1))[2], rows, :] = final
+
+        final_ref[state_at, rows, :] = final
+
+    def ask_for_input(i: Any) -> None:
+        _, shared, own = at(i)
+        place = slot(i)
+        source = u_ref.at[shared if shares_u else own, rows, :]
+        plgpu.copy_gmem_to_smem(source, inputs.at[place], input_full.at[place])
+
+    def ask_for_map(i: Any) -> None:
+        place = slot(i)
+        plgpu.copy_gmem_to_smem(w_ref.at[at(i)[1]], maps.at[place], map_full.at[place])
+
+    def bring() -> None:
+        plgpu.copy_gmem_to_smem(reset_ref.at[direction], flags, once)
+        for i in range(min(_AHEAD, frames)):
+            ask_for_input(jnp.int32(i))
+            ask_for_map(jnp.int32(i))
+
+        def step(i: Any, _: None) -> None:
+            place = slot(i)
+            plgpu.barrier_wait(map_full.at[place])
+            # rows in the matrix unit's layout, 64 at once; of the middle ones some twice
+            parts = {}
+            for start in (0, size - _ROWS):
+                w = plgpu.layout_cast(maps[place, pl.ds(start, _ROWS)], plgpu.Layout.WGMMA)
+                parts[start] = bfloat16_parts(w)
+            pl.when(i > 0)(lambda: plgpu.barrier_wait(split_free))
+            for start, both in parts.items():
+                for j, part in enumerate(both):
+                    split[pl.ds(j * size + start, _ROWS)] = part
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(split_full)
+            pl.when(i + _AHEAD < frames)(lambda: ask_for_map(i + _AHEAD))
+            plgpu.barrier_wait(input_free.at[place])
+            pl.when(i + _AHEAD < frames)(lambda: ask_for_input(i + _AHEAD))
+
+        lax.fori_loop(0, frames, step, None)
+        plgpu.barrier_wait(split_free)
+
+    group = lax.axis_index("group")
+    pl.when(group == 0)(carry)
+    pl.when(group == 1)(bring)
+
+
+def scan(
+    w: jax.Array,
+    u: jax.Array,
+    initial: jax.Array,
+    reset: jax.Array,
+    runs: tuple[Run, ...],
+    *,
+    adjoint: bool,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `gpu_scan.scan`; states of sizes that `takes` allows."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    _, batch, frames, heads, values, size = u.shape
+    count = len(runs)
+    flags = jnp.pad(reset, ((0, 0), (0, -frames % _FLAGS)))
+    tiling = plgpu.TilingTransform((8, _COLUMNS))
+    narrow, wide = ((tiling, plgpu.SwizzleTransform(b * _COLUMNS)) for b in (2, 4))
+    kernel = functools.partial(
+        _kernel,
+        frames=frames,
+        heads=heads,
+        batch=batch,
+        sizes=(values, size),
+        runs=runs,
+        adjoint=adjoint,
+        shares_u=len(u) == 1,
+    )
+    states, final = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((count * batch * frames * heads, values, size), _F32),
+            jax.ShapeDtypeStruct((count * batch * heads, values, size), _F32),
+        ),
+        scratch_types=(
+            plgpu.SMEM((_AHEAD, size, size), _F32, transforms=wide),
+            plgpu.SMEM((_AHEAD, _ROWS, size), _F32, transforms=wide),
+            plgpu.SMEM((2 * size, size), _B16, transforms=narrow),
+            plgpu.SMEM((flags.shape[1],), _F32),
+            plgpu.Barrier(num_barriers=_AHEAD),
+            plgpu.Barrier(num_barriers=_AHEAD),
+            plgpu.Barrier(num_barriers=_AHEAD),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+        ),
+        grid=(pl.cdiv(values, _ROWS), batch * heads, count),
+        grid_names=("row", "head", "run"),
+        num_threads=2,
+        thread_name="group",
+        **({} if interpret is None else {"interpret": interpret}),
+    )(
+        w.reshape(-1, size, size),
+        u.reshape(-1, values, size),
+        initial.reshape(-1, values, size),
+        flags,
+    )
+    return states.reshape(count, *u.shape[1:]), final.reshape(initial.shape)
