@@ -79,7 +79,7 @@ class SafetensorsFolder:
     def read(self, key: str) -> np.ndarray:
         stored = self._tensors[key]
         out = np.empty(stored.shape, stored.dtype)
-        left = memoryview(out.reshape(-1).view(np.uint8))
+        left = out.reshape(-1).view(np.uint8).data
         # not through a map: its pages would count to the process, and faults hold the interpreter
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.offset)
