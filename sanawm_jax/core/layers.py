@@ -14,10 +14,19 @@ from flax import nnx
 from jax import lax
 
 from kernels_pallas.ucpe import rms_norm
+from sanawm_jax.core.params import Initializer, draw
 
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 kernel_init: Initializer = nnx.initializers.lecun_normal()
 zeros_init: Initializer = nnx.initializers.zeros
+
+
+def modulation_table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Learned shifts and scales that a timestep embedding is added to, (rows, width)."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) / width**0.5
+
+    return nnx.Param(draw(init, rngs, (rows, width)))
 
 
 @jax.custom_vjp
@@ -91,9 +100,7 @@ class Linear(nnx.Module):
         kernel_init: Initializer = kernel_init,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(
-            kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
-        )
+        self.kernel = nnx.Param(draw(kernel_init, rngs, (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -136,7 +143,7 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (*kernel_size, in_features // groups, out_features)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(draw(kernel_init, rngs, shape))
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(

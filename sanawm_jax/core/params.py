@@ -7,15 +7,22 @@ such as `segments.0.runs.1.attn.qkv.kernel`.
 
 from __future__ import annotations
 
+import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 Params = dict[str, Any]  # nested; leaves are arrays or jax.ShapeDtypeStruct
+Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+
+# Whether a model is built for its shapes alone. Random numbers are most of what there is to trace
+# in a constructor, and then nobody looks at them.
+_for_shapes = contextvars.ContextVar("for_shapes", default=False)
 
 
 def _string_keys(tree: Any) -> Any:
@@ -52,7 +59,11 @@ def build_with(
         change(model)
         return model
 
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+    token = _for_shapes.set(True)
+    try:
+        graphdef, state = nnx.split(nnx.eval_shape(make))
+    finally:
+        _for_shapes.reset(token)
     return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
@@ -80,17 +91,40 @@ def apply(
     return getattr(module, method)(*args, **kwargs)
 
 
-def stack(make: Callable[[jax.Array], nnx.Module], key: jax.Array, shape: tuple[int, ...]) -> Any:
+def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
+    """A parameter's first value, float32; all that is random in a constructor comes from here.
+
+    Args:
+      init: (key, shape, dtype) -> the value.
+      rngs: gives the key.
+      shape: of the value.
+    """
+    if _for_shapes.get():
+        return jnp.zeros(shape, jnp.float32)
+    return init(rngs.params(), shape, jnp.float32)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, shape: tuple[int, ...]) -> Any:
     """Builds `prod(shape)` copies of a module as one, its parameters stacked on leading axes.
 
     Args:
-      make: key -> module.
-      key: split over the copies.
+      make: random keys -> module.
+      rngs: one of its keys is split over the copies.
       shape: leading axes of every parameter, outermost first.
     """
+    if _for_shapes.get():
+        module = make(rngs)
+        for _, node in nnx.iter_graph(module):
+            if isinstance(node, nnx.Variable):
+                node.set_value(lax.broadcast(node[...], shape))
+        return module
+
+    def one(key: jax.Array) -> nnx.Module:
+        return make(nnx.Rngs(key))
+
     for _ in shape:
-        make = jax.vmap(make)
-    return make(jax.random.split(key, shape))
+        one = jax.vmap(one)
+    return one(jax.random.split(rngs.params(), shape))
 
 
 def leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:

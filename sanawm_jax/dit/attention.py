@@ -9,7 +9,7 @@ Reference: diffusers `BidirectionalGDNUCPESinglePathLiteLA`, `_SoftmaxUCPESingle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from flax import nnx
 from kernels_pallas import gdn, ucpe
 from sanawm_jax.core.frames import FrameLayout, frame_attention, neighbours, recurrent_states
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
+from sanawm_jax.core.params import draw
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.ucpe import RayTransforms
@@ -179,10 +180,16 @@ class SelfAttention(nnx.Module):
 
 def _decay_init(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
     """Mamba-2's initial rates: A uniform in (0, 16), step log-uniform in (0.001, 0.1)."""
-    rate = jax.random.uniform(rngs.params(), (heads,), minval=1e-3, maxval=16.0)
-    low, high = math.log(1e-3), math.log(1e-1)
-    step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high))
-    return nnx.Param(jnp.log(rate)), nnx.Param(step + jnp.log(-jnp.expm1(-step)))
+
+    def rate_log(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, minval=1e-3, maxval=16.0))
+
+    def step(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = jnp.exp(jax.random.uniform(key, shape, dtype, minval=low, maxval=high))
+        return step + jnp.log(-jnp.expm1(-step))
+
+    return nnx.Param(draw(rate_log, rngs, (heads,))), nnx.Param(draw(step, rngs, (heads,)))
 
 
 def _mask(ctx: Context, dtype: jnp.dtype) -> jax.Array | None:

@@ -19,7 +19,15 @@ from flax import nnx
 
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.frames import FrameLayout, layout_of
-from sanawm_jax.core.layers import Conv, Linear, RMSNorm, kernel_init, modulated_norm, zeros_init
+from sanawm_jax.core.layers import (
+    Conv,
+    Linear,
+    RMSNorm,
+    kernel_init,
+    modulated_norm,
+    modulation_table,
+    zeros_init,
+)
 from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import stack
 from sanawm_jax.core.rope import pair_split, rope_angles
@@ -29,10 +37,6 @@ from sanawm_jax.dit.attention import Context, SelfAttention
 from sanawm_jax.dit.config import DiTConfig, LayerKind
 from sanawm_jax.dit.feed_forward import GatedConvFeedForward, Mlp
 from sanawm_jax.dit.ucpe import RayTransforms, inverse_rigid, ray_matrices, up_latitude_map
-
-
-def _table_init(key: jax.Array, rows: int, width: int) -> jax.Array:
-    return jax.random.normal(key, (rows, width)) / width**0.5
 
 
 def _padded(a: jax.Array, layout: FrameLayout, mode: str = "constant") -> jax.Array:
@@ -91,7 +95,7 @@ class Block(nnx.Module):
             self.ffn = Mlp(width, config.ffn_width, width, rngs=rngs)
         else:
             self.ffn = GatedConvFeedForward(config, rngs=rngs)
-        self.modulation_table = nnx.Param(_table_init(rngs.params(), 6, width))
+        self.modulation_table = modulation_table(6, width, rngs)
         if kind.plucker:
             self.plucker = Linear(width, width, rngs=rngs)
 
@@ -132,10 +136,7 @@ class Run(nnx.Module):
     def __init__(
         self, config: DiTConfig, kind: LayerKind, shape: tuple[int, int], *, rngs: nnx.Rngs
     ):
-        def make(key: jax.Array) -> Block:
-            return Block(config, kind, rngs=nnx.Rngs(key))
-
-        self.layers = stack(make, rngs.params(), shape)
+        self.layers = stack(lambda rngs: Block(config, kind, rngs=rngs), rngs, shape)
 
 
 class Segment(nnx.Module):
@@ -174,7 +175,7 @@ class DiT(nnx.Module):
                 for segment in config.segments()
             ]
         )
-        self.final_table = nnx.Param(_table_init(rngs.params(), 2, width))
+        self.final_table = modulation_table(2, width, rngs)
         outputs = math.prod(config.patch_size) * config.in_channels
         self.final = Linear(width, outputs, kernel_init=zeros_init, rngs=rngs)
 

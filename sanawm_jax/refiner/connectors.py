@@ -9,6 +9,7 @@ Reference: diffusers `LTX2TextConnectors`, `SanaWMLTX2Refiner._encode_prompt`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax import lax
 
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.layers import Linear
-from sanawm_jax.core.params import stack
+from sanawm_jax.core.params import draw, stack
 from sanawm_jax.refiner.config import ConnectorsConfig
 from sanawm_jax.refiner.layers import AttentionProjections, FeedForward, Norm
 from sanawm_jax.refiner.rope import Rotation, rotate, text_rotations
@@ -99,12 +100,11 @@ class TextConnectors(nnx.Module):
         registers = config.video_connector_num_learnable_registers
         if registers is not None:
             shape = (registers, config.width)
-            self.registers = nnx.Param(
-                jax.random.uniform(rngs.params(), shape, minval=-1.0, maxval=1.0)
-            )
+            init = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
+            self.registers = nnx.Param(draw(init, rngs, shape))
         self.blocks = stack(
-            lambda key: ConnectorBlock(config, rngs=nnx.Rngs(key)),
-            rngs.params(),
+            lambda rngs: ConnectorBlock(config, rngs=rngs),
+            rngs,
             (config.video_connector_num_layers,),
         )
         self.norm = Norm(config.width, eps=_EPS, has_scale=False)

@@ -22,7 +22,7 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.attention import attention, attention_to_both
-from sanawm_jax.core.layers import Linear, modulated_norm
+from sanawm_jax.core.layers import Linear, modulated_norm, modulation_table
 from sanawm_jax.core.modulation import timestep_features
 from sanawm_jax.core.params import Params, stack
 from sanawm_jax.core.stack import REMAT, over_layers
@@ -78,10 +78,6 @@ class CaptionProjection(nnx.Module):
         return self.linear_2(jax.nn.gelu(self.linear_1(text), approximate=True))
 
 
-def _table(key: jax.Array, rows: int, width: int) -> nnx.Param:
-    return nnx.Param(jax.random.normal(key, (rows, width)) / width**0.5)
-
-
 class Block(nnx.Module):
     """Self-attention, cross-attention to the text and feed-forward, modulated by the timestep."""
 
@@ -108,9 +104,9 @@ class Block(nnx.Module):
         self.attn = projections()
         self.cross_attn = projections(config.cross_attention_dim)
         self.ffn = FeedForward(width, config.activation_fn, use_bias=config.ff_bias, rngs=rngs)
-        self.modulation_table = _table(rngs.params(), config.num_modulations, width)
+        self.modulation_table = modulation_table(config.num_modulations, width, rngs)
         if config.modulates_text:
-            self.text_modulation_table = _table(rngs.params(), 2, width)
+            self.text_modulation_table = modulation_table(2, width, rngs)
 
     def __call__(
         self,
@@ -209,10 +205,8 @@ class Refiner(nnx.Module):
         self.time = AdaLNSingle(width, config.num_modulations, rngs=rngs)
         if config.modulates_text and config.use_prompt_adaln_single:
             self.text_time = AdaLNSingle(width, 2, rngs=rngs)
-        self.blocks = stack(
-            lambda key: Block(config, rngs=nnx.Rngs(key)), rngs.params(), (config.num_layers,)
-        )
-        self.final_table = _table(rngs.params(), 2, width)
+        self.blocks = stack(lambda rngs: Block(config, rngs=rngs), rngs, (config.num_layers,))
+        self.final_table = modulation_table(2, width, rngs)
         self.final = Linear(width, config.in_channels, rngs=rngs)
 
     def timestep_scale(self) -> float:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 from sanawm_jax.core.layers import Linear
-from sanawm_jax.core.params import Params, apply, build, stack
+from sanawm_jax.core.params import Params, apply, build, draw, stack
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.errors import InputError
 from sanawm_jax.text.config import SLIDING, GemmaConfig
@@ -196,11 +196,9 @@ class GemmaTower(nnx.Module):
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
         table_init = nnx.initializers.normal(config.hidden_size**-0.5)
-        self.embed_table = nnx.Param(table_init(rngs.params(), shape, jnp.float32))
+        self.embed_table = nnx.Param(draw(table_init, rngs, shape))
         self.layers = stack(
-            lambda key: Layer(config, rngs=nnx.Rngs(key)),
-            rngs.params(),
-            (config.num_hidden_layers,),
+            lambda rngs: Layer(config, rngs=rngs), rngs, (config.num_hidden_layers,)
         )
         self.norm = GemmaNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -18,7 +18,7 @@ from einops import rearrange, reduce
 from flax import nnx
 from jax import lax
 
-from sanawm_jax.core.layers import Conv, Linear
+from sanawm_jax.core.layers import Conv, Linear, modulation_table
 from sanawm_jax.errors import InputError
 from sanawm_jax.vae.config import DownStage, Strides, UpStage
 
@@ -166,11 +166,6 @@ class TimeEmbedder(nnx.Module):
         phase = timestep.astype(jnp.float32).reshape(-1, 1) * frequencies
         waves = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1).astype(dtype)
         return self.linear_2(jax.nn.silu(self.linear_1(waves)))
-
-
-def modulation_table(rows: int, features: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Learned shifts and scales that a timestep embedding is added to, (rows, features)."""
-    return nnx.Param(jax.random.normal(rngs.params(), (rows, features)) / features**0.5)
 
 
 class ResnetBlock(nnx.Module):

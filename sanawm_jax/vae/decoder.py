@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from sanawm_jax.core.layers import modulation_table
 from sanawm_jax.errors import InputError
 from sanawm_jax.vae.blocks import (
     CausalConv,
@@ -14,7 +15,6 @@ from sanawm_jax.vae.blocks import (
     Noise,
     TimeEmbedder,
     UpBlock,
-    modulation_table,
     pixel_norm,
 )
 from sanawm_jax.vae.config import VAEConfig

@@ -31,7 +31,7 @@ class Net(nnx.Module):
 
     def __init__(self, config: str, *, rngs: nnx.Rngs):
         del config
-        self.layers = stack(lambda key: Layer(rngs=nnx.Rngs(key)), rngs.params(), (LAYERS,))
+        self.layers = stack(lambda rngs: Layer(rngs=rngs), rngs, (LAYERS,))
         self.out = Linear(WIDTH, 5, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
