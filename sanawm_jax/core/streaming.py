@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -149,23 +150,36 @@ def _is_variable(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 
 
-def _evaluate(eqns: list[Any], inputs: list[Any], outputs: list[Any]) -> Callable[..., Any]:
+def _evaluate(
+    eqns: list[Any], inputs: list[Any], outputs: list[Any], donated: Sequence[int]
+) -> Callable[..., Any]:
     """The equations as a compiled function of their inputs."""
     info = jex.DebugInfo("jit", "between scans", None, None)
     part = jex.Jaxpr((), inputs, outputs, eqns, debug_info=info)
-    return jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ())))
+    return jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ())), donate_argnums=donated)
 
 
-def _group(eqns: list[Any], later: set[Any]) -> _Group:
+def _group(eqns: list[Any], later: set[Any], donated: set[Any]) -> _Group:
     made = {v for eqn in eqns for v in eqn.outvars}
     used = dict.fromkeys(a for eqn in eqns for a in eqn.invars if _is_variable(a))
     inputs = [v for v in used if v not in made]
     outputs = [v for eqn in eqns for v in eqn.outvars if v in later]
-    return _Group(inputs, outputs, _evaluate(eqns, inputs, outputs))
+    # of what the caller gives away: what nothing reads later, and a result can take the place of
+    room = Counter(str(v.aval) for v in outputs)
+    given_up = []
+    for i, v in enumerate(inputs):
+        if v in donated and v not in later and room[str(v.aval)]:
+            room[str(v.aval)] -= 1
+            given_up.append(i)
+    return _Group(inputs, outputs, _evaluate(eqns, inputs, outputs, given_up))
 
 
-def _make_plan(closed: Any, hosted: set[Any]) -> _Plan:
-    """Cuts a program at the scans over `hosted`, variables that are in host memory."""
+def _make_plan(closed: Any, hosted: set[Any], donated: Iterable[Any] = ()) -> _Plan:
+    """Cuts a program at the scans over `hosted`, variables that are in host memory.
+
+    Args:
+      donated: variables whose memory is the program's from now on.
+    """
     jaxpr = closed.jaxpr
     steps: list[Any] = []
     pending: list[Any] = []
@@ -177,7 +191,7 @@ def _make_plan(closed: Any, hosted: set[Any]) -> _Plan:
         if pending:
             later = {a for e in jaxpr.eqns[i:] for a in e.invars if _is_variable(a)}
             later |= {a for a in jaxpr.outvars if _is_variable(a)}
-            steps.append(_group(pending, later))
+            steps.append(_group(pending, later, set(donated)))
             pending = []
         if eqn is not None:
             steps.append(_make_step(eqn, hosted))
@@ -236,12 +250,14 @@ class Streamer:
         key = (function, graphdef, tuple(sorted(static.items())), tree, hosted)
         key = (*key, tuple((a.shape, a.dtype) for a in avals))
         if key not in self._plans:
-            inner = getattr(function, "__wrapped__", function)
-            closed, out = jax.make_jaxpr(
-                lambda p, a: inner(graphdef, p, *a, **static), return_shape=True
-            )(*jax.tree.unflatten(tree, avals))
-            variables = {v for v, h in zip(closed.jaxpr.invars, hosted, strict=True) if h}
-            self._plans[key] = _make_plan(closed, variables), jax.tree.structure(out)
+            abstract, rest = jax.tree.unflatten(tree, avals)
+            traced: Any = function.trace(graphdef, abstract, *rest, **static)  # pyright: ignore
+            closed, donations = traced.jaxpr, jax.tree.leaves(traced.args_info)
+            inputs = closed.jaxpr.invars
+            variables = {v for v, h in zip(inputs, hosted, strict=True) if h}
+            donated = {v for v, info in zip(inputs, donations, strict=True) if info.donated}
+            plan = _make_plan(closed, variables, donated)
+            self._plans[key] = plan, jax.tree.structure(traced.out_info)
         plan, out_tree = self._plans[key]
         given = [_Slice(v) if isinstance(v, HostStack) else v for v in values]
         return jax.tree.unflatten(out_tree, self._run(plan, given))

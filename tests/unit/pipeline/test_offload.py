@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_reverse_scans_constants_and_what_is_collected() -> None:
 
         return jax.lax.scan(body, x, w, reverse=True)
 
+    @functools.partial(jax.jit, static_argnames=("graphdef", "scale"))
     def whole(graphdef: None, params: Any, x: jax.Array, *, scale: float) -> Any:
         y, sums = inner(params["w"], x * scale, params["b"])
         return {"y": y + 1.0, "sums": sums}
@@ -136,11 +138,37 @@ def test_reverse_scans_constants_and_what_is_collected() -> None:
         got = run(whole, None, params, jnp.asarray(x), scale=2.0)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
 
+    @functools.partial(jax.jit, static_argnames="graphdef")
     def outside(graphdef: None, params: Any, x: jax.Array) -> jax.Array:
         return x @ params["w"][0]
 
     with pytest.raises(ValueError, match="outside of a scan"):
         run(outside, None, {"w": streaming.HostStack(w, 1)}, jnp.asarray(x))
+
+
+def test_what_is_given_away_is_written_in_place() -> None:
+    """A window read by every layer, then written: it is held once, and what is kept stays."""
+
+    @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("window", "small"))
+    def move(graphdef: None, params: Any, window: jax.Array, x: jax.Array, small: jax.Array) -> Any:
+        def body(x: jax.Array, layer: Any) -> Any:
+            w, seen = layer
+            x = jnp.tanh(x @ w) + seen.sum(0)
+            return x, x
+
+        x, made = jax.lax.scan(body, x, (params["w"], window))
+        return x, window.at[:, 0].set(made), small.sum()
+
+    rng = np.random.default_rng(0)
+    w, window = (rng.standard_normal((5, n, 4)).astype(np.float32) for n in (4, 3))
+    x, small = rng.standard_normal((2, 4)).astype(np.float32)
+    given = [jnp.array(a) for a in (window, x, small)]
+    expected = move(None, {"w": w}, *[jnp.array(a) for a in given])
+    run = streaming.Streamer()
+    got = run(move, None, {"w": streaming.HostStack(w, 1)}, *given)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+    # a sum cannot take the place of `small`
+    assert [a.is_deleted() for a in given] == [True, False, False]
 
 
 def test_unknown_name(folders: list[Path]) -> None:
