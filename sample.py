@@ -17,7 +17,14 @@ from typing import Any
 
 from absl import app, flags
 
-from sanawm_jax.command_line import define_config, fail, is_released, parse_flags, show_notes
+from sanawm_jax.command_line import (
+    define_config,
+    fail,
+    is_released,
+    lasting_imports,
+    parse_flags,
+    show_notes,
+)
 from sanawm_jax.shipped import SMALL_WORLD, SMALL_WORLD_REFINER
 
 _DEFAULTS = "sample_sana_wm" if is_released(sys.argv) else "sample_small_world"
@@ -90,9 +97,10 @@ def _refiner_weights() -> str | None:
 
 
 def run() -> Path:
-    from sanawm_jax.compilation_cache import use_compilation_cache
-    from sanawm_jax.compiler_flags import use_compiler_flags
-    from sanawm_jax.pipeline import command
+    with lasting_imports():
+        from sanawm_jax.compilation_cache import use_compilation_cache
+        from sanawm_jax.compiler_flags import use_compiler_flags
+        from sanawm_jax.pipeline import command
 
     use_compiler_flags()
     use_compilation_cache()

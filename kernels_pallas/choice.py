@@ -73,6 +73,11 @@ def choose(**impls: str) -> Iterator[None]:
         yield
 
 
+def in_force() -> str:
+    """What the environment and `choose` ask for here, as part of a program's name."""
+    return repr((os.environ.get(VARIABLE, ""), _chosen.value))
+
+
 def is_partitioned() -> bool:
     """Whether the partitioner, and not the program, shares arrays out over devices here."""
     mesh = jax.sharding.get_abstract_mesh()

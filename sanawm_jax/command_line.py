@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +24,20 @@ def fail(message: str) -> NoReturn:
     """Prints one line and exits with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def lasting_imports() -> Iterator[None]:
+    """Imports inside are no garbage: the collector looks at them neither now nor later.
+
+    JAX and Flax are more than 100,000 objects, which it would scan again and again.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def define_config(default: Path, text: str) -> flags.FlagHolder[ConfigDict]:

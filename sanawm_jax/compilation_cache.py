@@ -29,6 +29,8 @@ def use_compilation_cache() -> Path | None:
     """
     import jax
 
+    from sanawm_jax import kept_programs
+
     folder = cache_folder()
     if folder is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
@@ -40,4 +42,5 @@ def use_compilation_cache() -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    kept_programs.keep_in(folder / "programs")
     return folder

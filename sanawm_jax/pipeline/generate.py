@@ -19,6 +19,7 @@ from sanawm_jax.camera.npy import load_array
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.errors import InputError
+from sanawm_jax.kept_programs import kept
 from sanawm_jax.pipeline.folder import Stage1Folder
 from sanawm_jax.pipeline.memory_plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.pipeline.offload import check_offload, frame_mesh, on_all_devices, streaming_of
@@ -269,7 +270,9 @@ class SanaWM:
         self.check("transformer", "text_encoder", "encoder", *(["decoder"] if decode else []))
 
         if noise is None:
-            noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+            noise = _noise(np.uint32(seed % 2**32), shape)  # as jax.random.key takes an integer
+        else:
+            noise = jax.device_put(_channels_last(noise))
         has_guidance = cfg_scale > 1
         conditions = self._conditions(request, prompt, negative_prompt, has_guidance, text_length)
         first_latent = self._first_latent(request)
@@ -280,7 +283,7 @@ class SanaWM:
         sampled = denoise(
             graphdef,
             params,
-            rearrange(jnp.asarray(noise), "B C F H W -> B F H W C"),
+            noise,
             first_latent,
             conditions,
             sigmas,
@@ -316,11 +319,11 @@ class SanaWM:
             self.vae_config.temporal_ratio,
             self.vae_config.spatial_ratio,
         )
-        return Conditions(cond, cond_mask, jnp.asarray(camera[None]), jnp.asarray(plucker[None]))
+        return Conditions(cond, cond_mask, *jax.device_put((camera[None], plucker[None])))
 
     def _first_latent(self, request: Request) -> jax.Array:
         """(1, 1, h, w, C) normalised latent of the image."""
-        return self.encode(jnp.asarray(request.pixels)[None, None])
+        return self.encode(jax.device_put(request.pixels[None, None]))
 
     def encode(self, video: jax.Array) -> jax.Array:
         """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
@@ -378,17 +381,27 @@ def decode_tiling(tiling: str | Tiling, num_frames: int) -> Tiling:
     raise InputError(f"VAE tiling {tiling!r} is unknown; use auto, none or always")
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+def _channels_last(latents: Any) -> Any:
+    return rearrange(latents, "B C F H W -> B F H W C")
+
+
+@kept(static_argnames="shape")
+def _noise(seed: np.uint32 | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal (B, F, H, W, C) of a seed, drawn as (B, C, F, H, W): `shape`."""
+    return _channels_last(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+
+
+@kept(static_argnames="graphdef")
 def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
     return apply(graphdef, params, video, method="encode_normalised")
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@kept(static_argnames="graphdef")
 def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
     plain = apply(graphdef, params, latents, method="denormalise")
     return apply(graphdef, params, plain, method="decode")
 
 
-@jax.jit
+@kept()
 def _to_unit(video: jax.Array) -> jax.Array:
     return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

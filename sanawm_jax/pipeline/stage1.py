@@ -7,7 +7,6 @@ Reference: diffusers `SanaWMPipeline.__call__`.
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from sanawm_jax.core.programs import INDEX_LIMIT
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.diffusion.euler import euler_step, frame_timesteps, guide
+from sanawm_jax.kept_programs import kept
 
 
 class Conditions(NamedTuple):
@@ -33,7 +33,7 @@ class Conditions(NamedTuple):
     plucker: jax.Array  # 1 F H W 48
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
+@kept(static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
 def denoise_step(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -89,6 +89,12 @@ def widest_elements(params: Params, latents: jax.Array) -> int:
     return latents.size // latents.shape[-1] * width
 
 
+@kept()
+def _start(first_latent: jax.Array, noise: jax.Array) -> jax.Array:
+    """Noise (1, F, H, W, C) behind the first frame, float32."""
+    return jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
+
+
 def next_sigmas(sigmas: np.ndarray) -> np.ndarray:
     """For every level but the last the largest one below it, as per-token stepping finds it."""
     return np.array(
@@ -130,7 +136,7 @@ def denoise(
     """
     from tqdm import tqdm
 
-    latents = jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
+    latents = _start(first_latent, noise)
     pairs = list(zip(sigmas[:-1], next_sigmas(sigmas), strict=True))
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())
@@ -143,9 +149,9 @@ def denoise(
                 params,
                 latents,
                 conditions,
-                jnp.float32(sigma),
-                jnp.float32(next_sigma),
-                jnp.float32(guidance),
+                np.float32(sigma),
+                np.float32(next_sigma),
+                np.float32(guidance),
                 dtype=dtype,
             )
             latents.block_until_ready()  # the bar shows finished steps, not queued ones

@@ -9,7 +9,6 @@ Reference: diffusers `SanaWMLTX2Refiner`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from flax import nnx
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.streaming import separate_layers
 from sanawm_jax.errors import InputError
+from sanawm_jax.kept_programs import kept
 from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
 from sanawm_jax.pipeline.memory_plan import Need, refiner_need, text_need
 from sanawm_jax.pipeline.offload import check_offload, streaming_of
@@ -238,7 +238,7 @@ def _channels_last(latents: np.ndarray) -> jax.Array:
     return jnp.asarray(rearrange(latents, "B C F h w -> B F h w C"), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@kept(static_argnames=("graphdef", "dtype"))
 def connect_text(
     graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
 ) -> jax.Array:

@@ -7,7 +7,6 @@ Reference: diffusers `SanaWMLTX2Refiner.__call__`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jax import lax
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.streaming import Runner, call
+from sanawm_jax.kept_programs import kept
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, append_block, open_window
 from sanawm_jax.refiner.model import without_text_layers
 from sanawm_jax.refiner.rope import VideoRope, frame_window
@@ -55,7 +55,7 @@ def read_text(
     return without_text_layers(params), text._replace(keys=keys)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+@kept(static_argnames=("graphdef", "dtype"))
 def _text_keys(
     graphdef: nnx.GraphDef, params: Params, embeddings: jax.Array, *, dtype: Any
 ) -> KeyValue | None:
@@ -79,7 +79,7 @@ def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "history_slots", "dtype"))
+@kept(static_argnames=("graphdef", "history_slots", "dtype"))
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -116,7 +116,7 @@ def capture_sink(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
+@kept(static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
 def refine_block(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -181,7 +181,7 @@ def refine_block(
     return x, append_block(window, written, frames, turn)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sink_frames", "dtype"))
+@kept(static_argnames=("graphdef", "sink_frames", "dtype"))
 def refine_at_once(
     graphdef: nnx.GraphDef,
     params: Params,

@@ -23,6 +23,7 @@ from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, apply, build, draw, stack
 from sanawm_jax.core.streaming import Runner, call
 from sanawm_jax.errors import InputError
+from sanawm_jax.kept_programs import kept
 from sanawm_jax.text.config import SLIDING, GemmaConfig
 
 Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L)) -> (B, L, C)
@@ -253,7 +254,7 @@ class GemmaTower(nnx.Module):
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "all_states"))
+@kept(static_argnames=("graphdef", "dtype", "all_states"))
 def _run(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -293,7 +294,8 @@ def text_tower(
                 f"token id {largest} is past the text encoder's {config.vocab_size} embeddings; "
                 "tokenizer/ and text_encoder/ must come from one model"
             )
-        arrays = jnp.asarray(ids), jnp.asarray(mask)
+        # a mere copy, where jnp.asarray is a program for every shape
+        arrays = jax.device_put((ids, mask))
         return run(_run, graphdef, params, *arrays, dtype=dtype, all_states=all_states)
 
     return tower

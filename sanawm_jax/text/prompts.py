@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from sanawm_jax.errors import InputError
+from sanawm_jax.kept_programs import kept
 from sanawm_jax.text.gemma import Tower
 from sanawm_jax.text.tokenizer import Tokenizer
 
@@ -85,10 +86,17 @@ def encode_texts(
     ids, mask = tokenizer([chi + text for text in texts], total)
     hidden = tower(ids, mask)
 
-    def select(a: jax.Array) -> jax.Array:
-        return jnp.concatenate([a[:, :1], a[:, 1 - max_length :]], 1)
+    if total == max_length:
+        return hidden, jax.device_put(mask)
+    # XLA's gather of a few rows is one program, where cutting and joining them were three
+    rows = np.r_[0, total - max_length + 1 : total]
+    return _rows(hidden, rows), jax.device_put(mask[:, rows])
 
-    return select(hidden), select(jnp.asarray(mask))
+
+@kept()
+def _rows(states: jax.Array, rows: np.ndarray) -> jax.Array:
+    """States (B, L, C) at some positions."""
+    return states[:, rows]
 
 
 def encode_prompt(
