@@ -2,8 +2,9 @@
 
 JAX's own cache saves the compiler's time, and is asked with the lowered program. Here the question
 is everything that a trace depends on: the package's source, versions, device, settings, and the
-arguments' shapes. `use_compilation_cache` switches it on; without it, for arguments that are not
-all on one device, and wherever anything is in doubt, `kept` is plain `jax.jit`.
+arguments' shapes. `use_compilation_cache` switches it on; without it, on an accelerator, for
+arguments that are not all on one device, and wherever anything is in doubt, `kept` is plain
+`jax.jit`.
 
 The files are read with pickle, as JAX's own are run as machine code: the folder is its owner's
 alone (mode 0700), and must hold nothing from strangers.
@@ -39,9 +40,9 @@ from sanawm_jax.atomic import atomic_write
 MAX_BYTES = 2**30  # of all files; beyond it those go that have not been used for longest
 _SUFFIX = ".program"
 _BROKEN = b"loads but cannot run"  # a file that is no program: never keep this one
-# what a program may call that is not in it: a Triton kernel's launcher, which `import jax`
-# registers, and partitioning hints. Anything else may be registered only where it is lowered.
-_CALLS = {"triton_kernel_call", "Sharding", "annotate_device_placement"}
+# what a program may call that is not in it: hints to the compiler. Anything else may be registered
+# only where it is lowered.
+_CALLS = {"Sharding", "annotate_device_placement"}
 # code that graph definitions name; a class of the user's has source that nobody hashed
 _KNOWN = ("sanawm_jax.", "flax.", "jax.", "numpy", "builtins")
 _VARIABLES = ("XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "TF_")
@@ -95,7 +96,10 @@ class Kept:
         return getattr(self.__dict__["_jitted"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _folder is None or len(args) > len(self._order):
+        # an accelerator's programs call kernels, and JAX's own cache keeps them; whole ones would
+        # have to be proven there first
+        is_here = _folder is not None and jax.default_backend() == "cpu"
+        if not is_here or len(args) > len(self._order):
             return self._jitted(*args, **kwargs)
         named = dict(zip(self._order, args, strict=False)) | kwargs
         static = {k: named[k] for k in self._order if k in self._static and k in named}
