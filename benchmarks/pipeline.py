@@ -145,12 +145,12 @@ def _refiner(given: argparse.Namespace) -> None:
 def _decode(given: argparse.Namespace) -> None:
     import jax.numpy as jnp
     import numpy as np
-    from einops import rearrange
 
     from sanawm_jax.media.video import to_uint8, write_mp4
+    from sanawm_jax.pipeline.generate import channels_last
 
     model, file = _stage1_model(given), Path(given.folder) / LATENTS
-    latents = jnp.asarray(rearrange(np.load(file), "B C F H W -> B F H W C"))
+    latents = jnp.asarray(channels_last(np.load(file)))
 
     def decode() -> None:
         for window in model.decode_stream(latents):

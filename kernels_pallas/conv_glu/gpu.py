@@ -54,6 +54,7 @@ class _Band:
     def __init__(self, size: tuple[int, int, int], rows: int, block: int, is_exact: bool):
         self.height, self.width, self.channels = size
         self.is_exact = is_exact
+        self.fma = functools.partial(fma, plain=is_exact)
         self.rows = rows
         self.block = block
         self.first = pl.program_id(1) * rows
@@ -98,9 +99,6 @@ class _Band:
         return [
             [self.parameter(ref, (3 * i + j) * halves + half) for j in range(3)] for i in range(3)
         ]
-
-    def fma(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        return a * b + c if self.is_exact else fma(a, b, c)
 
     def silu(self, x: jax.Array) -> jax.Array:
         return self.silu_and_sigmoid(x)[0]

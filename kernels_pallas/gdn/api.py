@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import choice
 from kernels_pallas.gdn import gpu, gpu_scan, reference
-from kernels_pallas.gdn.gpu import Tiles
-from kernels_pallas.gdn.gpu_scan import Run
+from kernels_pallas.gdn.gpu import Run, Tiles
 from kernels_pallas.gdn.reference import Transition
 
 _F32 = jnp.float32

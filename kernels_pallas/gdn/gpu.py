@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,27 @@ class Tiles:
         """The same tile for every kernel that reads tokens."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{n: tile for n in names if not n.startswith("scan_")}, **scan)
+
+
+class Run(NamedTuple):
+    """How one run of the recurrence goes over the frames, see `gdn.scan_states`."""
+
+    reverse: bool
+    exclusive: bool
+
+
+def way_of(runs: tuple[Run, ...], index: Any, adjoint: bool) -> tuple[Any, jax.Array]:
+    """Of the `index`-th of one or two runs: 1 where it goes backwards, and where it is exclusive.
+
+    Numbers of the program, the second float32; the first is Python's where all runs agree.
+    """
+
+    def of_run(field: str) -> Any:
+        first, *others = [int(getattr(run, field)) for run in runs]
+        return index * (others[0] - first) + first if others else first
+
+    backwards = of_run("reverse")
+    return 1 - backwards if adjoint else backwards, jnp.float32(of_run("exclusive"))
 
 
 def padded(size: int) -> int:

@@ -8,7 +8,7 @@ Axis letters as in `gdn.gpu`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import choice
 from kernels_pallas.gdn import gpu_scan_hopper
-from kernels_pallas.gdn.gpu import Tiles, matrix_mask, padded, product
+from kernels_pallas.gdn.gpu import Run, Tiles, matrix_mask, padded, product, way_of
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> jax.Array:
@@ -26,13 +26,6 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> jax.
         row, across = jnp.sum(a, 0), axes[1]
         return jnp.sum((row[None, :] if across else row[:, None]) * b, across)[None, :]
     return product(a, b, axes, exact)
-
-
-class Run(NamedTuple):
-    """How one run of the recurrence goes over the frames, see `gdn.scan_states`."""
-
-    reverse: bool
-    exclusive: bool
 
 
 def _kernel(*refs: Any, frames: int, sizes: tuple[int, int], options: dict[str, Any]) -> None:
@@ -43,16 +36,7 @@ def _kernel(*refs: Any, frames: int, sizes: tuple[int, int], options: dict[str, 
     row_mask = matrix_mask(rows, wide, (values - pl.program_id(0) * rows, size))
     map_mask = matrix_mask(wide, wide, (size, size))
     adjoint, runs = options["adjoint"], options["runs"]
-
-    def of_run(field: str) -> Any:
-        """1 where the run is so, else 0; a number of the program unless all runs agree."""
-        first, *others = [int(getattr(run, field)) for run in runs]
-        return pl.program_id(3) * (others[0] - first) + first if others else first
-
-    backwards = of_run("reverse")
-    if adjoint:
-        backwards = 1 - backwards
-    exclusive = jnp.float32(of_run("exclusive"))
+    backwards, exclusive = way_of(runs, pl.program_id(3), adjoint)
 
     def load(i: Any) -> tuple[Any, jax.Array, jax.Array]:
         i = jnp.minimum(i, frames - 1)

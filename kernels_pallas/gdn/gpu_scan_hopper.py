@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.gdn.gpu import bfloat16_parts
-
-if TYPE_CHECKING:
-    from kernels_pallas.gdn.gpu_scan import Run
+from kernels_pallas.gdn.gpu import Run, bfloat16_parts, way_of
 
 _F32, _B16 = jnp.float32, jnp.bfloat16
 _ROWS = 64  # of the matrix unit
@@ -87,14 +84,7 @@ def _kernel(
     # head counts over the batch
     item, own_head = lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads))
 
-    def of_run(field: str) -> Any:
-        first, *others = [int(getattr(run, field)) for run in runs]
-        return direction * (others[0] - first) + first if others else jnp.int32(first)
-
-    backwards = of_run("reverse")
-    if adjoint:
-        backwards = 1 - backwards
-    exclusive = of_run("exclusive").astype(_F32)
+    backwards, exclusive = way_of(runs, direction, adjoint)
 
     def at(i: Any) -> tuple[Any, Any, Any]:
         """The frame that is run i-th, and where its map and its input are."""

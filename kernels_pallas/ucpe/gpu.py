@@ -74,7 +74,8 @@ class _Tokens:
 
     def __init__(self, size: tuple[int, int, int], tiles: Tiles, interpret: bool):
         self.tokens, self.heads, self.dim = size
-        self.tiles, self.interpret = tiles, interpret
+        self.tiles = tiles
+        self.fma = functools.partial(fma, plain=interpret)
         self.groups = self.dim // 8
         wide = pl.next_power_of_2(self.groups)
         self.row = pl.program_id(0) * tiles.tokens + jnp.arange(tiles.tokens)
@@ -131,9 +132,6 @@ class _Tokens:
         start = row + (head * self.dim + half * self.dim // 2)
         channel = jnp.arange(4 * self.group.shape[0])
         return start + channel[None, :], self.real[:, None] & (channel < self.dim // 2)[None, :]
-
-    def fma(self, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        return a * b + c if self.interpret else fma(a, b, c)
 
 
 def _squares(tile: _Tokens, *quads: Quad) -> jax.Array:

@@ -159,7 +159,7 @@ def _evaluate(
     return jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ())), donate_argnums=donated)
 
 
-def _group(eqns: list[Any], later: set[Any], donated: set[Any]) -> _Group:
+def _group(eqns: list[Any], later: set[Any], donated: frozenset[Any]) -> _Group:
     made = {v for eqn in eqns for v in eqn.outvars}
     used = dict.fromkeys(a for eqn in eqns for a in eqn.invars if _is_variable(a))
     inputs = [v for v in used if v not in made]
@@ -174,7 +174,7 @@ def _group(eqns: list[Any], later: set[Any], donated: set[Any]) -> _Group:
     return _Group(inputs, outputs, _evaluate(eqns, inputs, outputs, given_up))
 
 
-def _make_plan(closed: Any, hosted: set[Any], donated: Iterable[Any] = ()) -> _Plan:
+def _make_plan(closed: Any, hosted: set[Any], donated: frozenset[Any] = frozenset()) -> _Plan:
     """Cuts a program at the scans over `hosted`, variables that are in host memory.
 
     Args:
@@ -191,7 +191,7 @@ def _make_plan(closed: Any, hosted: set[Any], donated: Iterable[Any] = ()) -> _P
         if pending:
             later = {a for e in jaxpr.eqns[i:] for a in e.invars if _is_variable(a)}
             later |= {a for a in jaxpr.outvars if _is_variable(a)}
-            steps.append(_group(pending, later, set(donated)))
+            steps.append(_group(pending, later, donated))
             pending = []
         if eqn is not None:
             steps.append(_make_step(eqn, hosted))
@@ -255,7 +255,7 @@ class Streamer:
             closed, donations = traced.jaxpr, jax.tree.leaves(traced.args_info)
             inputs = closed.jaxpr.invars
             variables = {v for v, h in zip(inputs, hosted, strict=True) if h}
-            donated = {v for v, info in zip(inputs, donations, strict=True) if info.donated}
+            donated = frozenset(v for v, d in zip(inputs, donations, strict=True) if d.donated)
             plan = _make_plan(closed, variables, donated)
             self._plans[key] = plan, jax.tree.structure(traced.out_info)
         plan, out_tree = self._plans[key]

@@ -74,9 +74,8 @@ def evaluate(
       InputError: no scene, or folders that are missing or do not fit each other.
     """
     import jax.numpy as jnp
-    from einops import rearrange
 
-    from sanawm_jax.pipeline.generate import SanaWM
+    from sanawm_jax.pipeline.generate import SanaWM, channels_last
     from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
 
     if scenes < 1:
@@ -96,7 +95,7 @@ def evaluate(
         assert sampled.frames is not None
         refined = refiner(sampled.latents, task.caption, progress=False)
         # with the sink, which is the given image: both videos have the same frames
-        decoded = model.decode(jnp.asarray(rearrange(refined, "B C F h w -> B F h w C")))
+        decoded = model.decode(jnp.asarray(channels_last(refined)))
         videos = dict(zip(STAGES, (sampled.frames, decoded), strict=True))
         for stage, frames in videos.items():
             found = figures[stage]

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from sanawm_jax.atomic import atomic_write
 from sanawm_jax.errors import InputError
 from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
-from sanawm_jax.pipeline.generate import SanaWM, read_latents
+from sanawm_jax.pipeline.generate import SanaWM, channels_last, read_latents
 from sanawm_jax.pipeline.memory_plan import Need, check_fits
 from sanawm_jax.pipeline.request import Request
 from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
@@ -169,7 +168,7 @@ def sample(
         if folder is None or model is None:
             return Path(str(save_latents))
         # the sink stays unrefined: it steers the refiner and is not part of the video
-        windows = model.decode_stream(jnp.asarray(rearrange(final, "B C F H W -> B F H W C")))
+        windows = model.decode_stream(jnp.asarray(channels_last(final)))
         windows = _drop_frames(windows, dropped)
         if save_frames:
             frames = np.concatenate(list(windows))

@@ -272,7 +272,7 @@ class SanaWM:
         if noise is None:
             noise = _noise(np.uint32(seed % 2**32), shape)  # as jax.random.key takes an integer
         else:
-            noise = jax.device_put(_channels_last(noise))
+            noise = jax.device_put(channels_last(noise))
         has_guidance = cfg_scale > 1
         conditions = self._conditions(request, prompt, negative_prompt, has_guidance, text_length)
         first_latent = self._first_latent(request)
@@ -381,14 +381,15 @@ def decode_tiling(tiling: str | Tiling, num_frames: int) -> Tiling:
     raise InputError(f"VAE tiling {tiling!r} is unknown; use auto, none or always")
 
 
-def _channels_last(latents: Any) -> Any:
+def channels_last(latents: Any) -> Any:
+    """Latents or noise of files, (B, C, F, H, W), as networks take them, (B, F, H, W, C)."""
     return rearrange(latents, "B C F H W -> B F H W C")
 
 
 @kept(static_argnames="shape")
 def _noise(seed: np.uint32 | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal (B, F, H, W, C) of a seed, drawn as (B, C, F, H, W): `shape`."""
-    return _channels_last(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+    return channels_last(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
 
 
 @kept(static_argnames="graphdef")

@@ -23,7 +23,7 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.streaming import separate_layers
 from sanawm_jax.errors import InputError
 from sanawm_jax.kept_programs import kept
-from sanawm_jax.pipeline.generate import read_latents, resolve_dtype
+from sanawm_jax.pipeline.generate import channels_last, read_latents, resolve_dtype
 from sanawm_jax.pipeline.memory_plan import Need, refiner_need, text_need
 from sanawm_jax.pipeline.offload import check_offload, streaming_of
 from sanawm_jax.pipeline.refiner_folder import RefinerFolder
@@ -207,10 +207,10 @@ class LTX2Refiner:
         refined = refine(
             graphdef,
             params,
-            _channels_last(latents),
+            jnp.asarray(channels_last(latents), jnp.float32),
             text,
             video_rope(self.folder.config, frames, height, width, fps),
-            noise=None if noise is None else _channels_last(noise),
+            noise=None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
             key=jax.random.key(options.refiner_seed),
             sink_frames=options.sink_size,
             block_frames=options.refiner_block_size,
@@ -232,10 +232,6 @@ class LTX2Refiner:
         graphdef, params = self._part("connectors")
         # the connectors' mask shows everything: registers stand where padding was
         return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
-
-
-def _channels_last(latents: np.ndarray) -> jax.Array:
-    return jnp.asarray(rearrange(latents, "B C F h w -> B F h w C"), jnp.float32)
 
 
 @kept(static_argnames=("graphdef", "dtype"))
