@@ -155,6 +155,19 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         _bytes(states, q, q, q), 2 * _bytes(states) + 5 * _bytes(q),
     )  # fmt: skip
 
+    def numerator(*a: Any, **options: Any) -> Any:
+        v, q_rot, k_rot, beta, decay = a
+        states, _ = gdn.scan_states(
+            gdn.frame_transitions(k_rot, v, beta, decay, **options), **options
+        )
+        return gdn.read_out(states, q_rot, **options).astype(v.dtype)
+
+    least = _bytes(v, q_rot, k_rot, beta)
+    yield Part(
+        "gdn", "numerator alone, one direction", (v, q_rot, k_rot, beta, decay),
+        variants(numerator), least + _bytes(v), 2 * least + _bytes(v),
+    )  # fmt: skip
+
     def branch(*a: Any, both: bool, **options: Any) -> Any:
         q, k, v, q_rot, k_rot, beta, decay = a
         run = gdn.bidirectional_states if both else gdn.scan_states
@@ -277,7 +290,7 @@ def errors(found: Any, truth: Any) -> list[float]:
 
 
 def measure(
-    part: Part, cut: int, repeats: int, passes: tuple[str, ...]
+    part: Part, cut: int, repeats: int, passes: tuple[str, ...], wanted: str = ""
 ) -> Iterator[dict[str, Any]]:
     """Lines of one part; errors are of its first `cut` of frames, whose float32 form fits.
 
@@ -285,20 +298,20 @@ def measure(
       cut: frames.
       repeats: of which the median is taken.
       passes: forward, backward.
+      wanted: only variants with this in their name; errors are compared to the first of them.
     """
     reference = next(iter(part.variants.values()))
     small = _cut(part.inputs, cut, part.kernel)
     wide = tuple(a.astype(jnp.float32) for a in small)
-    runs = _compile(part, small, passes)
+    runs = _compile(part, small, wide, passes, wanted)
     for name in passes:
         best: tuple[float, str] | None = None
         accurate: list[float] = []
 
-        # the reference's products are float32 already; its inputs and sums are made so here
-        with jax.default_matmul_precision("highest"):
-            weights = _weights(name, reference, wide)
-            truth = jax.jit(_pass(name, reference))(weights, *wide)
+        truth = runs[name, _TRUTH][0].result()(_weights(name, reference, wide), *wide)
         for variant, function in part.variants.items():
+            if (name, variant) not in runs:
+                continue
             line = {"kernel": part.kernel, "part": part.name, "variant": variant, "pass": name}
             try:
                 short, full = (future.result() for future in runs[name, variant])
@@ -329,24 +342,40 @@ def measure(
             }  # fmt: skip
 
 
+_TRUTH = "reference in float32"
+
+
 def _compile(
-    part: Part, small: tuple[jax.Array, ...], passes: tuple[str, ...]
+    part: Part,
+    small: tuple[jax.Array, ...],
+    wide: tuple[jax.Array, ...],
+    passes: tuple[str, ...],
+    wanted: str,
 ) -> dict[tuple[str, str], list[Future[Any]]]:
-    """Programs of every pass and variant on the short and on the full inputs.
+    """Programs of every pass and variant on the short and on the full inputs, and of the truth.
 
     They compile side by side: one after the other, a card would wait for minutes.
     """
 
-    def one(name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> Any:
+    def one(
+        name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...], precision: Any
+    ) -> Any:
         weights = jax.eval_shape(lambda: _weights(name, function, inputs))
-        return jax.jit(_pass(name, function)).lower(weights, *inputs).compile()
+        with jax.default_matmul_precision(precision):
+            return jax.jit(_pass(name, function)).lower(weights, *inputs).compile()
 
+    reference = next(iter(part.variants.values()))
+    programs: dict[tuple[str, str], list[Future[Any]]] = {}
     with ThreadPoolExecutor() as pool:
-        return {
-            (name, variant): [pool.submit(one, name, function, a) for a in (small, part.inputs)]
-            for name in passes
-            for variant, function in part.variants.items()
-        }
+        for name in passes:
+            # the reference's products are float32 already; its inputs and sums are made so here
+            programs[name, _TRUTH] = [pool.submit(one, name, reference, wide, "highest")]
+            for variant, function in part.variants.items():
+                if wanted in variant:
+                    inputs = (small, part.inputs)
+                    runs = [pool.submit(one, name, function, a, None) for a in inputs]
+                    programs[name, variant] = runs
+    return programs
 
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:
@@ -363,6 +392,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--part", default="", help="only parts with this in their name")
+    parser.add_argument("--variants", default="", help="only variants with this in their name")
     parser.add_argument("--latent_frames", type=int, default=121)
     parser.add_argument("--batch", type=int, default=2, help="of gdn and ucpe; conv_glu runs one")
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
@@ -380,7 +410,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             if given.part not in part.name:
                 continue
             cut = 2 if given.tiny else (21 if kernel == "gdn" else 8)
-            for line in measure(part, cut, 1 if given.tiny else given.repeats, tuple(given.passes)):
+            repeats = 1 if given.tiny else given.repeats
+            for line in measure(part, cut, repeats, tuple(given.passes), given.variants):
                 line |= {"frames": sizes.frames, "device": device, "auto": choice.AUTO[kernel]}
                 print(json.dumps(line), flush=True)
                 found.append(line)
