@@ -120,7 +120,10 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     normaliser = jax.nn.relu(_normal(7, (*decay.shape, 1, sizes.head_dim), jnp.float32)) + 0.1
 
     def variants(function: Any) -> dict[str, Callable[..., Any]]:
-        return {impl: lambda *a, i=impl: function(*a, impl=i) for impl in choice.IMPLS["gdn"]}
+        forms = {impl: {"impl": impl} for impl in choice.IMPLS["gdn"]}
+        if choice.capability() == choice.HOPPER:
+            forms["pallas, Triton"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=())}
+        return {name: lambda *a, o=options: function(*a, **o) for name, options in forms.items()}
 
     forward, small = _bytes(k_rot, v), _bytes(maps, beta)
     yield Part(

@@ -14,11 +14,26 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import choice
-from kernels_pallas.gdn import gpu, gpu_scan, reference
+from kernels_pallas.gdn import (
+    gpu,
+    gpu_hopper,
+    gpu_maps_hopper,
+    gpu_read_hopper,
+    gpu_scan,
+    reference,
+)
 from kernels_pallas.gdn.gpu import Run, Tiles
 from kernels_pallas.gdn.reference import Transition
 
 _F32 = jnp.float32
+
+
+def _is_hopper(kernel: str, tiles: Tiles, interpret: bool, tokens: jax.Array) -> bool:
+    """Whether a kernel of tokens (B, F, P, N, D) runs in its form for Hopper."""
+    if interpret or kernel not in tiles.mosaic or tokens.dtype != jnp.bfloat16:
+        return False
+    is_fit = gpu_hopper.takes(tokens.shape[2], tokens.shape[-1])
+    return is_fit and choice.capability() == choice.HOPPER
 
 
 def _is_pallas(impl: str | None, dtype: Any = None, axis_name: str | None = None) -> bool:
@@ -151,6 +166,8 @@ def _maps(
     beta: jax.Array,
     decay: jax.Array,
 ) -> list[jax.Array]:
+    if v is not None and _is_hopper("maps", tiles, interpret, k):
+        return list(gpu_maps_hopper.maps(k, v, beta, decay))
     batch, frames, _, heads, size = k.shape
     tokens = [("tokens", k)] if v is None else [("tokens", k), ("tokens", v)]
     matrix = ("matrix", jax.ShapeDtypeStruct((batch, frames, heads, size, size), _F32))
@@ -167,6 +184,8 @@ def _maps_forward(tiles: Tiles, interpret: bool, *args: Any) -> tuple[list[jax.A
 def _maps_backward(tiles: Tiles, interpret: bool, saved: Any, gradients: Any) -> tuple[Any, ...]:
     k, v, beta, decay = saved
     dw, du = gradients
+    if _is_hopper("rows_gradient" if v is None else "maps_gradient", tiles, interpret, k):
+        return gpu_maps_hopper.maps_gradient(k, v, beta, decay, dw, du)
     like = [("tokens", k)] if v is None else [("tokens", k), ("tokens", v)]
     inputs = [*like, ("scalars", beta), ("number", decay)]
     inputs += [("matrix", dw), ("row" if v is None else "matrix", du)]
@@ -231,6 +250,8 @@ def _read(
     plain_q: jax.Array | None,
 ) -> jax.Array:
     tiles, interpret, eps = static
+    if _is_hopper("read", tiles, interpret, q):
+        return gpu_read_hopper.read(states, q, normaliser, plain_q, eps)
     inputs = [("matrix", states), ("tokens", q)]
     if normaliser is not None and plain_q is not None:
         inputs += [("row", normaliser), ("tokens", plain_q)]
@@ -244,6 +265,10 @@ def _read_forward(static: Any, *args: Any) -> tuple[jax.Array, Any]:
 
 def _read_backward(static: Any, saved: Any, dy: jax.Array) -> tuple[Any, ...]:
     tiles, interpret, eps = static
+    states, q, normaliser, plain_q = saved
+    if _is_hopper("read_gradient", tiles, interpret, q):
+        found = gpu_read_hopper.read_gradient(states, q, normaliser, plain_q, dy, eps)
+        return (*found, None, None) if eps is None else found
     kinds = ("matrix", "tokens", "row", "tokens")
     given = [(kind, a) for kind, a in zip(kinds, saved, strict=True) if a is not None]
     outputs = [(kind, jax.ShapeDtypeStruct(a.shape, a.dtype)) for kind, a in given]

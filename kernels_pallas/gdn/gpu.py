@@ -39,6 +39,7 @@ class Tiles:
       read, read_gradient: of the read-out.
       scan_rows, scan_warps: rows of the state that one program of the recurrence carries.
       scan_exact: its products in float32, for tests; never on Hopper's own kernel.
+      mosaic: kernels of tokens that run in their form for Hopper there, `gdn.gpu_hopper`.
     """
 
     maps: Tile = Tile(stages=3)
@@ -50,12 +51,13 @@ class Tiles:
     scan_rows: int = 32
     scan_warps: int = 8
     scan_exact: bool = False
+    mosaic: tuple[str, ...] = ("maps", "maps_gradient", "rows_gradient", "read", "read_gradient")
 
     @classmethod
-    def of(cls, tile: Tile, **scan: Any) -> Tiles:
+    def of(cls, tile: Tile, **others: Any) -> Tiles:
         """The same tile for every kernel that reads tokens."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{n: tile for n in names if not n.startswith("scan_")}, **scan)
+        names = [field.name for field in dataclasses.fields(cls) if field.type == "Tile"]
+        return cls(**{name: tile for name in names}, **others)
 
 
 class Run(NamedTuple):

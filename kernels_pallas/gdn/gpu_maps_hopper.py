@@ -1,0 +1,305 @@
+"""Maps of a frame and their gradient as Mosaic GPU kernels for Hopper, see `gpu_hopper`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.gdn import gpu_hopper as hopper
+from kernels_pallas.gdn.gpu import bfloat16_parts
+
+_F32, _B16 = jnp.float32, jnp.bfloat16
+
+
+def _by_head(beta: jax.Array) -> jax.Array:
+    """(B, F, P, N) to (B F, N, P'), P' whole tiles: a row is copied whole, whatever is past it."""
+    tokens = beta.shape[2]
+    by_head = jnp.swapaxes(hopper.flat(beta), 1, 2).astype(_F32)
+    return jnp.pad(by_head, ((0, 0), (0, 0), (0, -tokens % hopper.ROWS)))
+
+
+def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
+    """w and u by three warpgroups: one scales and splits keys, two multiply 64 rows each."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    k_ref, v_ref, beta_ref, decay_ref, w_ref, u_ref = refs[:6]
+    keys, values, betas, split, full, free, split_full, split_free = refs[6:]
+    load: Any = plgpu.load
+    layout = plgpu.Layout.WGMMA
+    head, frame = lax.axis_index("head"), lax.axis_index("frame")
+
+    def slot(i: Any) -> Any:
+        return lax.rem(i, jnp.int32(slots))
+
+    def place(i: Any) -> Any:
+        return lax.rem(i, jnp.int32(2))
+
+    def ask(i: Any) -> None:
+        at, rows = slot(i), pl.ds(pl.multiple_of(i * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+        for source, to in ((k_ref, keys), (v_ref, values)):
+            plgpu.copy_gmem_to_smem(source.at[frame, rows, head], to.at[at], full.at[at])
+        plgpu.copy_gmem_to_smem(beta_ref.at[frame, head, rows], betas.at[at], full.at[at])
+
+    def bring() -> None:
+        for i in range(min(slots, steps)):
+            ask(jnp.int32(i))
+
+        def step(i: Any, carry: Any) -> Any:
+            at, to = slot(i), place(i)
+            plgpu.barrier_wait(full.at[at])
+            k = plgpu.layout_cast(keys[at], layout).astype(_F32)
+            beta = load(betas.at[at], layout=layout.reduce(1), optimized=False)
+            parts = bfloat16_parts(k * hopper.by_rows(beta, k))
+            pl.when(i >= 2)(lambda: plgpu.barrier_wait(split_free.at[to]))
+            for j, part in enumerate(parts):
+                split[to, j] = part
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(split_full.at[to])
+
+            @pl.when((i > 0) & (i + slots - 1 < steps))
+            def _refill() -> None:
+                plgpu.barrier_wait(free.at[slot(i - 1)])
+                ask(i + slots - 1)
+
+            return carry
+
+        lax.fori_loop(0, steps, step, None)
+
+    def multiply(start: int) -> None:
+        columns = pl.ds(start, hopper.ROWS)
+
+        def step(i: Any, sums: Any) -> Any:
+            at, of = slot(i), place(i)
+            plgpu.barrier_wait(full.at[at])
+            plgpu.barrier_wait(split_full.at[of])
+
+            def terms() -> Any:
+                k, v = (a.at[at].at[:, columns].transpose((1, 0)) for a in (keys, values))
+                high, low = split.at[of, 0], split.at[of, 1]
+                # the high part is enough for W, see `gdn.gpu`
+                return (0, k, high), (1, v, low), (1, v, high)
+
+            found = hopper.add_products(sums, terms)
+            plgpu.barrier_arrive(split_free.at[of])
+            plgpu.barrier_arrive(free.at[at])
+            return found
+
+        zero = plgpu.layout_cast(jnp.zeros((hopper.ROWS, size), _F32), layout)
+        outer, u = lax.fori_loop(0, steps, step, (zero, zero))
+        row, column = (
+            plgpu.broadcasted_iota(jnp.int32, outer.shape, axis, layout=layout) for axis in (0, 1)
+        )
+        eye = jnp.where(row + start == column, 1.0, 0.0)
+        w_ref[frame, head, columns, :] = decay_ref[frame, head] * (eye - outer)
+        u_ref[frame, head, columns, :] = u
+
+    group = lax.axis_index("group")
+    pl.when(group == 0)(lambda: multiply(0))
+    # its first rows are some of the other's last
+    pl.when(group == 1)(lambda: multiply(size - hopper.ROWS))
+    pl.when(group == 2)(bring)
+
+
+def maps(
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    decay: jax.Array,
+    *,
+    slots: int = 4,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As the kernel `maps` of `gdn.gpu`; sizes that `takes` allows."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    batch, frames, tokens, heads, size = k.shape
+    matrix = jax.ShapeDtypeStruct((batch * frames, heads, size, size), _F32)
+    kernel = plgpu.kernel(
+        functools.partial(_maps_kernel, steps=pl.cdiv(tokens, hopper.ROWS), slots=slots, size=size),
+        out_type=(matrix, matrix),
+        scratch_types=(
+            hopper.tiles(slots, hopper.ROWS, size),
+            hopper.tiles(slots, hopper.ROWS, size),
+            plgpu.SMEM((slots, hopper.ROWS), _F32),
+            hopper.tiles(2, 2, hopper.ROWS, size),
+            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        ),
+        grid=(batch * frames, heads),
+        grid_names=("frame", "head"),
+        num_threads=3,
+        thread_name="group",
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    w, u = kernel(hopper.flat(k), hopper.flat(v), _by_head(beta), hopper.flat(decay))
+    shape = (batch, frames, heads, size, size)
+    return w.reshape(shape), u.reshape(shape)
+
+
+def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, size: int) -> None:
+    """As `gdn.gpu`'s, by two warpgroups that take turns with the tiles.
+
+    It writes each token's k . through_u and half k . through_w, of which the scalars' gradients are
+    made.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    v_ref: Any = None
+    dv_ref: Any = None
+    values: Any = None
+    if has_values:
+        k_ref, v_ref, beta_ref, decay_ref, dw_ref, du_ref, dk_ref, dv_ref, *rest = refs
+        through_u_ref, energy_ref, keys, values, betas, scalars, parts, full, ready = rest
+    else:
+        k_ref, beta_ref, decay_ref, dw_ref, du_ref, dk_ref, through_u_ref, energy_ref, *rest = refs
+        keys, betas, scalars, parts, full, ready = rest
+    load: Any = plgpu.load
+    layout = plgpu.Layout.WGMMA
+    head, frame = lax.axis_index("head"), lax.axis_index("frame")
+    group = lax.axis_index("group")
+    keys, betas, scalars = (ref.at[group] for ref in (keys, betas, scalars))
+    values = values.at[group] if has_values else None
+    own_steps = lax.div(jnp.int32(steps + 1) - group, jnp.int32(2))
+
+    def slot(i: Any) -> Any:
+        return lax.rem(i, jnp.int32(slots))
+
+    def is_full(i: Any) -> Any:
+        return full.at[group * slots + slot(i)]
+
+    def rows(i: Any) -> Any:
+        return pl.ds(pl.multiple_of((2 * i + group) * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+
+    def ask(i: Any) -> None:
+        at = slot(i)
+        for source, place in ((k_ref, keys), (v_ref, values)):
+            if source is not None:
+                plgpu.copy_gmem_to_smem(source.at[frame, rows(i), head], place.at[at], is_full(i))
+        plgpu.copy_gmem_to_smem(beta_ref.at[frame, head, rows(i)], betas.at[at], is_full(i))
+
+    for i in range(slots):
+        pl.when(i < own_steps)(functools.partial(ask, jnp.int32(i)))
+
+    def matrix(ref: Any) -> Any:
+        def part(start: int) -> jax.Array:
+            found = ref.at[frame, head, pl.ds(start, hopper.ROWS), :]
+            return load(found, layout=layout, optimized=False)
+
+        return part
+
+    pl.when(group == 0)(lambda: hopper.split(parts, 0, matrix(dw_ref), size))
+    du: Any = None
+    if has_values:
+        pl.when(group == 1)(lambda: hopper.split(parts, 2 * size, matrix(du_ref), size))
+    else:
+        du = load(du_ref.at[frame, head, 0], layout=layout.reduce(0), optimized=False)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(ready)
+    plgpu.barrier_wait(ready)
+    decay = decay_ref[frame, head]
+    high, low = (parts.at[pl.ds(j * size, size)] for j in range(2))
+    from_w = [w for part in (low, high) for w in (part, part.transpose((1, 0)))]
+    from_u = [parts.at[pl.ds(j * size, size)] for j in (3, 2)] if has_values else []
+
+    def step(i: Any, carry: Any) -> Any:
+        at = slot(i)
+        plgpu.barrier_wait(is_full(i))
+        # through dw + dw^T
+        through_w = hopper.products((hopper.ROWS, size), *((keys.at[at], w) for w in from_w))
+        # the results of the step before have left: their place is free
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when((i > 0) & (i + slots - 1 < own_steps))(lambda: ask(i + slots - 1))
+        k = plgpu.layout_cast(keys[at], layout).astype(_F32)
+        energy = 0.5 * jnp.sum(k * through_w, 1)
+        beta = load(betas.at[at], layout=layout.reduce(1), optimized=False)
+        if values is not None:
+            (dk,) = hopper.add_products(
+                (-decay * through_w,), lambda: ((0, values.at[at], u) for u in from_u)
+            )
+        else:
+            dk = lax.broadcast_in_dim(du, k.shape, [1]) - decay * through_w
+        scalars[0] = jnp.sum(k * dk, 1) + 2.0 * decay * energy
+        scalars[1] = energy
+        if values is not None:
+            turned = (u.transpose((1, 0)) for u in from_u)
+            dv = hopper.products((hopper.ROWS, size), *((keys.at[at], u) for u in turned))
+            values[at] = (dv * hopper.by_rows(beta, dv)).astype(_B16)
+        keys[at] = (dk * hopper.by_rows(beta, dk)).astype(_B16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(keys.at[at], dk_ref.at[frame, rows(i), head])
+        if values is not None:
+            plgpu.copy_smem_to_gmem(values.at[at], dv_ref.at[frame, rows(i), head])
+        plgpu.copy_smem_to_gmem(scalars.at[0], through_u_ref.at[frame, head, rows(i)])
+        plgpu.copy_smem_to_gmem(scalars.at[1], energy_ref.at[frame, head, rows(i)])
+        return carry
+
+    lax.fori_loop(0, own_steps, step, None)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def maps_gradient(
+    k: jax.Array,
+    v: jax.Array | None,
+    beta: jax.Array,
+    decay: jax.Array,
+    dw: jax.Array,
+    du: jax.Array,
+    *,
+    slots: int = 2,
+    interpret: Any = None,
+) -> tuple[jax.Array | None, ...]:
+    """As the kernel `maps_gradient` of `gdn.gpu`, or `rows_gradient` without v.
+
+    Sizes that `takes` allows.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    batch, frames, tokens, heads, size = k.shape
+    flat = batch * frames
+    given = [k] if v is None else [k, v]
+    token = jax.ShapeDtypeStruct((flat, tokens, heads, size), k.dtype)
+    by_token = _by_head(beta)
+    scalar = jax.ShapeDtypeStruct(by_token.shape, _F32)
+    kernel = plgpu.kernel(
+        functools.partial(
+            _maps_gradient_kernel,
+            has_values=v is not None,
+            steps=pl.cdiv(tokens, hopper.ROWS),
+            slots=slots,
+            size=size,
+        ),
+        out_type=(*[token] * len(given), scalar, scalar),
+        scratch_types=(
+            *[hopper.tiles(2, slots, hopper.ROWS, size)] * len(given),
+            plgpu.SMEM((2, slots, hopper.ROWS), _F32),
+            plgpu.SMEM((2, 2, hopper.ROWS), _F32),
+            hopper.tiles(2 * size * len(given), size),
+            plgpu.Barrier(num_arrivals=1 + len(given), num_barriers=2 * slots),
+            plgpu.Barrier(num_arrivals=2),
+        ),
+        grid=(flat, heads),
+        grid_names=("frame", "head"),
+        num_threads=2,
+        thread_name="group",
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    *found, through_u, energy = kernel(
+        *(hopper.flat(a) for a in given),
+        by_token,
+        hopper.flat(decay),
+        hopper.flat(dw),
+        hopper.flat(du),
+    )
+    d_beta = (through_u - hopper.flat(decay)[..., None] * energy)[..., :tokens]
+    d_beta = jnp.swapaxes(d_beta, 1, 2).reshape(beta.shape)
+    lost = jnp.sum(by_token * energy, -1).reshape(decay.shape)
+    d_decay = jnp.trace(dw, axis1=-2, axis2=-1) - lost
+    dk, dv = [a.reshape(k.shape) for a in found] + [None] * (2 - len(found))
+    return dk, dv, d_beta.astype(beta.dtype), d_decay
