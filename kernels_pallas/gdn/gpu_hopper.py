@@ -81,6 +81,17 @@ def split(parts: Any, first: int, matrix: Any, size: int) -> None:
             parts[pl.ds(first + j * size + start, ROWS)] = part
 
 
+def store_row(ref: Any, row: jax.Array) -> None:
+    """Writes a row to global memory, be it whole lines of the cache or not."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = row
+    else:  # from JAX 0.12 on an assignment writes whole lines alone
+        store(ref, row, optimized=False)
+
+
 def by_rows(a: jax.Array, like: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(a, like.shape, [0])
 

@@ -216,7 +216,7 @@ def _read_gradient_kernel(
         # one after the other: sums over warps share their scratch memory
         if own_group == 1:
             meet(ready)
-        dz_ref[frame, head, group] = jnp.sum(dz[0], 0)
+        hopper.store_row(dz_ref.at[frame, head, group], jnp.sum(dz[0], 0))
         if own_group == 0:
             meet(ready)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
