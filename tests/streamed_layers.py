@@ -41,7 +41,7 @@ class Layers:
         monkeypatch.setattr(streaming.Streamer, "_bring", counted)
 
     def alive(self) -> int:
-        """Layers on the device; one that was uploaded twice counts twice, unless one copy is gone."""
+        """Layers on the device; one of which two copies are there counts twice."""
         gc.collect()
         self._arrays = [(i, array) for i, array in self._arrays if array() is not None]
         return len({i for i, _ in self._arrays})

@@ -181,11 +181,10 @@ class _Cutter:
             return Layer(inputs, outputs, self.compile(body, given))
         own = [body.jaxpr.invars[i] for i in self.free(inputs, passed_on, end)]
         plan = _Cutter(body, hosted, own, self.compiled).cut()
-        results = body.jaxpr.outvars
+        results = [r if is_variable(r) else None for r in body.jaxpr.outvars]
         self.owned.update(
             v
-            for v, result, source in zip(outputs, results, passed_on, strict=True)
-            if source is None and is_variable(result)
+            for v, result in zip(outputs, results, strict=True)
             if result in plan.owned and results.count(result) == 1
         )
         return Call(inputs, outputs, plan)
@@ -211,8 +210,6 @@ class _Cutter:
         for i, (atom, variable) in enumerate(pairs):
             if is_variable(atom) and atom in self.hosted:
                 inside[variable] = self.hosted[atom] - (i in scanned)
-        if any(axes < 0 for axes in inside.values()):
-            raise ValueError("a layer in host memory is scanned, outside of a layer")
         return inside
 
     def compile(self, body: Any, donated: Sequence[int] = ()) -> Function:
@@ -271,7 +268,7 @@ def _kind(variable: Any) -> tuple[Any, Any]:
 def _passed_on(jaxpr: Any) -> list[int | None]:
     """For every result the position of the input that it merely is, or None.
 
-    Such a result can be the same array as the input: JAX does not copy it.
+    A program in pieces does not copy it: input and result are one array.
     """
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:

@@ -2,8 +2,8 @@
 
 A model here is a function whose layers are stacked and run by `lax.scan`, or separate and run by
 `stack.over_layers`. `Streamer` traces that function as it is, and runs its program piece by piece
-(`program_pieces`): what lies between layers is compiled as usual, and a layer that is in host memory
-is brought to the device while the layers before it run. So there is one definition of every model.
+(`program_pieces`): what lies between layers is compiled as usual, and a layer in host memory is
+brought to the device while the layers before it run. So there is one definition of every model.
 """
 
 from __future__ import annotations

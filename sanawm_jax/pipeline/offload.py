@@ -2,10 +2,10 @@
 
 `none`: every network that was used once, within a stage.
 `model`: the network that runs; it is read again when it is needed again.
-`block`: of that network, two layers: the one that runs and one whose copy runs beside it. The others
-  wait in host memory, but for those that the device has room for once a first call, a step or a block
-  of frames, has shown what it needs: they stay. A text tower runs once or twice, and none stay.
-  Embeddings, heads and the VAE are on the device whole.
+`block`: of that network, two layers: one that runs and one whose copy runs beside it. The others
+  wait in host memory, but for those that the device has room for once a first call (a step, or a
+  block of frames) has shown what it needs: they stay. A text tower runs once or twice, and none
+  stay. Embeddings, heads and the VAE are on the device whole.
 """
 
 from __future__ import annotations

@@ -33,14 +33,14 @@ def layer(x: jax.Array, leaves: Any) -> tuple[jax.Array, jax.Array]:
     return x, seen.at[0].set(x)
 
 
-def run_both(function: Any, *args: Any) -> tuple[Any, Any]:
-    """Results of the pieces, for these arguments, and of the whole program, for copies of them."""
+def run_both(function: Any, *args: Any, streamer: Streamer | None = None) -> Any:
+    """What the pieces give, which is what the whole program gives for copies of the arguments."""
     expected = function(None, tuple(WEIGHTS), *jax.tree.map(jnp.array, args))
     streamed = keep_separate_layers("blocks.w", WEIGHTS)
-    got = Streamer()(function, None, streamed, *args)
+    got = (streamer or Streamer())(function, None, streamed, *args)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
-    return got, expected
+    return got
 
 
 def are_deleted(tree: Any) -> list[bool]:
@@ -65,9 +65,11 @@ def test_each_layer_writes_its_own() -> None:
 
     window, kept = windows(0), tuple(a[0] for a in windows(1))
     x, small = jnp.ones((2, WIDTH))
-    before = places(window)
-    (_, after, _), _ = run_both(move, window, kept, x, small)
-    assert all(are_deleted(window)) and places(after) == before
+    before, streamer = places(window), Streamer()
+    for _ in range(2):
+        _, after, _ = run_both(move, window, kept, x, small, streamer=streamer)
+        assert all(are_deleted(window)) and places(after) == before
+        window = after
     # a sum cannot take the place of `small`
     assert not any(are_deleted((kept, x, small)))
 
@@ -98,75 +100,73 @@ def test_what_is_read_later_is_kept_until_then(is_read_later: bool) -> None:
 
     window = windows(0)
     before = places(window)
-    (_, after, _), _ = run_both(move, window, jnp.ones(WIDTH))
+    _, after, _ = run_both(move, window, jnp.ones(WIDTH))
     assert (places(after) == before) is not is_read_later
     assert all(are_deleted(window)) is not is_read_later
 
 
-def test_a_layer_leaves_something_to_wait_for() -> None:
+def test_a_layer_leaves_something_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nothing would say when it has run, and its weights are free."""
 
     @jitted("window")
     def move(graphdef: None, params: Any, window: jax.Array) -> Any:
         return over_layers(lambda x, w: (jnp.tanh(x @ w), None), window, params)[0] + 1.0
 
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
     x = jnp.ones(WIDTH)
-    run_both(move, x)
-    assert x.is_deleted()
-
-
-def _same(a: Any) -> Any:
-    return a
+    run_both(move, x, streamer=Streamer(stays=False))
+    assert x.is_deleted() and len(waited) == COUNT - 2 and all(waited)
 
 
 @jax.jit
-def _in_a_function(params: Any, x: jax.Array, window: Any, kept: Any) -> Any:
-    x, written = over_layers(layer, x, [params, window])
-    return x, written, kept
+def _function(params: Any, x: jax.Array, window: Any) -> Any:
+    return over_layers(layer, x, [params, window])[0], window
 
 
-def _between(params: Any, x: jax.Array, window: Any, kept: Any) -> Any:
-    kept = jax.tree.map(jax.jit(_same), kept)
-    return x, jax.tree.map(lambda a: a * 2.0, window), kept
+def _loop(params: Any, x: jax.Array, window: Any) -> Any:
+    return jax.lax.scan(lambda c, _: (_function(params, *c), None), (x, window), length=2)[0]
 
 
-def _by_a_layer(params: Any, x: jax.Array, window: Any, kept: Any) -> Any:
-    def passes(x: jax.Array, leaves: Any) -> Any:
-        weight, seen, other = leaves
-        return *layer(x, [weight, seen]), other
-
-    def both(x: jax.Array, leaves: Any) -> Any:
-        x, seen, other = passes(x, leaves)
-        return x, {"seen": seen, "other": other}
-
-    x, given = over_layers(both, x, [params, window, kept])
-    return x, given["seen"], given["other"]
-
-
-def _by_a_loop(params: Any, x: jax.Array, window: Any, kept: Any) -> Any:
-    def turn(carry: Any, _: None) -> Any:
-        x, window, kept = carry
+@pytest.mark.parametrize("passes_on", [_function, _loop])
+def test_one_array_under_two_names_is_never_given_away(passes_on: Any) -> None:
+    @jitted("window")
+    def move(graphdef: None, params: Any, x: jax.Array, window: Any) -> Any:
+        x, again = passes_on(params, x, window)
         x, written = over_layers(layer, x, [params, window])
-        return (x, written, kept), None
+        return x, written, sum(again)
 
-    return jax.lax.scan(turn, (x, window, kept), length=2)[0]
+    run_both(move, jnp.ones(WIDTH), windows(0))
 
 
-@pytest.mark.parametrize("passed_on", [_between, _in_a_function, _by_a_layer, _by_a_loop])
-def test_an_array_under_two_names_is_never_given_away(passed_on: Any) -> None:
-    """Neither one that the caller keeps, which a later layer could write, nor one of its own."""
+def test_one_array_as_two_inputs_is_never_given_away() -> None:
+    @jitted("window")
+    def move(graphdef: None, params: Any, x: jax.Array, window: Any) -> Any:
+        def both(x: jax.Array, leaves: Any) -> Any:
+            weight, seen, same = leaves
+            return layer(x, [weight, seen + same])
 
-    @jitted("window", "small")
-    def move(graphdef: None, params: Any, x: jax.Array, window: Any, kept: Any, small: Any) -> Any:
-        x, written, again = passed_on(params, x, window, kept)
-        x, more = over_layers(layer, x, [params, again])
-        # and of `small`, which the program may write, one name is written and the other is read
-        other = jax.jit(_same)(small)
-        x, _ = over_layers(lambda x, w: (x @ w + small, None), x, params)
-        return x, written, more, small * 2.0, other
+        return over_layers(both, x, [params, window, window])
 
-    window, kept = windows(0), windows(1)
-    run_both(move, jnp.ones(WIDTH), window, kept, jnp.ones(WIDTH))
-    assert not any(are_deleted(kept))
-    # a loop's turns have one program, and the first does not own what it is given
-    assert all(are_deleted(window)) is (passed_on is not _by_a_loop)
+    run_both(move, jnp.ones(WIDTH), windows(0))
+
+
+@pytest.mark.parametrize("results", [1, 2])
+def test_what_a_function_made_is_the_programs_own(results: int) -> None:
+    """Unless it gives it twice, as two results that are one array."""
+
+    @jax.jit
+    def inner(params: Any, x: jax.Array, window: Any) -> Any:
+        x, written = over_layers(layer, x, [params, window])
+        return x, *[written] * results
+
+    @jitted("window")
+    def move(graphdef: None, params: Any, x: jax.Array, window: Any) -> Any:
+        x, written, *others = inner(params, x, window)
+        x, again = over_layers(layer, x, [params, written])
+        return x, again, [sum(other) for other in others]
+
+    window = windows(0)
+    before = places(window)
+    _, after, _ = run_both(move, jnp.ones(WIDTH), window)
+    assert all(are_deleted(window)) and (places(after) == before) is (results == 1)

@@ -79,6 +79,7 @@ def test_layers_stay_as_far_as_memory_goes(place: Any, monkeypatch: pytest.Monke
 
     def brought(count: int, other: int) -> list[int]:
         """Positions of the layers that a call of so many tokens uploads, in order."""
+        assert run is not None
         device.other = other
         layers.forget()
         assert_close(run(network, None, params, x := tokens(count)), network(None, weights, x))
@@ -107,7 +108,7 @@ def test_layers_stay_as_far_as_memory_goes(place: Any, monkeypatch: pytest.Monke
     assert brought(9, more) == passes and layers.most == 2
     # what is known of the first one still holds
     assert brought(6, usual)[COUNT:] == 2 * streamed
-    del run
+    run = None
     assert not layers.alive()
 
 
@@ -158,6 +159,19 @@ def test_the_next_layer_is_brought_and_started_before_the_last_is_done(
     assert events == ["bring", "bring", *["wait", "bring"] * (COUNT - 2)] and layers.most == 2
     for (_, output), expected in zip(waited, given, strict=False):
         assert output is expected  # of the layer before the one that runs
+
+
+def test_what_nothing_reads_later_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def count() -> None:
+        found.append(sum(a.shape == x.shape for a in jax.live_arrays()))
+
+    x, params = tokens(7), host(keep_separate_layers)
+    Layers(monkeypatch, count)
+    Streamer()(network, None, params, x)
+    # given, given plus one, the last layer's result, and those of the two before it
+    assert len(found) == 3 * COUNT and max(found) <= 5
 
 
 def test_one_function_for_all_layers() -> None:
