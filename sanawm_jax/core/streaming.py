@@ -108,9 +108,9 @@ def _pinned(array: np.ndarray) -> Any:
     return jax.device_put(array, jax.sharding.SingleDeviceSharding(device, memory_kind=PINNED))
 
 
-def upload(part: Any) -> jax.Array:
-    """Starts the copy of a layer's leaf to the device."""
-    return jax.device_put(part, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+def upload(parts: list[Any]) -> list[jax.Array]:
+    """Starts the copies of a layer's leaves to the device."""
+    return jax.device_put(parts, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,24 +145,47 @@ def _spread(layers: Sequence[_Layer], room: int) -> list[_Layer]:
 
 
 @dataclasses.dataclass
+class _Memory:
+    """Bytes of the device, when a function was called with two layers on it.
+
+    Attributes:
+      sizes: of each argument that is on the device.
+      before: in use when the call began, without layers.
+      peak: in use at most, in the process so far; None: not known yet.
+    """
+
+    sizes: tuple[int, ...]
+    before: int = 0
+    peak: int | None = None
+
+    def peak_of(self, other: _Memory) -> int | None:
+        """What another call can need at most, by this one; None if its arguments are larger."""
+        is_larger = any(a > b for a, b in zip(other.sizes, self.sizes, strict=True))
+        if self.peak is None or is_larger:
+            return None
+        return self.peak + max(0, other.before - self.before)
+
+
+@dataclasses.dataclass
 class _Program:
-    """A function, cut for arguments of some shapes, and what its calls have shown.
+    """A function, cut for arguments of some shapes.
 
     Attributes:
       plan: its pieces.
       out_tree: of its results.
-      identity: function and static arguments, the same for arguments of other shapes.
-      sizes: bytes of each argument that is on the device.
+      identity: all that its results depend on, but for the shapes of what is on the device.
+      memory: that it takes.
       layers: in the order in which they first ran.
-      peak: bytes that the device held at most when two layers were on it; None: not known yet.
     """
 
     plan: pieces.Plan
     out_tree: Any
     identity: Any
-    sizes: tuple[int, ...]
+    memory: _Memory
     layers: tuple[_Layer, ...] = ()
-    peak: int | None = None
+
+
+_measured: dict[Any, list[_Memory]] = {}  # in this process, by a program's identity
 
 
 class Streamer:
@@ -176,8 +199,9 @@ class Streamer:
     A backend reports one peak for the whole process, which never falls. So it is read only after
     first calls, for which everything that stayed was dropped. A later program whose own peak is
     below what an earlier one reached, with its layers, is taken to need that much: it has less room
-    than there is, perhaps none, but never more. A program for arguments that are no larger than an
-    earlier one's of the same function needs no more than that: nothing is dropped for it.
+    than there is, perhaps none, but never more. A program that was measured in this process, or one
+    of the same function for arguments that were no smaller, is not measured again, and nothing is
+    dropped for it: it needs what that needed, and what has come to be on the device since.
 
     Args:
       stays: False for a network that runs too few times for layers to stay.
@@ -209,8 +233,10 @@ class Streamer:
         values, tree = jax.tree.flatten((params, args))
         avals = [jax.ShapeDtypeStruct(np.shape(v), _dtype(v)) for v in values]
         hosted = [v.depth if isinstance(v, HostStack) else None for v in values]
-        identity = function, graphdef, tuple(sorted(static.items())), tree, tuple(hosted)
-        key = (identity, tuple((a.shape, a.dtype) for a in avals))
+        types = [(a.shape, a.dtype) for a in avals]
+        waiting = tuple((h, t) for h, t in zip(hosted, types, strict=True) if h is not None)
+        identity = function, graphdef, tuple(sorted(static.items())), tree, waiting
+        key = identity, tuple(hosted), tuple(types)
         if key not in self._programs:
             abstract, rest = jax.tree.unflatten(tree, avals)
             traced: Any = function.trace(graphdef, abstract, *rest, **static)  # pyright: ignore
@@ -222,36 +248,47 @@ class Streamer:
             there = zip(avals, hosted, strict=True)
             sizes = tuple(a.size * a.dtype.itemsize for a, h in there if h is None)
             out_tree = jax.tree.structure(traced.out_info)
-            self._programs[key] = _Program(plan, out_tree, identity, sizes)
+            self._programs[key] = _Program(plan, out_tree, identity, _Memory(sizes))
         program = self._programs[key]
         given = [_Slice(v) if isinstance(v, HostStack) else v for v in values]
-        self._make_room(program)
+        is_measured = self._make_room(program)
         self._order = {}
         out = self._run(program.plan, given)
         program.layers = tuple(self._order)
-        if self._stays and program.peak is None:
+        if is_measured:
             jax.block_until_ready(out)  # all that it needed was allocated
             self._unmeasured = program
         return jax.tree.unflatten(program.out_tree, out)
 
-    def _make_room(self, program: _Program) -> None:
-        """Decides what stays in a call, and drops what does not."""
-        stats = memory_stats() if self._stays else {}
-        limit, peak = stats.get("bytes_limit"), stats.get("peak_bytes_in_use")
+    def _make_room(self, program: _Program) -> bool:
+        """Decides what stays in a call, and drops what does not.
+
+        Returns:
+          Whether the call is to show what the program needs.
+        """
+        stats, memory = memory_stats() if self._stays else {}, program.memory
+        if not stats:
+            return False
         # read now, and not when that call ended: the caller's own work since then counts too
         if self._unmeasured is not None:
-            self._unmeasured.peak, self._unmeasured = peak, None
-        if program.peak is None:
-            for other in self._programs.values():
-                if other.peak is not None and _is_no_larger(program, other):
-                    program.peak, program.layers = other.peak, other.layers
-        stay: list[_Layer] = []
-        if limit is not None and program.peak is not None:
+            self._unmeasured.memory.peak = stats["peak_bytes_in_use"]
+            _measured.setdefault(self._unmeasured.identity, []).append(self._unmeasured.memory)
+            self._unmeasured = None
+        if memory.peak is None:
+            layers = [*self._resident.values(), *(weights for _, weights in self._running)]
+            memory.before = stats["bytes_in_use"] - sum(a.nbytes for w in layers for a in w)
+            known = [m.peak_of(memory) for m in _measured.get(program.identity, ())]
+            memory.peak = min((peak for peak in known if peak is not None), default=None)
+            same = (p for p in self._programs.values() if p.identity == program.identity)
+            program.layers = next((p.layers for p in same if p.layers), ())
+        self._stay = set()
+        if memory.peak is not None:
             # the allocator cannot use all: a part is lost to fragmentation
-            stay = _spread(program.layers, limit - program.peak - limit // 32)
-        self._stay = set(stay)
+            room = stats["bytes_limit"] - memory.peak - stats["bytes_limit"] // 32
+            self._stay = set(_spread(program.layers, room))
         for layer in self._resident.keys() - self._stay:
             del self._resident[layer]
+        return memory.peak is None
 
     def _run(self, plan: pieces.Plan, values: Sequence[Any]) -> list[Any]:
         env = dict(zip(plan.jaxpr.constvars, plan.consts, strict=True))
@@ -319,13 +356,7 @@ class Streamer:
             jax.block_until_ready([a for a in out if not a.is_deleted()])
 
     def _bring(self, layer: _Layer) -> list[jax.Array]:
-        return [upload(s.stack.part(s.index)) for s in layer]
-
-
-def _is_no_larger(program: _Program, other: _Program) -> bool:
-    if program.identity != other.identity:
-        return False
-    return all(a <= b for a, b in zip(program.sizes, other.sizes, strict=True))
+        return upload([s.stack.part(s.index) for s in layer])
 
 
 def _dtype(value: Any) -> Any:

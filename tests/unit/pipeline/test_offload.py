@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sanawm_jax.core import streaming
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.generate import SanaWM
 from sanawm_jax.pipeline.random_weights import write_random
@@ -49,11 +50,39 @@ def test_stage1(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(moved.latents, kept.latents)
     np.testing.assert_array_equal(moved.frames, kept.frames)
     layers = Layers(monkeypatch)
+    there, decode = [], SanaWM.decode
+
+    def decoded(model: SanaWM, latents: Any) -> Any:
+        there.append(layers.alive())
+        return decode(model, latents)
+
+    monkeypatch.setattr(SanaWM, "decode", decoded)
     streamed, _ = make("block")
     assert_close(streamed.latents, kept.latents)
     # 4 layers of the DiT and 2 of the text tower passed, no more than two at once
     assert len(set(layers.brought)) == 6 and layers.most == 2
-    assert not layers.alive()  # gone with the networks
+    assert there == [0]  # gone with the networks
+
+
+def test_layers_of_the_refiner_stay(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second block on, the short last one too."""
+    latents = np.random.default_rng(0).standard_normal((1, 8, 6, 2, 2)).astype(np.float32)
+
+    def refine(offload: str) -> np.ndarray:
+        options = RefineOptions(refiner_block_size=2)
+        refiner = LTX2Refiner.from_pretrained(
+            folders[1], dtype="float32", offload=offload, options=options
+        )
+        return refiner(latents, "a room", progress=False)
+
+    kept, layers = refine("model"), Layers(monkeypatch)
+    stats = {"bytes_limit": 2**30, "bytes_in_use": 0, "peak_bytes_in_use": 2**20}
+    monkeypatch.setattr(streaming, "memory_stats", lambda: stats)
+    monkeypatch.setattr(streaming, "_measured", {})
+    assert_close(refine("block"), kept)
+    # 2 of Gemma 3, 3 for the text, 3 for the sink, 3 in each pass of the first block, 3 that stay
+    assert len(layers.brought) == 2 + 3 + 3 + 4 * 3 + 3 and layers.most == 2 + 3
+    assert not layers.alive()
 
 
 @pytest.mark.parametrize("block_size", [3, 0])
