@@ -41,7 +41,7 @@ _TEXTS = {
     "intrinsics": "a .npy file or fx,fy,cx,cy in pixels of the image",
     "dtype": "bfloat16 or float32",
     "precision": "of stage 1's large matrix products: bf16 (that is, --dtype) or fp8",
-    "offload": "what stays on the accelerator: none, model (one network) or block (two layers)",
+    "offload": "what stays on the accelerator: none, model (one network) or block (what fits)",
     "latents": "initial noise (1, C, T, h, w) in a .npy file",
     "stage1_latents": "refine (as --prompt says) or decode these: no image or camera is needed",
     "refiner_weights": "stage 2: small_world_refiner, a refiner folder, upstream's that holds one, "

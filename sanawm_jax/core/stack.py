@@ -48,6 +48,7 @@ def layer_index(
     return before + repeat * segments[segment].group_size + runs_before + position
 
 
+SEPARATE_LAYER = "separate_layer"  # a program calls each of separate layers by this name
 Layers = jax.Array | tuple[jax.Array, ...]  # a leaf of all layers: stacked, or one array a layer
 
 
@@ -73,7 +74,12 @@ def over_layers(
     leaves = jax.tree.leaves(layers, is_leaf=is_separate)
     if not is_separate(leaves[0]):
         return lax.scan(layer, x, layers)
-    traced = jax.jit(layer)  # once for all layers; it is inlined when it is compiled
+
+    def named(x: jax.Array, one: Any) -> tuple[jax.Array, Any]:
+        return layer(x, one)
+
+    named.__name__ = SEPARATE_LAYER
+    traced = jax.jit(named)  # once for all layers; it is inlined when it is compiled
     outputs = []
     for i in range(len(leaves[0])):
         one = jax.tree.map(lambda leaf: leaf[i], layers, is_leaf=is_separate)  # noqa: B023

@@ -1,24 +1,24 @@
-"""Runs a network whose stacked layers stay in host memory, one layer on the device at a time.
+"""Runs a network whose layers wait in host memory; those that the device has room for stay on it.
 
-A model here is a function whose layers are stacked and run by `lax.scan`. `Streamer` traces that
-function as it is, and runs its program piece by piece: what lies between the scans is compiled as
-usual, and a scan over layers that are in host memory becomes a loop that brings one layer, runs the
-scan's own body, and brings the next layer meanwhile. So there is one definition of every model.
+A model here is a function whose layers are stacked and run by `lax.scan`, or separate and run by
+`stack.over_layers`. `Streamer` traces that function as it is, and runs its program piece by piece
+(`program_pieces`): what lies between layers is compiled as usual, and a layer in host memory is
+brought to the device while the layers before it run. So there is one definition of every model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from sanawm_jax.core import program_pieces as pieces
 from sanawm_jax.core.params import Params
 
 PINNED = "pinned_host"
@@ -69,15 +69,26 @@ def separate_layers(path: str, array: np.ndarray) -> Any:
     return tuple(jax.device_put(layer) for layer in array)
 
 
+def keep_separate_layers(path: str, array: np.ndarray) -> Any:
+    """`keep_layers`, but layers with one stacked axis are separate; see `stack.over_layers`.
+
+    Args:
+      path, array: see `keep_layers`.
+    """
+    if stacked_axes(path) != 1:
+        return keep_layers(path, array)
+    return tuple(HostStack(layer, 0) for layer in array)
+
+
 class HostStack:
-    """A stacked leaf in host memory, cut into the arrays that the device gets.
+    """A leaf in host memory, of stacked layers or of one, cut into the arrays that the device gets.
 
     The arrays are in page-locked memory where the backend has it, so that copying them to the
     device runs beside computation; else they are numpy's.
 
     Args:
-      array: the stacked leaf.
-      depth: number of its leading stacked axes.
+      array: the leaf.
+      depth: number of its leading stacked axes, 0 for the leaf of one layer.
     """
 
     def __init__(self, array: np.ndarray, depth: int):
@@ -97,9 +108,9 @@ def _pinned(array: np.ndarray) -> Any:
     return jax.device_put(array, jax.sharding.SingleDeviceSharding(device, memory_kind=PINNED))
 
 
-def upload(part: Any) -> jax.Array:
-    """Starts the copy of a layer's leaf to the device."""
-    return jax.device_put(part, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+def upload(parts: list[Any]) -> list[jax.Array]:
+    """Starts the copies of a layer's leaves to the device."""
+    return jax.device_put(parts, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,123 +124,98 @@ class _Slice:
         return _Slice(self.stack, (*self.index, i))
 
 
-@dataclasses.dataclass
-class _Group:
-    """Equations that need no layer, compiled together."""
-
-    inputs: list[Any]
-    outputs: list[Any]
-    function: Callable[..., Any]
+_Layer = tuple[_Slice, ...]  # all that one layer has in host memory
 
 
-@dataclasses.dataclass
-class _Call:
-    """A compiled function inside the program, run piece by piece too."""
-
-    eqn: Any
-    plan: _Plan
+def memory_stats() -> dict[str, int]:
+    """What the backend reports of the device's memory, in bytes; empty if it reports nothing."""
+    return jax.devices()[0].memory_stats() or {}
 
 
-@dataclasses.dataclass
-class _Scan:
-    """A loop over layers, or over something else with such a loop inside."""
-
-    eqn: Any
-    plan: _Plan | None  # None: the body is one layer
-    function: Callable[..., Any]
+def _spread(layers: Sequence[_Layer], room: int) -> list[_Layer]:
+    """As many of these layers as `room` bytes hold, spread evenly over their order."""
+    count = len(layers)
+    sizes = [sum(s.stack.part(s.index).nbytes for s in layer) for layer in layers]
+    for streamed in range(count):
+        # every (count / streamed)-th layer is not among them
+        stay = [i for i in range(count) if (i + 1) * streamed // count == i * streamed // count]
+        if sum(sizes[i] for i in stay) <= room:
+            return [layers[i] for i in stay]
+    return []
 
 
 @dataclasses.dataclass
-class _Plan:
-    jaxpr: Any
-    consts: Sequence[Any]
-    steps: list[_Group | _Call | _Scan]
+class _Memory:
+    """Bytes of the device, when a function was called with two layers on it.
 
-
-def _is_variable(atom: Any) -> bool:
-    return not isinstance(atom, jex.Literal)
-
-
-def _evaluate(
-    eqns: list[Any], inputs: list[Any], outputs: list[Any], donated: Sequence[int]
-) -> Callable[..., Any]:
-    """The equations as a compiled function of their inputs."""
-    info = jex.DebugInfo("jit", "between scans", None, None)
-    part = jex.Jaxpr((), inputs, outputs, eqns, debug_info=info)
-    return jax.jit(jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ())), donate_argnums=donated)
-
-
-def _group(eqns: list[Any], later: set[Any], donated: frozenset[Any]) -> _Group:
-    made = {v for eqn in eqns for v in eqn.outvars}
-    used = dict.fromkeys(a for eqn in eqns for a in eqn.invars if _is_variable(a))
-    inputs = [v for v in used if v not in made]
-    outputs = [v for eqn in eqns for v in eqn.outvars if v in later]
-    # of what the caller gives away: what nothing reads later, and a result can take the place of
-    room = Counter(str(v.aval) for v in outputs)
-    given_up = []
-    for i, v in enumerate(inputs):
-        if v in donated and v not in later and room[str(v.aval)]:
-            room[str(v.aval)] -= 1
-            given_up.append(i)
-    return _Group(inputs, outputs, _evaluate(eqns, inputs, outputs, given_up))
-
-
-def _make_plan(closed: Any, hosted: set[Any], donated: frozenset[Any] = frozenset()) -> _Plan:
-    """Cuts a program at the scans over `hosted`, variables that are in host memory.
-
-    Args:
-      donated: variables whose memory is the program's from now on.
+    Attributes:
+      sizes: of each argument that is on the device.
+      before: in use when the call began, without layers.
+      peak: in use at most, in the process so far; None: not known yet.
     """
-    jaxpr = closed.jaxpr
-    steps: list[Any] = []
-    pending: list[Any] = []
-    for i, eqn in enumerate([*jaxpr.eqns, None]):
-        is_hosted = eqn is not None and any(_is_variable(a) and a in hosted for a in eqn.invars)
-        if eqn is not None and not is_hosted:
-            pending.append(eqn)
-            continue
-        if pending:
-            later = {a for e in jaxpr.eqns[i:] for a in e.invars if _is_variable(a)}
-            later |= {a for a in jaxpr.outvars if _is_variable(a)}
-            steps.append(_group(pending, later, donated))
-            pending = []
-        if eqn is not None:
-            steps.append(_make_step(eqn, hosted))
-    return _Plan(jaxpr, closed.consts, steps)
+
+    sizes: tuple[int, ...]
+    before: int = 0
+    peak: int | None = None
+
+    def peak_of(self, other: _Memory) -> int | None:
+        """What another call can need at most, by this one; None if its arguments are larger."""
+        is_larger = any(a > b for a, b in zip(other.sizes, self.sizes, strict=True))
+        if self.peak is None or is_larger:
+            return None
+        return self.peak + max(0, other.before - self.before)
 
 
-def _make_step(eqn: Any, hosted: set[Any]) -> _Call | _Scan:
-    name = eqn.primitive.name
-    if name not in ("scan", "jit", "pjit"):
-        raise ValueError(f"layers in host memory are used by {name}, outside of a scan")
-    body = eqn.params["jaxpr"]
-    pairs = zip(eqn.invars, body.jaxpr.invars, strict=True)
-    inner = {v for a, v in pairs if _is_variable(a) and a in hosted}
-    if name != "scan":
-        return _Call(eqn, _make_plan(body, inner))
-    has_loop = any(
-        e.primitive.name in ("scan", "jit", "pjit")
-        and any(_is_variable(a) and a in inner for a in e.invars)
-        for e in body.jaxpr.eqns
-    )
-    return _Scan(
-        eqn, _make_plan(body, inner) if has_loop else None, jax.jit(jex.jaxpr_as_fun(body))
-    )
+@dataclasses.dataclass
+class _Program:
+    """A function, cut for arguments of some shapes.
+
+    Attributes:
+      plan: its pieces.
+      out_tree: of its results.
+      identity: all that its results depend on, but for the shapes of what is on the device.
+      memory: that it takes.
+      layers: in the order in which they first ran.
+    """
+
+    plan: pieces.Plan
+    out_tree: Any
+    identity: Any
+    memory: _Memory
+    layers: tuple[_Layer, ...] = ()
+
+
+_measured: dict[Any, list[_Memory]] = {}  # in this process, by a program's identity
 
 
 class Streamer:
-    """Runs one network; at most two of its layers are on the device.
+    """Runs one network, whose layers are on the device as far as its memory goes.
 
-    The order of the layers is the same in every run, so from the second run on the next layer is
-    known across the ends of loops too.
+    The first call of a program (a function, for arguments of some shapes) has two layers on the
+    device: one that runs, and one that is brought or waits. It shows how much memory the rest
+    needs. From the second call on, layers stay that fit beside that; they are spread evenly over
+    the order of execution, so that the copy of each of the others hides behind several layers.
+
+    A backend reports one peak for the whole process, which never falls. So it is read only after
+    first calls, for which everything that stayed was dropped. A later program whose own peak is
+    below what an earlier one reached, with its layers, is taken to need that much: it has less room
+    than there is, perhaps none, but never more. A program that was measured in this process, or one
+    of the same function for arguments that were no smaller, is not measured again, and nothing is
+    dropped for it: it needs what that needed, and what has come to be on the device since.
+
+    Args:
+      stays: False for a network that runs too few times for layers to stay.
     """
 
-    def __init__(self) -> None:
-        self._plans: dict[Any, tuple[_Plan, Any]] = {}
-        self._next: dict[Any, list[_Slice]] = {}
-        self._ready: dict[Any, list[jax.Array]] = {}
-        self._last: Any = None
-        self._running: Any = None  # what the last layer gives, and its weights
+    def __init__(self, *, stays: bool = True) -> None:
+        self._stays = stays
+        self._programs: dict[Any, _Program] = {}
+        self._unmeasured: _Program | None = None  # had its first call, and nothing stayed since
+        self._stay: set[_Layer] = set()  # what is to stay in this call
+        self._resident: dict[_Layer, list[jax.Array]] = {}
+        self._order: dict[_Layer, None] = {}  # of this call
+        # what the last two streamed layers give, and their weights
+        self._running: deque[tuple[list[Any], list[jax.Array]]] = deque()
 
     def __call__(
         self,
@@ -242,99 +228,135 @@ class Streamer:
         """See `call`; the leaves of `params` that stay in host memory are `HostStack`s.
 
         Raises:
-          ValueError: the function uses such a leaf outside of a scan over its stacked axes.
+          ValueError: the function uses such a leaf outside of a layer.
         """
         values, tree = jax.tree.flatten((params, args))
         avals = [jax.ShapeDtypeStruct(np.shape(v), _dtype(v)) for v in values]
-        hosted = tuple(isinstance(v, HostStack) for v in values)
-        key = (function, graphdef, tuple(sorted(static.items())), tree, hosted)
-        key = (*key, tuple((a.shape, a.dtype) for a in avals))
-        if key not in self._plans:
+        hosted = [v.depth if isinstance(v, HostStack) else None for v in values]
+        types = [(a.shape, a.dtype) for a in avals]
+        waiting = tuple((h, t) for h, t in zip(hosted, types, strict=True) if h is not None)
+        identity = function, graphdef, tuple(sorted(static.items())), tree, waiting
+        key = identity, tuple(hosted), tuple(types)
+        if key not in self._programs:
             abstract, rest = jax.tree.unflatten(tree, avals)
             traced: Any = function.trace(graphdef, abstract, *rest, **static)  # pyright: ignore
             closed, donations = traced.jaxpr, jax.tree.leaves(traced.args_info)
             inputs = closed.jaxpr.invars
-            variables = {v for v, h in zip(inputs, hosted, strict=True) if h}
-            donated = frozenset(v for v, d in zip(inputs, donations, strict=True) if d.donated)
-            plan = _make_plan(closed, variables, donated)
-            self._plans[key] = plan, jax.tree.structure(traced.out_info)
-        plan, out_tree = self._plans[key]
+            depths = {v: h for v, h in zip(inputs, hosted, strict=True) if h is not None}
+            donated = [v for v, d in zip(inputs, donations, strict=True) if d.donated]
+            plan = pieces.make_plan(closed, depths, donated)
+            there = zip(avals, hosted, strict=True)
+            sizes = tuple(a.size * a.dtype.itemsize for a, h in there if h is None)
+            out_tree = jax.tree.structure(traced.out_info)
+            self._programs[key] = _Program(plan, out_tree, identity, _Memory(sizes))
+        program = self._programs[key]
         given = [_Slice(v) if isinstance(v, HostStack) else v for v in values]
-        return jax.tree.unflatten(out_tree, self._run(plan, given))
+        is_measured = self._make_room(program)
+        self._order = {}
+        out = self._run(program.plan, given)
+        program.layers = tuple(self._order)
+        if is_measured:
+            jax.block_until_ready(out)  # all that it needed was allocated
+            self._unmeasured = program
+        return jax.tree.unflatten(program.out_tree, out)
 
-    def _run(self, plan: _Plan, values: Sequence[Any]) -> list[Any]:
+    def _make_room(self, program: _Program) -> bool:
+        """Decides what stays in a call, and drops what does not.
+
+        Returns:
+          Whether the call is to show what the program needs.
+        """
+        stats, memory = memory_stats() if self._stays else {}, program.memory
+        if not stats:
+            return False
+        # read now, and not when that call ended: the caller's own work since then counts too
+        if self._unmeasured is not None:
+            self._unmeasured.memory.peak = stats["peak_bytes_in_use"]
+            _measured.setdefault(self._unmeasured.identity, []).append(self._unmeasured.memory)
+            self._unmeasured = None
+        if memory.peak is None:
+            layers = [*self._resident.values(), *(weights for _, weights in self._running)]
+            memory.before = stats["bytes_in_use"] - sum(a.nbytes for w in layers for a in w)
+            known = [m.peak_of(memory) for m in _measured.get(program.identity, ())]
+            memory.peak = min((peak for peak in known if peak is not None), default=None)
+            same = (p for p in self._programs.values() if p.identity == program.identity)
+            program.layers = next((p.layers for p in same if p.layers), ())
+        self._stay = set()
+        if memory.peak is not None:
+            # the allocator cannot use all: a part is lost to fragmentation
+            room = stats["bytes_limit"] - memory.peak - stats["bytes_limit"] // 32
+            self._stay = set(_spread(program.layers, room))
+        for layer in self._resident.keys() - self._stay:
+            del self._resident[layer]
+        return memory.peak is None
+
+    def _run(self, plan: pieces.Plan, values: Sequence[Any]) -> list[Any]:
         env = dict(zip(plan.jaxpr.constvars, plan.consts, strict=True))
         env.update(zip(plan.jaxpr.invars, values, strict=True))
 
         def read(atoms: Iterable[Any]) -> list[Any]:
-            return [env[a] if _is_variable(a) else a.val for a in atoms]
+            return [env[a] if pieces.is_variable(a) else a.val for a in atoms]
 
-        for step in plan.steps:
-            if isinstance(step, _Group):
-                env.update(zip(step.outputs, step.function(*read(step.inputs)), strict=True))
-                continue
-            given = read(step.eqn.invars)
-            if isinstance(step, _Call):
-                out = self._run(step.plan, given)
+        for piece in plan.pieces:
+            given = read(piece.inputs)
+            if isinstance(piece, pieces.Between):
+                out = piece.function(*given)
+            elif isinstance(piece, pieces.Layer):
+                out = self._layer(piece.function, given)
+            elif isinstance(piece, pieces.Call):
+                out = self._run(piece.plan, given)
             else:
-                out = self._scan(step, given)
-            env.update(zip(step.eqn.outvars, out, strict=True))
+                assert isinstance(piece, pieces.Loop)
+                out = self._loop(piece, given)
+            env.update(zip(piece.outputs, out, strict=True))
+            for variable in piece.dead:
+                env.pop(variable, None)
         return read(plan.jaxpr.outvars)
 
-    def _scan(self, step: _Scan, given: list[Any]) -> list[Any]:
-        options = step.eqn.params
-        (first, count), length = _scan_sizes(options), options["length"]
+    def _loop(self, loop: pieces.Loop, given: list[Any]) -> list[Any]:
+        first, count = loop.constants, loop.carried
         consts, carry, xs = given[:first], given[first : first + count], given[first + count :]
-        order = range(length)[:: -1 if options["reverse"] else 1]
-        collected: list[Any] = [None] * length
-        for i, neighbour in zip(order, [*order[1:], None], strict=True):
+        collected: list[Any] = [None] * len(loop.order)
+        for i in loop.order:
             values = [*consts, *carry, *(x.at(i) if isinstance(x, _Slice) else x[i] for x in xs)]
-            if step.plan is not None:
-                out = self._run(step.plan, values)
+            if isinstance(loop.body, pieces.Plan):
+                out = self._run(loop.body, values)
             else:
-                out = self._layer(step.function, values, neighbour)
+                out = self._layer(loop.body, values)
             carry, collected[i] = out[:count], out[count:]
         return [*carry, *(jnp.stack(y) for y in zip(*collected, strict=True))]
 
-    def _layer(
-        self, function: Callable[..., Any], values: list[Any], neighbour: int | None
-    ) -> list[Any]:
-        slices = [v for v in values if isinstance(v, _Slice)]
-        key = _key(slices)
-        if self._last is not None:
-            self._next[self._last] = slices
-        self._last = key
-        if self._running is not None:
-            # the layer before is done, and its weights free, before another one is brought
-            jax.block_until_ready(self._running[0])
-            self._running = None
-        weights = self._ready.pop(key, None) or self._bring(slices)
+    def _layer(self, function: pieces.Function, values: list[Any]) -> list[Any]:
+        """Runs one layer; the copy of its weights runs beside the layers before it."""
+        layer = tuple(v for v in values if isinstance(v, _Slice))
+        self._order.setdefault(layer)
+        weights, is_streamed = self._resident.get(layer), False
+        if weights is None:
+            is_streamed = layer not in self._stay
+            if is_streamed:
+                self._wait()
+            weights = self._bring(layer)
+            if not is_streamed:
+                self._resident[layer] = weights
         ready = iter(weights)
         out = function(*(next(ready) if isinstance(v, _Slice) else v for v in values))
-        self._running = out, weights
-        following = self._next.get(key)
-        if following is None and neighbour is not None:
-            following = [_Slice(s.stack, (*s.index[:-1], neighbour)) for s in slices]
-        self._ready.clear()
-        if following is not None:
-            self._ready[_key(following)] = self._bring(following)
+        if is_streamed:
+            self._running.append((out, weights))
         return out
 
-    def _bring(self, slices: list[_Slice]) -> list[jax.Array]:
-        return [upload(s.stack.part(s.index)) for s in slices]
+    def _wait(self) -> None:
+        """Frees the weights of all streamed layers but the last, when they have run.
 
+        The last one, and the layers after it that stay, are with the device already: it computes
+        while the host waits here and then brings another layer.
+        """
+        while len(self._running) > 1:
+            out, _ = self._running.popleft()
+            # what was given away since then cannot be waited for
+            jax.block_until_ready([a for a in out if not a.is_deleted()])
 
-def _scan_sizes(options: dict[str, Any]) -> tuple[int, int]:
-    """How many of a scan's inputs are constants, and how many are carried."""
-    if "num_consts" in options:
-        return options["num_consts"], options["num_carry"]
-    # from JAX 0.12 on a tree of (constants, carry, what is scanned) says so
-    constants, carry, _ = options["ft_in"].unpack()
-    return len(list(constants)), len(list(carry))
-
-
-def _key(slices: list[_Slice]) -> tuple[Any, ...]:
-    return tuple((id(s.stack), s.index) for s in slices)
+    def _bring(self, layer: _Layer) -> list[jax.Array]:
+        return upload([s.stack.part(s.index) for s in layer])
 
 
 def _dtype(value: Any) -> Any:

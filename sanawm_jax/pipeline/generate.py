@@ -294,7 +294,7 @@ class SanaWM:
             mesh=self.mesh,
         )
         if self.offload != "none":
-            del params
+            del params, run  # which may have layers on the device
             self.release()
         frames = self.decode(sampled) if decode else None
         out = np.asarray(rearrange(sampled, "B F H W C -> B C F H W"), np.float32)
@@ -303,7 +303,7 @@ class SanaWM:
     def _conditions(
         self, request: Request, prompt: str, negative: str, has_guidance: bool, length: int
     ) -> Conditions:
-        how = streaming_of(self.offload)
+        how = streaming_of(self.offload, stays=False)
         tower, tokenizer = self._part("text", self.folder.load_text, *how)
         cond, cond_mask, neg, neg_mask = encode_prompt(
             tower, tokenizer, prompt, negative, max_length=length

@@ -2,8 +2,10 @@
 
 `none`: every network that was used once, within a stage.
 `model`: the network that runs; it is read again when it is needed again.
-`block`: of that network, two layers: the one that runs and the next one, whose copy runs beside it.
-  The others wait in host memory. Embeddings, heads and the VAE are on the device whole.
+`block`: of that network, two layers: one that runs and one whose copy runs beside it. The others
+  wait in host memory, but for those that the device has room for once a first call (a step, or a
+  block of frames) has shown what it needs: they stay. A text tower runs once or twice, and none
+  stay. Embeddings, heads and the VAE are on the device whole.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sanawm_jax.core.sharding import make_mesh
-from sanawm_jax.core.streaming import Runner, Streamer, call, keep_layers
+from sanawm_jax.core.streaming import (
+    Runner,
+    Streamer,
+    call,
+    keep_layers,
+    keep_separate_layers,
+    separate_layers,
+)
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import Place
 
@@ -30,9 +39,18 @@ def check_offload(name: str) -> str:
     return name
 
 
-def streaming_of(offload: str) -> tuple[Place | None, Runner]:
-    """How one network's leaves are placed, and how its functions are called."""
-    return (keep_layers, Streamer()) if offload == "block" else (None, call)
+def streaming_of(
+    offload: str, *, separate: bool = False, stays: bool = True
+) -> tuple[Place | None, Runner]:
+    """How one network's leaves are placed, and how its functions are called.
+
+    Args:
+      separate: its layers, of one stacked axis, are to be separate; see `core.stack.over_layers`.
+      stays: see `Streamer`.
+    """
+    if offload == "block":
+        return keep_separate_layers if separate else keep_layers, Streamer(stays=stays)
+    return separate_layers if separate else None, call
 
 
 def frame_mesh(devices: int, offload: str) -> Mesh | None:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from sanawm_jax.core.lora import LoraConfig, merge_lora
 from sanawm_jax.core.params import Params, build
-from sanawm_jax.core.streaming import Runner, call, keep_layers
+from sanawm_jax.core.streaming import Runner, call, keep_layers, keep_separate_layers
 from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.folder import ModelFolder, Place, find_weights
@@ -160,7 +160,7 @@ class RefinerFolder(ModelFolder):
         """
         if self.lora is None:
             return self.load_base(dtype, place)
-        if place is keep_layers:
+        if place in (keep_layers, keep_separate_layers):
             raise InputError("--offload block cannot run adapters; use --offload model")
         graphdef, params = self.load_base(dtype, place)
         lora, adapters = self.load_lora()

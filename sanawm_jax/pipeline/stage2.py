@@ -20,7 +20,6 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.params import Params, apply
-from sanawm_jax.core.streaming import separate_layers
 from sanawm_jax.errors import InputError
 from sanawm_jax.kept_programs import kept
 from sanawm_jax.pipeline.generate import channels_last, read_latents, resolve_dtype
@@ -201,8 +200,8 @@ class LTX2Refiner:
         noise = self.check(latents.shape, prompt, noise)
         options, (frames, height, width) = self.options, latents.shape[2:]
         text = self.encode_prompt(prompt)
-        place, run = streaming_of(self.offload)
-        graphdef, params = self._part("transformer", place or separate_layers)
+        place, run = streaming_of(self.offload, separate=True)
+        graphdef, params = self._part("transformer", place)
         params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
         refined = refine(
             graphdef,
@@ -226,7 +225,7 @@ class LTX2Refiner:
         """The prompt as the transformer reads it; each network is dropped after its turn."""
         tokenizer = self.folder.load_tokenizer()
         ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
-        tower = self._part("text", *streaming_of(self.offload))
+        tower = self._part("text", *streaming_of(self.offload, stays=False))
         states = tower(ids, mask).block_until_ready()
         del tower
         graphdef, params = self._part("connectors")

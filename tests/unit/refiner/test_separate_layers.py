@@ -14,7 +14,8 @@ from flax import nnx
 
 from sanawm_jax.core.params import Params, build, from_leaves, init, leaves
 from sanawm_jax.core.programs import equations, trace
-from sanawm_jax.core.streaming import separate_layers
+from sanawm_jax.core.streaming import Runner, Streamer, call, keep_separate_layers, separate_layers
+from sanawm_jax.pipeline.folder import Place
 from sanawm_jax.refiner import sampler
 from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.kv_window import KVWindow
@@ -52,21 +53,26 @@ def model(case: str) -> tuple[RefinerConfig, nnx.GraphDef, Params]:
     return config, build(Refiner, config)[0], from_leaves(flat)
 
 
-def separate(params: Params) -> Params:
-    return from_leaves({p: separate_layers(p, np.asarray(a)) for p, a in leaves(params)})
+def separate(params: Params, place: Place = separate_layers) -> Params:
+    return from_leaves({p: place(p, np.asarray(a)) for p, a in leaves(params)})
 
 
 def prompt() -> RefinerText:
     return RefinerText(jax.random.normal(jax.random.key(1), (1, 5, 8)))
 
 
-def block_of(case: str) -> tuple[Any, Params, KVWindow, tuple[Any, ...]]:
+def block_of(
+    case: str, place: Place = separate_layers, run: Runner = call
+) -> tuple[Any, Params, KVWindow, tuple[Any, ...]]:
     """A window after the sink, and the other arguments of `refine_block`."""
     config, graphdef, params = model(case)
     rope = video_rope(config, FRAMES, ROWS, COLUMNS, 16.0)
-    params, text = read_text(graphdef, separate(params), prompt(), dtype=jnp.float32)
+    params, text = read_text(
+        graphdef, separate(params, place), prompt(), dtype=jnp.float32, run=run
+    )
     sink = jnp.ones((1, 1, ROWS, COLUMNS, 4))
-    window = capture_sink(graphdef, params, sink, text, rope, history_slots=6, dtype=jnp.float32)
+    sizes = dict(history_slots=6, dtype=jnp.float32)
+    window = run(capture_sink, graphdef, params, sink, text, rope, **sizes)
     clean, noise = jax.random.normal(jax.random.key(2), (2, 1, 3, ROWS, COLUMNS, 4))
     return graphdef, params, window, (clean, noise, text, rope, jnp.asarray(SIGMAS))
 
@@ -138,15 +144,18 @@ def test_one_loop_and_no_copies() -> None:
     assert not re.findall(rf"= f32\[(?:{sizes})\]\S* copy\(.*", steps)
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize("frames", [3, 2])
-def test_the_window_is_donated(frames: int) -> None:
-    graphdef, params, window, (clean, noise, *rest) = block_of("split")
+def test_the_window_is_donated(frames: int, is_streamed: bool) -> None:
+    place, run = (keep_separate_layers, Streamer()) if is_streamed else (separate_layers, call)
+    graphdef, params, window, (clean, noise, *rest) = block_of("split", place, run)
     before = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(window.keys)]
-    _, after = refine_block(
-        graphdef, params, window, clean[:, :frames], noise[:, :frames], *rest, dtype=jnp.float32
-    )
+    block = clean[:, :frames], noise[:, :frames]
+    _, after = run(refine_block, graphdef, params, window, *block, *rest, dtype=jnp.float32)
     assert all(a.is_deleted() for a in jax.tree.leaves(window.keys))
     assert [a.unsafe_buffer_pointer() for a in jax.tree.leaves(after.keys)] == before
+    arrays = [a for a in jax.tree.leaves((params, rest, after)) if isinstance(a, jax.Array)]
+    assert not any(a.is_deleted() for a in arrays)
 
 
 @pytest.mark.parametrize("frames", [3, 2])
