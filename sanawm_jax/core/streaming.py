@@ -215,7 +215,9 @@ class Streamer:
         self._resident: dict[_Layer, list[jax.Array]] = {}
         self._order: dict[_Layer, None] = {}  # of this call
         # what the last two streamed layers give, and their weights
-        self._running: deque[tuple[list[Any], list[jax.Array]]] = deque()
+        self._running: deque[tuple[list[Any], Any]] = deque()
+        self._following: dict[_Layer, _Layer] = {}  # the order of streamed layers, as it was
+        self._ready: dict[_Layer, list[jax.Array]] = {}  # the next one, there or on its way
 
     def __call__(
         self,
@@ -252,6 +254,10 @@ class Streamer:
         program = self._programs[key]
         given = [_Slice(v) if isinstance(v, HostStack) else v for v in values]
         is_measured = self._make_room(program)
+        streamed = [layer for layer in program.layers if layer not in self._stay]
+        # the first comes after the last: in the next pass, or call
+        after = [*streamed[1:], *streamed[:1]]
+        self._following = dict(zip(streamed, after, strict=True)) if len(streamed) > 1 else {}
         self._order = {}
         out = self._run(program.plan, given)
         program.layers = tuple(self._order)
@@ -275,7 +281,8 @@ class Streamer:
             _measured.setdefault(self._unmeasured.identity, []).append(self._unmeasured.memory)
             self._unmeasured = None
         if memory.peak is None:
-            layers = [*self._resident.values(), *(weights for _, weights in self._running)]
+            layers = [*self._resident.values(), *self._ready.values()]
+            layers += [weights for _, weights in self._running]
             memory.before = stats["bytes_in_use"] - sum(a.nbytes for w in layers for a in w)
             known = [m.peak_of(memory) for m in _measured.get(program.identity, ())]
             memory.peak = min((peak for peak in known if peak is not None), default=None)
@@ -327,30 +334,36 @@ class Streamer:
         return [*carry, *(jnp.stack(y) for y in zip(*collected, strict=True))]
 
     def _layer(self, function: pieces.Function, values: list[Any]) -> list[Any]:
-        """Runs one layer; the copy of its weights runs beside the layers before it."""
+        """Runs one layer; the copy of the next streamed one's weights runs beside it.
+
+        A backend lets a copy wait for all computation that was started before it. So the copy comes
+        first, then the layer, then those up to the next streamed one, which the copy runs beside.
+        """
         layer = tuple(v for v in values if isinstance(v, _Slice))
         self._order.setdefault(layer)
-        weights, is_streamed = self._resident.get(layer), False
-        if weights is None:
-            is_streamed = layer not in self._stay
-            if is_streamed:
-                self._wait()
-            weights = self._bring(layer)
-            if not is_streamed:
-                self._resident[layer] = weights
-        ready = iter(weights)
+        weights = self._resident.get(layer)
+        is_streamed = weights is None and layer not in self._stay
+        if is_streamed:
+            weights = self._ready.pop(layer, None)
+            self._ready.clear()  # another layer than was expected
+            if weights is None:
+                self._wait(1)
+                weights = self._bring(layer)
+            following = self._following.get(layer)
+            if following is not None:
+                self._wait(0)
+                self._ready[following] = self._bring(following)
+        elif weights is None:
+            weights = self._resident[layer] = self._bring(layer)
+        ready = iter(weights or ())
         out = function(*(next(ready) if isinstance(v, _Slice) else v for v in values))
         if is_streamed:
             self._running.append((out, weights))
         return out
 
-    def _wait(self) -> None:
-        """Frees the weights of all streamed layers but the last, when they have run.
-
-        The last one, and the layers after it that stay, are with the device already: it computes
-        while the host waits here and then brings another layer.
-        """
-        while len(self._running) > 1:
+    def _wait(self, count: int) -> None:
+        """Frees the weights of all streamed layers but the last `count`, when they have run."""
+        while len(self._running) > count:
             out, _ = self._running.popleft()
             # what was given away since then cannot be waited for
             jax.block_until_ready([a for a in out if not a.is_deleted()])
