@@ -17,7 +17,7 @@ import numpy as np
 
 from sanawm_jax.core.params import Params, build, from_leaves, leaves
 from sanawm_jax.core.programs import least_bytes, num_bytes, trace
-from sanawm_jax.core.streaming import stacked_axes
+from sanawm_jax.core.streaming import memory_stats, stacked_axes
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.errors import InputError
 from sanawm_jax.pipeline.offload import OFFLOADS
@@ -179,8 +179,7 @@ def peak(needs: Sequence[Need], offload: str) -> int:
 
 def device_bytes() -> int | None:
     """The device's memory, or None where the backend reports none."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")
+    return memory_stats().get("bytes_limit")
 
 
 def check_fits(
