@@ -306,15 +306,18 @@ def measure(
     reference = next(iter(part.variants.values()))
     small = _cut(part.inputs, cut, part.kernel)
     wide = tuple(a.astype(jnp.float32) for a in small)
-    runs = _compile(part, small, wide, passes, wanted)
+    variants = {name: f for name, f in part.variants.items() if wanted in name}
+    # side by side: one after the other, a card would wait for minutes
+    with ThreadPoolExecutor() as pool:
+        # the reference's products are float32 already; its inputs and sums are made so here
+        truths = _compile(pool, {"": reference}, (wide,), passes, "highest")
+        runs = _compile(pool, variants, (small, part.inputs), passes, None)
     for name in passes:
         best: tuple[float, str] | None = None
         accurate: list[float] = []
 
-        truth = runs[name, _TRUTH][0].result()(_weights(name, reference, wide), *wide)
-        for variant, function in part.variants.items():
-            if (name, variant) not in runs:
-                continue
+        truth = truths[name, ""][0].result()(_weights(name, reference, wide), *wide)
+        for variant, function in variants.items():
             line = {"kernel": part.kernel, "part": part.name, "variant": variant, "pass": name}
             try:
                 short, full = (future.result() for future in runs[name, variant])
@@ -345,40 +348,25 @@ def measure(
             }  # fmt: skip
 
 
-_TRUTH = "reference in float32"
-
-
 def _compile(
-    part: Part,
-    small: tuple[jax.Array, ...],
-    wide: tuple[jax.Array, ...],
+    pool: ThreadPoolExecutor,
+    functions: dict[str, Callable[..., Any]],
+    inputs: tuple[tuple[jax.Array, ...], ...],
     passes: tuple[str, ...],
-    wanted: str,
+    precision: str | None,
 ) -> dict[tuple[str, str], list[Future[Any]]]:
-    """Programs of every pass and variant on the short and on the full inputs, and of the truth.
+    """Programs of every pass and function on each of the inputs."""
 
-    They compile side by side: one after the other, a card would wait for minutes.
-    """
-
-    def one(
-        name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...], precision: Any
-    ) -> Any:
+    def one(name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> Any:
         weights = jax.eval_shape(lambda: _weights(name, function, inputs))
         with jax.default_matmul_precision(precision):
             return jax.jit(_pass(name, function)).lower(weights, *inputs).compile()
 
-    reference = next(iter(part.variants.values()))
-    programs: dict[tuple[str, str], list[Future[Any]]] = {}
-    with ThreadPoolExecutor() as pool:
-        for name in passes:
-            # the reference's products are float32 already; its inputs and sums are made so here
-            programs[name, _TRUTH] = [pool.submit(one, name, reference, wide, "highest")]
-            for variant, function in part.variants.items():
-                if wanted in variant:
-                    inputs = (small, part.inputs)
-                    runs = [pool.submit(one, name, function, a, None) for a in inputs]
-                    programs[name, variant] = runs
-    return programs
+    return {
+        (name, key): [pool.submit(one, name, function, a) for a in inputs]
+        for name in passes
+        for key, function in functions.items()
+    }
 
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:

@@ -56,7 +56,8 @@ class Tiles:
     @classmethod
     def of(cls, tile: Tile, **others: Any) -> Tiles:
         """The same tile for every kernel that reads tokens."""
-        names = [field.name for field in dataclasses.fields(cls) if field.type == "Tile"]
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields if isinstance(field.default, Tile)]
         return cls(**{name: tile for name in names}, **others)
 
 

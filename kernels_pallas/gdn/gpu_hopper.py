@@ -21,12 +21,12 @@ from kernels_pallas.gdn.gpu import bfloat16_parts
 _F32, _B16 = jnp.float32, jnp.bfloat16
 ROWS = 64  # of the matrix unit, tokens of a tile
 _WIDEST = 112  # of a head: the shared memory of `read_gradient` is full
-_COLUMNS = 16  # bfloat16 ones that a row of a swizzled tile holds: 112 is whole numbers of it
+COLUMNS = 16  # bfloat16 ones that a row of a swizzled tile holds: 112 is whole numbers of it
 
 
 def takes(tokens: int, size: int) -> bool:
     """Whether tokens of this many a frame and this head size fit the matrix unit and TMA."""
-    is_whole = tokens % 8 == 0 and size % _COLUMNS == 0
+    is_whole = tokens % 8 == 0 and size % COLUMNS == 0
     # older versions of JAX read memory by other calls
     return is_whole and ROWS <= size <= _WIDEST and jax.__version_info__ >= (0, 11)
 
@@ -35,7 +35,7 @@ def tiles(*shape: int) -> Any:
     """bfloat16 tiles (..., rows, columns) in shared memory, as the matrix unit reads them."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    transforms = (plgpu.TilingTransform((8, _COLUMNS)), plgpu.SwizzleTransform(2 * _COLUMNS))
+    transforms = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
     return plgpu.SMEM(shape, _B16, transforms=transforms)
 
 
@@ -69,16 +69,47 @@ def products(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC(shape, _F32))
 
 
-def split(parts: Any, first: int, matrix: Any, size: int) -> None:
-    """Writes a float32 matrix (size, D) as its high and low parts to rows `first`... of `parts`.
+def ring(i: Any, count: int) -> Any:
+    """Which of `count` places in turn is the i-th's."""
+    return lax.rem(i, jnp.int32(count))
+
+
+def rows(i: Any) -> Any:
+    """Tokens of the i-th tile."""
+    return pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
+
+
+def load(ref: Any, summed: int | None = None) -> jax.Array:
+    """Memory of any kind in the matrix unit's layout of tiles (ROWS, D).
 
     Args:
-      matrix: start -> rows start .. start + 63 in the matrix unit's layout.
+      summed: of a vector, the axis of a tile over which it is the sum.
     """
-    # 64 rows at once; of the middle ones some twice
-    for start in dict.fromkeys((0, size - ROWS)):
-        for j, part in enumerate(bfloat16_parts(matrix(start))):
-            parts[pl.ds(first + j * size + start, ROWS)] = part
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    layout: Any = plgpu.Layout.WGMMA
+    read: Any = plgpu.load
+    layout = layout if summed is None else layout.reduce(summed)
+    return read(ref, layout=layout, optimized=False)
+
+
+def split(parts: Any, matrix: Any, starts: Iterable[int], *, first: int = 0) -> None:
+    """Writes rows of a float32 matrix as their high and low parts to shared memory.
+
+    Args:
+      parts: (.., D), the high parts of all rows, then the low ones.
+      matrix: (V, D) in global memory.
+      starts: of the rows, ROWS from each.
+      first: row of `parts` where they begin.
+    """
+    for start in starts:
+        for j, part in enumerate(bfloat16_parts(load(matrix.at[pl.ds(start, ROWS), :]))):
+            parts[pl.ds(first + j * matrix.shape[0] + start, ROWS)] = part
+
+
+def halves(size: int) -> tuple[int, int]:
+    """First rows of a matrix's two tiles; of rows in the middle, some are in both."""
+    return 0, size - ROWS
 
 
 def store_row(ref: Any, row: jax.Array) -> None:
@@ -99,3 +130,34 @@ def by_rows(a: jax.Array, like: jax.Array) -> jax.Array:
 def flat(a: jax.Array) -> jax.Array:
     """(B, F, ...) to (B F, ...): fewer axes than the copy engine counts."""
     return a.reshape(-1, *a.shape[2:])
+
+
+def over_heads(
+    kernel: Callable[..., None],
+    out_type: Any,
+    scratch: Iterable[Any],
+    like: jax.Array,
+    *,
+    groups: int,
+    interpret: Any,
+) -> Callable[..., Any]:
+    """The kernel over the axes `frame` and `head` of tokens, by warpgroups along `group`.
+
+    Args:
+      like: (B, F, P, N, D).
+      groups: how many; a single one has no axis.
+      interpret: parameters of the interpreter, or None.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    batch, frames, _, heads, _ = like.shape
+    threads = {} if groups == 1 else {"num_threads": groups, "thread_name": "group"}
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=tuple(scratch),
+        grid=(batch * frames, heads),  # the last runs fastest: heads share the lines of a token
+        grid_names=("frame", "head"),
+        **threads,
+        **({} if interpret is None else {"interpret": interpret}),
+    )

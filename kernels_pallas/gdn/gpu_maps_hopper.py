@@ -29,18 +29,11 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
 
     k_ref, v_ref, beta_ref, decay_ref, w_ref, u_ref = refs[:6]
     keys, values, betas, split, full, free, split_full, split_free = refs[6:]
-    load: Any = plgpu.load
     layout = plgpu.Layout.WGMMA
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
 
-    def slot(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(slots))
-
-    def place(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(2))
-
     def ask(i: Any) -> None:
-        at, rows = slot(i), pl.ds(pl.multiple_of(i * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+        at, rows = hopper.ring(i, slots), hopper.rows(i)
         for source, to in ((k_ref, keys), (v_ref, values)):
             plgpu.copy_gmem_to_smem(source.at[frame, rows, head], to.at[at], full.at[at])
         plgpu.copy_gmem_to_smem(beta_ref.at[frame, head, rows], betas.at[at], full.at[at])
@@ -50,10 +43,10 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
             ask(jnp.int32(i))
 
         def step(i: Any, carry: Any) -> Any:
-            at, to = slot(i), place(i)
+            at, to = hopper.ring(i, slots), hopper.ring(i, 2)
             plgpu.barrier_wait(full.at[at])
             k = plgpu.layout_cast(keys[at], layout).astype(_F32)
-            beta = load(betas.at[at], layout=layout.reduce(1), optimized=False)
+            beta = hopper.load(betas.at[at], 1)
             parts = bfloat16_parts(k * hopper.by_rows(beta, k))
             pl.when(i >= 2)(lambda: plgpu.barrier_wait(split_free.at[to]))
             for j, part in enumerate(parts):
@@ -63,7 +56,7 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
 
             @pl.when((i > 0) & (i + slots - 1 < steps))
             def _refill() -> None:
-                plgpu.barrier_wait(free.at[slot(i - 1)])
+                plgpu.barrier_wait(free.at[hopper.ring(i - 1, slots)])
                 ask(i + slots - 1)
 
             return carry
@@ -74,7 +67,7 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
         columns = pl.ds(start, hopper.ROWS)
 
         def step(i: Any, sums: Any) -> Any:
-            at, of = slot(i), place(i)
+            at, of = hopper.ring(i, slots), hopper.ring(i, 2)
             plgpu.barrier_wait(full.at[at])
             plgpu.barrier_wait(split_full.at[of])
 
@@ -99,9 +92,8 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
         u_ref[frame, head, columns, :] = u
 
     group = lax.axis_index("group")
-    pl.when(group == 0)(lambda: multiply(0))
-    # its first rows are some of the other's last
-    pl.when(group == 1)(lambda: multiply(size - hopper.ROWS))
+    for i, start in enumerate(hopper.halves(size)):
+        pl.when(group == i)(functools.partial(multiply, start))
     pl.when(group == 2)(bring)
 
 
@@ -119,10 +111,10 @@ def maps(
 
     batch, frames, tokens, heads, size = k.shape
     matrix = jax.ShapeDtypeStruct((batch * frames, heads, size, size), _F32)
-    kernel = plgpu.kernel(
+    kernel = hopper.over_heads(
         functools.partial(_maps_kernel, steps=pl.cdiv(tokens, hopper.ROWS), slots=slots, size=size),
-        out_type=(matrix, matrix),
-        scratch_types=(
+        (matrix, matrix),
+        (
             hopper.tiles(slots, hopper.ROWS, size),
             hopper.tiles(slots, hopper.ROWS, size),
             plgpu.SMEM((slots, hopper.ROWS), _F32),
@@ -132,11 +124,9 @@ def maps(
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ),
-        grid=(batch * frames, heads),
-        grid_names=("frame", "head"),
-        num_threads=3,
-        thread_name="group",
-        **({} if interpret is None else {"interpret": interpret}),
+        k,
+        groups=3,
+        interpret=interpret,
     )
     w, u = kernel(hopper.flat(k), hopper.flat(v), _by_head(beta), hopper.flat(decay))
     shape = (batch, frames, heads, size, size)
@@ -160,7 +150,6 @@ def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, 
     else:
         k_ref, beta_ref, decay_ref, dw_ref, du_ref, dk_ref, through_u_ref, energy_ref, *rest = refs
         keys, betas, scalars, parts, full, ready = rest
-    load: Any = plgpu.load
     layout = plgpu.Layout.WGMMA
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
     group = lax.axis_index("group")
@@ -168,17 +157,14 @@ def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, 
     values = values.at[group] if has_values else None
     own_steps = lax.div(jnp.int32(steps + 1) - group, jnp.int32(2))
 
-    def slot(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(slots))
-
     def is_full(i: Any) -> Any:
-        return full.at[group * slots + slot(i)]
+        return full.at[group * slots + hopper.ring(i, slots)]
 
     def rows(i: Any) -> Any:
-        return pl.ds(pl.multiple_of((2 * i + group) * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+        return hopper.rows(2 * i + group)
 
     def ask(i: Any) -> None:
-        at = slot(i)
+        at = hopper.ring(i, slots)
         for source, place in ((k_ref, keys), (v_ref, values)):
             if source is not None:
                 plgpu.copy_gmem_to_smem(source.at[frame, rows(i), head], place.at[at], is_full(i))
@@ -187,19 +173,15 @@ def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, 
     for i in range(slots):
         pl.when(i < own_steps)(functools.partial(ask, jnp.int32(i)))
 
-    def matrix(ref: Any) -> Any:
-        def part(start: int) -> jax.Array:
-            found = ref.at[frame, head, pl.ds(start, hopper.ROWS), :]
-            return load(found, layout=layout, optimized=False)
+    def write(ref: Any, first: int) -> None:
+        hopper.split(parts, ref.at[frame, head], hopper.halves(size), first=first)
 
-        return part
-
-    pl.when(group == 0)(lambda: hopper.split(parts, 0, matrix(dw_ref), size))
+    pl.when(group == 0)(lambda: write(dw_ref, 0))
     du: Any = None
     if has_values:
-        pl.when(group == 1)(lambda: hopper.split(parts, 2 * size, matrix(du_ref), size))
+        pl.when(group == 1)(lambda: write(du_ref, 2 * size))
     else:
-        du = load(du_ref.at[frame, head, 0], layout=layout.reduce(0), optimized=False)
+        du = hopper.load(du_ref.at[frame, head, 0], 0)
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready)
     plgpu.barrier_wait(ready)
@@ -209,7 +191,7 @@ def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, 
     from_u = [parts.at[pl.ds(j * size, size)] for j in (3, 2)] if has_values else []
 
     def step(i: Any, carry: Any) -> Any:
-        at = slot(i)
+        at = hopper.ring(i, slots)
         plgpu.barrier_wait(is_full(i))
         # through dw + dw^T
         through_w = hopper.products((hopper.ROWS, size), *((keys.at[at], w) for w in from_w))
@@ -218,7 +200,7 @@ def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, 
         pl.when((i > 0) & (i + slots - 1 < own_steps))(lambda: ask(i + slots - 1))
         k = plgpu.layout_cast(keys[at], layout).astype(_F32)
         energy = 0.5 * jnp.sum(k * through_w, 1)
-        beta = load(betas.at[at], layout=layout.reduce(1), optimized=False)
+        beta = hopper.load(betas.at[at], 1)
         if values is not None:
             (dk,) = hopper.add_products(
                 (-decay * through_w,), lambda: ((0, values.at[at], u) for u in from_u)
@@ -267,7 +249,7 @@ def maps_gradient(
     token = jax.ShapeDtypeStruct((flat, tokens, heads, size), k.dtype)
     by_token = _by_head(beta)
     scalar = jax.ShapeDtypeStruct(by_token.shape, _F32)
-    kernel = plgpu.kernel(
+    kernel = hopper.over_heads(
         functools.partial(
             _maps_gradient_kernel,
             has_values=v is not None,
@@ -275,8 +257,8 @@ def maps_gradient(
             slots=slots,
             size=size,
         ),
-        out_type=(*[token] * len(given), scalar, scalar),
-        scratch_types=(
+        (*[token] * len(given), scalar, scalar),
+        (
             *[hopper.tiles(2, slots, hopper.ROWS, size)] * len(given),
             plgpu.SMEM((2, slots, hopper.ROWS), _F32),
             plgpu.SMEM((2, 2, hopper.ROWS), _F32),
@@ -284,11 +266,9 @@ def maps_gradient(
             plgpu.Barrier(num_arrivals=1 + len(given), num_barriers=2 * slots),
             plgpu.Barrier(num_arrivals=2),
         ),
-        grid=(flat, heads),
-        grid_names=("frame", "head"),
-        num_threads=2,
-        thread_name="group",
-        **({} if interpret is None else {"interpret": interpret}),
+        k,
+        groups=2,
+        interpret=interpret,
     )
     *found, through_u, energy = kernel(
         *(hopper.flat(a) for a in given),

@@ -27,14 +27,10 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
         states_ref, q_ref, y_ref, tiles, parts, full = refs
     else:
         states_ref, q_ref, z_ref, plain_ref, y_ref, tiles, plain_tiles, parts, full = refs
-    load: Any = plgpu.load
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
 
-    def slot(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(slots))
-
     def ask(i: Any) -> None:
-        at, rows = slot(i), pl.ds(pl.multiple_of(i * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+        at, rows = hopper.ring(i, slots), hopper.rows(i)
         plgpu.copy_gmem_to_smem(q_ref.at[frame, rows, head], tiles.at[at], full.at[at])
         if plain_tiles is not None:
             source = plain_ref.at[frame, rows, head]
@@ -43,19 +39,15 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
     for i in range(min(slots - 1, steps)):
         ask(jnp.int32(i))
 
-    def states(start: int) -> jax.Array:
-        rows = states_ref.at[frame, head, pl.ds(start, hopper.ROWS), :]
-        return load(rows, layout=plgpu.Layout.WGMMA, optimized=False)
-
-    hopper.split(parts, 0, states, size)
+    hopper.split(parts, states_ref.at[frame, head], hopper.halves(size))
     plgpu.commit_smem()
     high, low = (parts.at[pl.ds(j * size, size)].transpose((1, 0)) for j in range(2))
     z: Any = None
     if z_ref is not None:
-        z = load(z_ref.at[frame, head, 0], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        z = hopper.load(z_ref.at[frame, head, 0], 0)
 
     def step(i: Any, carry: Any) -> Any:
-        at = slot(i)
+        at = hopper.ring(i, slots)
         plgpu.barrier_wait(full.at[at])
         # smallest first
         y = hopper.products((hopper.ROWS, size), (tiles.at[at], low), (tiles.at[at], high))
@@ -65,7 +57,7 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
             y = y * hopper.by_rows(1.0 / (jnp.sum(weighted, 1) + (eps or 0.0)), y)
         tiles[at] = y.astype(_B16)
         plgpu.commit_smem()
-        rows = pl.ds(pl.multiple_of(i * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+        rows = hopper.rows(i)
         plgpu.copy_smem_to_gmem(tiles.at[at], y_ref.at[frame, rows, head])
         # the tile before has left: its place is free
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -92,19 +84,19 @@ def read(
     batch, frames, tokens, heads, size = q.shape
     slots = slots or (3 if eps is None else 2)
     extra = [hopper.flat(a) for a in (normaliser, plain_q) if a is not None]
-    kernel = plgpu.kernel(
+    kernel = hopper.over_heads(
         functools.partial(
             _read_kernel, steps=pl.cdiv(tokens, hopper.ROWS), slots=slots, size=size, eps=eps
         ),
-        out_type=jax.ShapeDtypeStruct((batch * frames, tokens, heads, size), q.dtype),
-        scratch_types=(
+        jax.ShapeDtypeStruct((batch * frames, tokens, heads, size), q.dtype),
+        (
             *[hopper.tiles(slots, hopper.ROWS, size)] * (1 if eps is None else 2),
             hopper.tiles(2 * size, size),
             plgpu.Barrier(num_arrivals=1 if eps is None else 2, num_barriers=slots),
         ),
-        grid=(batch * frames, heads),  # the last runs fastest: heads share the lines of a token
-        grid_names=("frame", "head"),
-        **({} if interpret is None else {"interpret": interpret}),
+        q,
+        groups=1,
+        interpret=interpret,
     )
     return kernel(hopper.flat(states), hopper.flat(q), *extra).reshape(q.shape)
 
@@ -127,20 +119,16 @@ def _read_gradient_kernel(
         states_ref, q_ref, z_ref, plain_ref, dy_ref, ds_ref, dq_ref, dz_ref, dp_ref, *scratch = refs
         queries, grads, plains, parts, full, ready, done = scratch
         sources = ((q_ref, queries), (dy_ref, grads), (plain_ref, plains))
-    load: Any = plgpu.load
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
     group = lax.axis_index("group")
-    start = own_group * (size - hopper.ROWS)  # of its rows; the second's first are some of both
+    start = hopper.halves(size)[own_group]  # of its rows
     layout = plgpu.Layout.WGMMA
 
-    def slot(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(slots))
-
     def rows(i: Any) -> Any:
-        return pl.ds(pl.multiple_of((2 * i + group) * hopper.ROWS, hopper.ROWS), hopper.ROWS)
+        return hopper.rows(2 * i + group)
 
     def ask(i: Any) -> None:
-        at = slot(i)
+        at = hopper.ring(i, slots)
         for source, place in sources:
             tile = place.at[at, group]
             plgpu.copy_gmem_to_smem(source.at[frame, rows(i), head], tile, full.at[at])
@@ -155,20 +143,17 @@ def _read_gradient_kernel(
 
     for i in range(min(slots, steps)):
         ask(jnp.int32(i))
-    whole = states_ref.at[frame, head]
-    own = load(whole.at[pl.ds(start, hopper.ROWS), :], layout=layout, optimized=False)
-    for j, part in enumerate(bfloat16_parts(own)):
-        parts[pl.ds(j * size + start, hopper.ROWS)] = part
+    hopper.split(parts, states_ref.at[frame, head], [start])
     plgpu.commit_smem()
     meet(ready)
     high, low = (parts.at[pl.ds(j * size, size)] for j in range(2))
     z: Any = None
     if z_ref is not None:
-        z = load(z_ref.at[frame, head, 0], layout=layout.reduce(0), optimized=False)
+        z = hopper.load(z_ref.at[frame, head, 0], 0)
 
     def step(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
         ds, *dz = sums
-        at = slot(i)
+        at = hopper.ring(i, slots)
         plgpu.barrier_wait(full.at[at])
         dy = grads.at[at, group]
         dq = hopper.products((hopper.ROWS, size), (dy, low), (dy, high))
@@ -255,21 +240,19 @@ def read_gradient(
         for i in range(2):
             pl.when(group == i)(functools.partial(run, *refs, own_group=i))
 
-    found = plgpu.kernel(
+    found = hopper.over_heads(
         kernel,
-        out_type=(matrix, token) if eps is None else (matrix, token, rows, token),
-        scratch_types=(
+        (matrix, token) if eps is None else (matrix, token, rows, token),
+        (
             *[hopper.tiles(slots, 2, hopper.ROWS, size)] * (2 if eps is None else 3),
             hopper.tiles(2 * size, size),
             plgpu.Barrier(num_arrivals=4 if eps is None else 6, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
         ),
-        grid=(flat, heads),
-        grid_names=("frame", "head"),
-        num_threads=2,
-        thread_name="group",
-        **({} if interpret is None else {"interpret": interpret}),
+        q,
+        groups=2,
+        interpret=interpret,
     )(hopper.flat(states), hopper.flat(q), *given, hopper.flat(dy))
     found = [found[0].reshape(states.shape), found[1].reshape(q.shape), *found[2:]]
     if normaliser is not None:

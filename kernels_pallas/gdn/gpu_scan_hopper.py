@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.gdn import gpu_hopper as hopper
 from kernels_pallas.gdn.gpu import Run, bfloat16_parts, way_of
 
-_F32, _B16 = jnp.float32, jnp.bfloat16
-_ROWS = 64  # of the matrix unit
-_COLUMNS = 16  # bfloat16 ones that a row of a swizzled tile holds: 112 is whole numbers of it
+_F32 = jnp.float32
 _AHEAD = 2  # frames whose float32 maps and inputs are held, beside one frame's split maps
 _SHARED = 220 * 1024  # bytes that a program has for all of them
 _FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 16 bytes
@@ -29,9 +28,9 @@ _FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 1
 
 def takes(values: int, size: int) -> bool:
     """Whether states (values, size) fit the matrix unit and their program its shared memory."""
-    held = 4 * size * (size + _AHEAD * (size + _ROWS))
-    is_whole = values % 8 == 0 and size % _COLUMNS == 0
-    is_fit = _ROWS <= values <= 2 * _ROWS and size >= _ROWS and held <= _SHARED
+    held = 4 * size * (size + _AHEAD * (size + hopper.ROWS))
+    is_whole = values % 8 == 0 and size % hopper.COLUMNS == 0
+    is_fit = hopper.ROWS <= values <= 2 * hopper.ROWS and size >= hopper.ROWS and held <= _SHARED
     # older versions of JAX read memory by other calls
     return is_whole and is_fit and jax.__version_info__ >= (0, 11)
 
@@ -93,10 +92,12 @@ def _kernel(
         return frame, own, own + direction * (batch * frames * heads)
 
     # the last rows' program starts earlier: it repeats rows, and none of it is past the end
-    rows = pl.ds(pl.multiple_of(jnp.minimum(row * _ROWS, values - _ROWS), 8), _ROWS)
+    rows = pl.ds(
+        pl.multiple_of(jnp.minimum(row * hopper.ROWS, values - hopper.ROWS), 8), hopper.ROWS
+    )
 
     def slot(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(_AHEAD))
+        return hopper.ring(i, _AHEAD)
 
     def carry() -> None:
         plgpu.barrier_wait(once)
@@ -163,13 +164,13 @@ def _kernel(
             plgpu.barrier_wait(map_full.at[place])
             # rows in the matrix unit's layout, 64 at once; of the middle ones some twice
             parts = {}
-            for start in (0, size - _ROWS):
-                w = plgpu.layout_cast(maps[place, pl.ds(start, _ROWS)], plgpu.Layout.WGMMA)
+            for start in hopper.halves(size):
+                w = plgpu.layout_cast(maps[place, pl.ds(start, hopper.ROWS)], plgpu.Layout.WGMMA)
                 parts[start] = bfloat16_parts(w)
             pl.when(i > 0)(lambda: plgpu.barrier_wait(split_free))
             for start, both in parts.items():
                 for j, part in enumerate(both):
-                    split[pl.ds(j * size + start, _ROWS)] = part
+                    split[pl.ds(j * size + start, hopper.ROWS)] = part
             plgpu.commit_smem()
             plgpu.barrier_arrive(split_full)
             pl.when(i + _AHEAD < frames)(lambda: ask_for_map(i + _AHEAD))
@@ -200,8 +201,8 @@ def scan(
     _, batch, frames, heads, values, size = u.shape
     count = len(runs)
     flags = jnp.pad(reset, ((0, 0), (0, -frames % _FLAGS)))
-    tiling = plgpu.TilingTransform((8, _COLUMNS))
-    narrow, wide = ((tiling, plgpu.SwizzleTransform(b * _COLUMNS)) for b in (2, 4))
+    tiling = plgpu.TilingTransform((8, hopper.COLUMNS))
+    wide = (tiling, plgpu.SwizzleTransform(4 * hopper.COLUMNS))
     kernel = functools.partial(
         _kernel,
         frames=frames,
@@ -220,8 +221,8 @@ def scan(
         ),
         scratch_types=(
             plgpu.SMEM((_AHEAD, size, size), _F32, transforms=wide),
-            plgpu.SMEM((_AHEAD, _ROWS, size), _F32, transforms=wide),
-            plgpu.SMEM((2 * size, size), _B16, transforms=narrow),
+            plgpu.SMEM((_AHEAD, hopper.ROWS, size), _F32, transforms=wide),
+            hopper.tiles(2 * size, size),
             plgpu.SMEM((flags.shape[1],), _F32),
             plgpu.Barrier(num_barriers=_AHEAD),
             plgpu.Barrier(num_barriers=_AHEAD),
@@ -230,7 +231,7 @@ def scan(
             plgpu.Barrier(),
             plgpu.Barrier(),
         ),
-        grid=(pl.cdiv(values, _ROWS), batch * heads, count),
+        grid=(pl.cdiv(values, hopper.ROWS), batch * heads, count),
         grid_names=("row", "head", "run"),
         num_threads=2,
         thread_name="group",

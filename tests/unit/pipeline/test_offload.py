@@ -64,22 +64,20 @@ def test_stage1(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert there == [0]  # gone with the networks
 
 
+def refine(folder: Path, offload: str, block_size: int) -> np.ndarray:
+    latents = np.random.default_rng(0).standard_normal((1, 8, 6, 2, 2)).astype(np.float32)
+    options = RefineOptions(refiner_block_size=block_size)
+    refiner = LTX2Refiner.from_pretrained(folder, dtype="float32", offload=offload, options=options)
+    return refiner(latents, "a room", progress=False)
+
+
 def test_layers_of_the_refiner_stay(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second block on, the short last one too."""
-    latents = np.random.default_rng(0).standard_normal((1, 8, 6, 2, 2)).astype(np.float32)
-
-    def refine(offload: str) -> np.ndarray:
-        options = RefineOptions(refiner_block_size=2)
-        refiner = LTX2Refiner.from_pretrained(
-            folders[1], dtype="float32", offload=offload, options=options
-        )
-        return refiner(latents, "a room", progress=False)
-
-    kept, layers = refine("model"), Layers(monkeypatch)
+    kept, layers = refine(folders[1], "model", 2), Layers(monkeypatch)
     stats = {"bytes_limit": 2**30, "bytes_in_use": 0, "peak_bytes_in_use": 2**20}
     monkeypatch.setattr(streaming, "memory_stats", lambda: stats)
     monkeypatch.setattr(streaming, "_measured", {})
-    assert_close(refine("block"), kept)
+    assert_close(refine(folders[1], "block", 2), kept)
     # 2 of Gemma 3, 3 for the text, 3 for the sink, 3 in each pass of the first block, 3 that stay
     assert len(layers.brought) == 2 + 3 + 3 + 4 * 3 + 3 and layers.most == 2 + 3
     assert not layers.alive()
@@ -87,19 +85,10 @@ def test_layers_of_the_refiner_stay(folders: list[Path], monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("block_size", [3, 0])
 def test_refiner(folders: list[Path], block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents = np.random.default_rng(0).standard_normal((1, 8, 6, 2, 2)).astype(np.float32)
-
-    def refine(offload: str) -> np.ndarray:
-        options = RefineOptions(refiner_block_size=block_size)
-        refiner = LTX2Refiner.from_pretrained(
-            folders[1], dtype="float32", offload=offload, options=options
-        )
-        return refiner(latents, "a room", progress=False)
-
-    kept = refine("none")
-    np.testing.assert_array_equal(refine("model"), kept)
+    kept = refine(folders[1], "none", block_size)
+    np.testing.assert_array_equal(refine(folders[1], "model", block_size), kept)
     layers = Layers(monkeypatch)
-    assert_close(refine("block"), kept)
+    assert_close(refine(folders[1], "block", block_size), kept)
     # 2 of Gemma 3; 3 of the transformer, whose text layers pass once and on their own
     assert len(set(layers.brought)) == 2 + 3 + 3 and layers.most == 2
 
