@@ -11,7 +11,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.gdn import gpu_hopper as hopper
-from kernels_pallas.gdn.gpu import bfloat16_parts
 
 _F32, _B16 = jnp.float32, jnp.bfloat16
 
@@ -28,7 +27,8 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     k_ref, v_ref, beta_ref, decay_ref, w_ref, u_ref = refs[:6]
-    keys, values, betas, split, full, free, split_full, split_free = refs[6:]
+    key_place, values, betas, split, full, free, split_full, split_free = refs[6:]
+    keys, results = key_place  # once the keys are split, their memory takes what is written
     layout = plgpu.Layout.WGMMA
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
 
@@ -45,9 +45,10 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
         def step(i: Any, carry: Any) -> Any:
             at, to = hopper.ring(i, slots), hopper.ring(i, 2)
             plgpu.barrier_wait(full.at[at])
-            k = plgpu.layout_cast(keys[at], layout).astype(_F32)
+            k = hopper.load(keys.at[at])
             beta = hopper.load(betas.at[at], 1)
-            parts = bfloat16_parts(k * hopper.by_rows(beta, k))
+            k32 = k.astype(_F32)
+            parts = [k, *hopper.split_of(k32 * hopper.by_rows(beta, k32))]
             pl.when(i >= 2)(lambda: plgpu.barrier_wait(split_free.at[to]))
             for j, part in enumerate(parts):
                 split[to, j] = part
@@ -63,37 +64,56 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
 
         lax.fori_loop(0, steps, step, None)
 
-    def multiply(start: int) -> None:
+    def multiply(group: int, start: int) -> None:
         columns = pl.ds(start, hopper.ROWS)
 
-        def step(i: Any, sums: Any) -> Any:
-            at, of = hopper.ring(i, slots), hopper.ring(i, 2)
-            plgpu.barrier_wait(full.at[at])
-            plgpu.barrier_wait(split_full.at[of])
+        def release(i: Any) -> None:
+            plgpu.barrier_arrive(split_free.at[hopper.ring(i, 2)])
+            plgpu.barrier_arrive(free.at[hopper.ring(i, slots)])
 
-            def terms() -> Any:
-                k, v = (a.at[at].at[:, columns].transpose((1, 0)) for a in (keys, values))
-                high, low = split.at[of, 0], split.at[of, 1]
+        def sums(outer: Any, u: Any) -> tuple[jax.Array, jax.Array]:
+            def step(i: Any, carry: Any) -> Any:
+                at, of = hopper.ring(i, slots), hopper.ring(i, 2)
+                plgpu.barrier_wait(full.at[at])
+                plgpu.barrier_wait(split_full.at[of])
+                k, v = (
+                    a.at[:, columns].transpose((1, 0)) for a in (split.at[of, 0], values.at[at])
+                )
+                high, low = split.at[of, 1], split.at[of, 2]
                 # the high part is enough for W, see `gdn.gpu`
-                return (0, k, high), (1, v, low), (1, v, high)
+                plgpu.wgmma(outer, k, high)
+                plgpu.wgmma(u, v, low)
+                plgpu.wgmma(u, v, high)
+                plgpu.wgmma_wait(3)  # those of the step before are done
+                pl.when(i > 0)(lambda: release(i - 1))
+                return carry
 
-            found = hopper.add_products(sums, terms)
-            plgpu.barrier_arrive(split_free.at[of])
-            plgpu.barrier_arrive(free.at[at])
-            return found
+            lax.fori_loop(0, steps, step, None)
+            return outer[...], u[...]
 
-        zero = plgpu.layout_cast(jnp.zeros((hopper.ROWS, size), _F32), layout)
-        outer, u = lax.fori_loop(0, steps, step, (zero, zero))
+        outer, u = pl.run_scoped(sums, *[plgpu.ACC((hopper.ROWS, size), _F32)] * 2)
         row, column = (
             plgpu.broadcasted_iota(jnp.int32, outer.shape, axis, layout=layout) for axis in (0, 1)
         )
         eye = jnp.where(row + start == column, 1.0, 0.0)
-        w_ref[frame, head, columns, :] = decay_ref[frame, head] * (eye - outer)
-        u_ref[frame, head, columns, :] = u
+        # rows in the middle are the first warpgroup's
+        new = hopper.ROWS if group == 0 else size - hopper.ROWS
+        own = pl.ds(hopper.ROWS - new, new)
+
+        def write(ref: Any, matrix: jax.Array) -> None:
+            hopper.store(results.at[group], matrix)
+            plgpu.commit_smem()
+            to = ref.at[frame, head, pl.ds(start + hopper.ROWS - new, new)]
+            plgpu.copy_smem_to_gmem(results.at[group].at[own], to)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        if new:
+            write(w_ref, decay_ref[frame, head] * (eye - outer))
+            write(u_ref, u)
 
     group = lax.axis_index("group")
     for i, start in enumerate(hopper.halves(size)):
-        pl.when(group == i)(functools.partial(multiply, start))
+        pl.when(group == i)(functools.partial(multiply, i, start))
     pl.when(group == 2)(bring)
 
 
@@ -115,10 +135,13 @@ def maps(
         functools.partial(_maps_kernel, steps=pl.cdiv(tokens, hopper.ROWS), slots=slots, size=size),
         (matrix, matrix),
         (
-            hopper.tiles(slots, hopper.ROWS, size),
+            plgpu.RefUnion(
+                hopper.plain_tiles(slots, hopper.ROWS, size),
+                plgpu.SMEM((2, hopper.ROWS, size), _F32),
+            ),
             hopper.tiles(slots, hopper.ROWS, size),
             plgpu.SMEM((slots, hopper.ROWS), _F32),
-            hopper.tiles(2, 2, hopper.ROWS, size),
+            hopper.tiles(2, 3, hopper.ROWS, size),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             plgpu.Barrier(num_barriers=2),

@@ -11,7 +11,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.gdn import gpu_hopper as hopper
-from kernels_pallas.gdn.gpu import bfloat16_parts
 
 _F32, _B16 = jnp.float32, jnp.bfloat16
 
@@ -50,12 +49,13 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
         at = hopper.ring(i, slots)
         plgpu.barrier_wait(full.at[at])
         # smallest first
-        y = hopper.products((hopper.ROWS, size), (tiles.at[at], low), (tiles.at[at], high))
+        q = hopper.load(tiles.at[at])
+        y = hopper.products((hopper.ROWS, size), (q, low), (q, high))
         if plain_tiles is not None:
-            plain = plgpu.layout_cast(plain_tiles[at], plgpu.Layout.WGMMA).astype(_F32)
+            plain = hopper.load(plain_tiles.at[at]).astype(_F32)
             weighted = plain * lax.broadcast_in_dim(z, plain.shape, [1])
             y = y * hopper.by_rows(1.0 / (jnp.sum(weighted, 1) + (eps or 0.0)), y)
-        tiles[at] = y.astype(_B16)
+        hopper.store(tiles.at[at], y.astype(_B16))
         plgpu.commit_smem()
         rows = hopper.rows(i)
         plgpu.copy_smem_to_gmem(tiles.at[at], y_ref.at[frame, rows, head])
@@ -82,7 +82,7 @@ def read(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, frames, tokens, heads, size = q.shape
-    slots = slots or (3 if eps is None else 2)
+    slots = slots or (4 if eps is None else 2)
     extra = [hopper.flat(a) for a in (normaliser, plain_q) if a is not None]
     kernel = hopper.over_heads(
         functools.partial(
@@ -90,7 +90,7 @@ def read(
         ),
         jax.ShapeDtypeStruct((batch * frames, tokens, heads, size), q.dtype),
         (
-            *[hopper.tiles(slots, hopper.ROWS, size)] * (1 if eps is None else 2),
+            *[hopper.plain_tiles(slots, hopper.ROWS, size)] * (1 if eps is None else 2),
             hopper.tiles(2 * size, size),
             plgpu.Barrier(num_arrivals=1 if eps is None else 2, num_barriers=slots),
         ),
@@ -171,7 +171,7 @@ def _read_gradient_kernel(
             (dz[0],) = lax.optimization_barrier((dz[0],))
             q = read(queries, at)
             # divided queries take the queries' place, and their low parts the plain ones'
-            divided = bfloat16_parts(q * hopper.by_rows(inverse, q))
+            divided = hopper.split_of(q * hopper.by_rows(inverse, q))
             queries[at, group], plains[at, group] = divided
             plgpu.commit_smem()
             meet(ready)
@@ -201,7 +201,7 @@ def _read_gradient_kernel(
         # one after the other: sums over warps share their scratch memory
         if own_group == 1:
             meet(ready)
-        hopper.store_row(dz_ref.at[frame, head, group], jnp.sum(dz[0], 0))
+        hopper.store(dz_ref.at[frame, head, group], jnp.sum(dz[0], 0))
         if own_group == 0:
             meet(ready)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -2,8 +2,8 @@
 
 A program is 64 rows of a state and two warpgroups. One carries the rows in registers and feeds
 them, split in two bfloat16 parts, to the matrix unit (wgmma) as they are: nothing of the state
-passes through shared memory. The other brings maps and inputs in two frames ahead of time, and
-splits the maps. Axis letters as in `gdn.gpu`.
+passes through shared memory. The other brings maps and inputs in ahead of time, and splits a map
+while the one before it is multiplied. Axis letters as in `gdn.gpu`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.gdn import gpu_hopper as hopper
-from kernels_pallas.gdn.gpu import Run, bfloat16_parts, way_of
+from kernels_pallas.gdn.gpu import Run, way_of
 
 _F32 = jnp.float32
-_AHEAD = 2  # frames whose float32 maps and inputs are held, beside one frame's split maps
+_AHEAD = 2  # frames whose inputs and split maps are held, beside one frame's float32 map
 _SHARED = 220 * 1024  # bytes that a program has for all of them
 _FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 16 bytes
 
 
 def takes(values: int, size: int) -> bool:
     """Whether states (values, size) fit the matrix unit and their program its shared memory."""
-    held = 4 * size * (size + _AHEAD * (size + hopper.ROWS))
+    held = 4 * size * (size + _AHEAD * (size + hopper.ROWS))  # a split map's bytes are its own
     is_whole = values % 8 == 0 and size % hopper.COLUMNS == 0
     is_fit = hopper.ROWS <= values <= 2 * hopper.ROWS and size >= hopper.ROWS and held <= _SHARED
     # older versions of JAX read memory by other calls
@@ -76,7 +76,7 @@ def _kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs[:6]
-    maps, inputs, split, flags = refs[6:10]
+    held_map, inputs, split, flags = refs[6:10]
     map_full, input_full, input_free, split_full, split_free, once = refs[10:]
     values, size = sizes
     direction, row, head = lax.axis_index("run"), lax.axis_index("row"), lax.axis_index("head")
@@ -113,7 +113,7 @@ def _kernel(
             keep = 1.0 - flags[frame]
             place = slot(i)
             plgpu.barrier_wait(input_full.at[place])
-            u = plgpu.layout_cast(inputs[place], plgpu.Layout.WGMMA)
+            u = hopper.load(inputs.at[place])
             if adjoint:
                 state = state + (1.0 - exclusive) * u
                 u = exclusive * u
@@ -122,16 +122,17 @@ def _kernel(
                 # what was the state after the frame before, or is that before this one
                 told = state * (1.0 - exclusive * (1.0 - keep))
                 state = state * keep
-            parts = bfloat16_parts(state)
+            parts = hopper.split_of(state)
             u, *parts = lax.optimization_barrier((u, *parts))
+            plgpu.commit_smem()  # the copy engine may write there
             plgpu.barrier_arrive(input_free.at[place])
-            plgpu.barrier_wait(split_full)
+            plgpu.barrier_wait(split_full.at[place])
 
             def tell() -> None:
                 states_ref[told_at, rows, :] = told
 
-            after = _multiply(u, parts, split, adjoint, tell)
-            plgpu.barrier_arrive(split_free)
+            after = _multiply(u, parts, split.at[place], adjoint, tell)
+            plgpu.barrier_arrive(split_free.at[place])
             return keep * after if adjoint else after
 
         final = lax.fori_loop(0, frames, step, start)
@@ -150,35 +151,32 @@ def _kernel(
         plgpu.copy_gmem_to_smem(source, inputs.at[place], input_full.at[place])
 
     def ask_for_map(i: Any) -> None:
-        place = slot(i)
-        plgpu.copy_gmem_to_smem(w_ref.at[at(i)[1]], maps.at[place], map_full.at[place])
+        plgpu.copy_gmem_to_smem(w_ref.at[at(i)[1]], held_map, map_full)
 
     def bring() -> None:
         plgpu.copy_gmem_to_smem(reset_ref.at[direction], flags, once)
         for i in range(min(_AHEAD, frames)):
             ask_for_input(jnp.int32(i))
-            ask_for_map(jnp.int32(i))
+        ask_for_map(jnp.int32(0))
 
         def step(i: Any, _: None) -> None:
             place = slot(i)
-            plgpu.barrier_wait(map_full.at[place])
+            plgpu.barrier_wait(map_full)
+            pl.when(i >= _AHEAD)(lambda: plgpu.barrier_wait(split_free.at[place]))
             # rows in the matrix unit's layout, 64 at once; of the middle ones some twice
-            parts = {}
             for start in hopper.halves(size):
-                w = plgpu.layout_cast(maps[place, pl.ds(start, hopper.ROWS)], plgpu.Layout.WGMMA)
-                parts[start] = bfloat16_parts(w)
-            pl.when(i > 0)(lambda: plgpu.barrier_wait(split_free))
-            for start, both in parts.items():
-                for j, part in enumerate(both):
-                    split[pl.ds(j * size + start, hopper.ROWS)] = part
+                w = hopper.load(held_map.at[pl.ds(start, hopper.ROWS)])
+                for j, part in enumerate(hopper.split_of(w)):
+                    split[place, pl.ds(j * size + start, hopper.ROWS)] = part
             plgpu.commit_smem()
-            plgpu.barrier_arrive(split_full)
-            pl.when(i + _AHEAD < frames)(lambda: ask_for_map(i + _AHEAD))
+            pl.when(i + 1 < frames)(lambda: ask_for_map(i + 1))
+            plgpu.barrier_arrive(split_full.at[place])
             plgpu.barrier_wait(input_free.at[place])
             pl.when(i + _AHEAD < frames)(lambda: ask_for_input(i + _AHEAD))
 
         lax.fori_loop(0, frames, step, None)
-        plgpu.barrier_wait(split_free)
+        for i in range(max(frames - _AHEAD, 0), frames):
+            plgpu.barrier_wait(split_free.at[slot(jnp.int32(i))])
 
     group = lax.axis_index("group")
     pl.when(group == 0)(carry)
@@ -201,8 +199,6 @@ def scan(
     _, batch, frames, heads, values, size = u.shape
     count = len(runs)
     flags = jnp.pad(reset, ((0, 0), (0, -frames % _FLAGS)))
-    tiling = plgpu.TilingTransform((8, hopper.COLUMNS))
-    wide = (tiling, plgpu.SwizzleTransform(4 * hopper.COLUMNS))
     kernel = functools.partial(
         _kernel,
         frames=frames,
@@ -220,15 +216,12 @@ def scan(
             jax.ShapeDtypeStruct((count * batch * heads, values, size), _F32),
         ),
         scratch_types=(
-            plgpu.SMEM((_AHEAD, size, size), _F32, transforms=wide),
-            plgpu.SMEM((_AHEAD, hopper.ROWS, size), _F32, transforms=wide),
-            hopper.tiles(2 * size, size),
+            plgpu.SMEM((size, size), _F32),
+            plgpu.SMEM((_AHEAD, hopper.ROWS, size), _F32),
+            hopper.tiles(_AHEAD, 2 * size, size),
             plgpu.SMEM((flags.shape[1],), _F32),
-            plgpu.Barrier(num_barriers=_AHEAD),
-            plgpu.Barrier(num_barriers=_AHEAD),
-            plgpu.Barrier(num_barriers=_AHEAD),
             plgpu.Barrier(),
-            plgpu.Barrier(),
+            *[plgpu.Barrier(num_barriers=_AHEAD)] * 4,
             plgpu.Barrier(),
         ),
         grid=(pl.cdiv(values, hopper.ROWS), batch * heads, count),

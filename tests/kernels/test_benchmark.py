@@ -7,7 +7,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import kernels
+from benchmarks import kernels, tiles
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,9 @@ def test_a_wrong_or_broken_variant_is_told_and_never_fastest():
     assert not found["wrong", "backward"]["as_accurate_as_xla"]
     assert "cannot lower" in found["broken", "forward"]["error"]
     assert found[None, "forward"]["fastest"] == found[None, "backward"]["fastest"] == "xla"
+
+
+def test_tiles_alone_need_a_hopper_gpu(capsys):
+    with pytest.raises(SystemExit):
+        tiles.main([])
+    assert "needs a Hopper GPU" in capsys.readouterr().err
