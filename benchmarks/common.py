@@ -48,6 +48,12 @@ def run_sides(
     parser.add_argument("--repeats", type=int, default=3, help="calls that the median is of")
     parser.add_argument("--peer", action="store_true", help="torch.compile the reference, too")
     parser.add_argument("--side", choices=list(sides), help="only this one, in this process")
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        nargs="+",
+        help="run nothing, compare what sides printed to these files",
+    )
     given = parser.parse_args(arguments)
     given.compile = given.side == "compiled"
     use_compiler_flags()
@@ -58,12 +64,19 @@ def run_sides(
         del sides["compiled"]
     words = list(sys.argv[1:] if arguments is None else arguments)
     found: dict[str, dict[str, Any]] = {}
-    for side in sides:
+    for side in () if given.lines else sides:
         lines, status = in_own_process([*words, f"--side={side}"])
         for line in lines:
             found.setdefault(line["what"], {})[side] = line
         if status:
             print(json.dumps({"side": side, "error": status}), flush=True)
+    for path in given.lines or ():
+        try:
+            for text in path.read_text().splitlines():
+                line = json.loads(text)
+                found.setdefault(line["what"], {})[line["side"]] = line
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"--lines {path}: no lines of --side ({error})")
     first = next(iter(sides))
     for what, lines in found.items():
         for side, line in lines.items():

@@ -101,6 +101,23 @@ def test_a_length_that_does_not_fit_is_a_line(monkeypatch, capsys) -> None:
     ]
 
 
+def test_kept_lines_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for side, factor in (("ours", 1.0), ("compiled", 2.0)):
+        lines = [
+            {"side": side, "what": str(n), "latent_frames": n, "seconds": factor * n, "device": "a"}
+            for n in (21, 121)
+        ]
+        (tmp_path / side).write_text("\n".join(map(json.dumps, lines)))
+    files, figure = [str(tmp_path / name) for name in ("ours", "compiled")], tmp_path / "cost.png"
+    stage1.main(["--lines", *files, "--figure", str(figure)])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [{"what": n, "side": "compiled", "ratio": 2.0} for n in ("21", "121")]
+    assert figure.exists()
+    with pytest.raises(SystemExit):
+        stage1.main(["--lines", files[0], str(tmp_path / "none")])
+    assert "no lines of --side" in capsys.readouterr().err
+
+
 def test_stage1_in_fp8(capsys: pytest.CaptureFixture) -> None:
     stage1.main(["--tiny", "--repeats=1", "--side=ours", "--precision=fp8"])
     step, errors = (json.loads(line) for line in capsys.readouterr().out.splitlines())
