@@ -10,11 +10,12 @@ PIN = $(shell $(PYTHON) -c "import sys; print('constraints/py311.txt' if sys.ver
 sample: $(VENV)/.core
 	$(BIN)/python sample.py $(ARGS)
 
+# files in their order, which has the long ones of whole runs first: both workers end together
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 tests/multi_device $(ARGS)
 
 $(VENV)/.core: setup.cfg pyproject.toml

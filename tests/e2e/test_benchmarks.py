@@ -73,18 +73,19 @@ def test_figure_has_a_curve_a_side(tmp_path: Path) -> None:
     )
 
 
-def test_train_step() -> None:
-    """A line a length, shortest first; rematerialisation takes memory off, adapters even more."""
-    flags = ("train_step", "--repeats=1", "--latent_frames")
-    five, nine = run(*flags, "9", "5")
-    (kept,) = run(*flags, "9", "--remat=none")
-    (adapted,) = run(*flags, "9", "--lora=2", "--chunk_causal")
-    assert [line["latent_frames"] for line in (five, nine)] == [5, 9]
-    for line in (five, nine, kept, adapted):
+def test_train_step(capsys: pytest.CaptureFixture) -> None:
+    """Rematerialisation takes memory off, adapters even more."""
+    (nine,) = run("train_step", "--repeats=1", "--latent_frames", "9")
+    flags = ["--tiny", "--one", "--repeats=1", "--latent_frames", "9"]
+    train_step.main([*flags, "--remat=none"])
+    train_step.main([*flags, "--lora=2", "--chunk_causal"])
+    kept, adapted = map(json.loads, capsys.readouterr().out.splitlines())
+    for line in (nine, kept, adapted):
+        assert line["latent_frames"] == 9
         assert line["seconds"] > 0 and math.isfinite(line["loss"])
         assert line["mfu"] is None and line["of_achievable"] is None  # a CPU has no peak
-    assert five["pflop"] < nine["pflop"] and adapted["pflop"] < nine["pflop"]
-    assert five["given_gib"] <= nine["given_gib"] < nine["needs_gib"] < kept["needs_gib"]
+    assert adapted["pflop"] < nine["pflop"]
+    assert nine["given_gib"] < nine["needs_gib"] < kept["needs_gib"]
     assert adapted["given_gib"] < nine["given_gib"]
 
 
