@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -25,10 +26,10 @@ from kernels_pallas import choice
 from kernels_pallas.gdn import gpu_hopper as hopper
 from sanawm_jax.compiler_flags import use_compiler_flags
 
-# part -> how many tokens come and go, how many matrices come and go
+# part -> how many tokens and matrices come, and how many of each go
 PARTS = {
     "frame maps": (2, 0, 0, 2),
-    "recurrence, one direction": (0, 0, 2, 1),
+    "recurrence, one direction": (0, 2, 0, 1),
     "read-out": (1, 1, 1, 0),
 }
 
@@ -36,9 +37,8 @@ PARTS = {
 def _kernel(*refs: Any, counts: tuple[int, int, int, int], steps: int, slots: int) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    tokens_in, tokens_out, matrices_in, matrices_out = (
-        refs[start : start + counts[i]]
-        for i, start in ((0, 0), (1, counts[0] + counts[2]), (2, counts[0]), (3, sum(counts[:3])))
+    tokens_in, matrices_in, tokens_out, matrices_out = (
+        refs[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)
     )
     tiles, matrix, tile_full, matrix_full = refs[sum(counts) :]
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
@@ -91,7 +91,7 @@ def move(
 
     frames, count, heads, size = shape
     counts = PARTS[part]
-    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * counts[1]
+    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * counts[2]
     results += [jax.ShapeDtypeStruct((frames, heads, size, size), jnp.float32)] * counts[3]
     kernel = hopper.over_heads(
         functools.partial(_kernel, counts=counts, steps=pl.cdiv(count, hopper.ROWS), slots=slots),
@@ -100,7 +100,7 @@ def move(
             hopper.plain_tiles(max(1, counts[0]), slots, hopper.ROWS, size),
             plgpu.SMEM((size, size), jnp.float32),
             plgpu.Barrier(num_arrivals=max(1, counts[0]), num_barriers=slots),
-            plgpu.Barrier(num_arrivals=max(1, counts[2])),
+            plgpu.Barrier(num_arrivals=max(1, counts[1])),
         ),
         jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16),
         groups=1,
@@ -119,12 +119,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     use_compiler_flags()
     if choice.capability() != choice.HOPPER:
         parser.error("needs a Hopper GPU (H100, H200) that JAX runs on")
-    shape = (given.batch * given.latent_frames, 880, 20, 112)
+    shape = frames, _, heads, size = (given.batch * given.latent_frames, 880, 20, 112)
     keys = jax.random.split(jax.random.key(0), 4)
     tokens = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2]]
-    matrices = [jax.random.normal(key, (shape[0], 20, 112, 112)) for key in keys[2:]]
+    matrices = [jax.random.normal(key, (frames, heads, size, size)) for key in keys[2:]]
     found = []
-    for part, (tokens_in, tokens_out, matrices_in, matrices_out) in PARTS.items():
+    for part, (tokens_in, matrices_in, tokens_out, matrices_out) in PARTS.items():
         inputs = (tokens[:tokens_in], matrices[:matrices_in])
         time_of = milliseconds(
             jax.jit(functools.partial(move, part, shape=shape)), inputs, given.repeats

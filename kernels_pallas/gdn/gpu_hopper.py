@@ -113,7 +113,7 @@ def split(parts: Any, matrix: Any, starts: Iterable[int], *, first: int = 0) -> 
 
     Args:
       parts: (.., D), the high parts of all rows, then the low ones.
-      matrix: (V, D) in global memory.
+      matrix: (V, D) in memory of any kind.
       starts: of the rows, ROWS from each.
       first: row of `parts` where they begin.
     """

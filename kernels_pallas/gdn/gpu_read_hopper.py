@@ -48,8 +48,8 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
     def step(i: Any, carry: Any) -> Any:
         at = hopper.ring(i, slots)
         plgpu.barrier_wait(full.at[at])
-        # smallest first
         q = hopper.load(tiles.at[at])
+        # smallest first
         y = hopper.products((hopper.ROWS, size), (q, low), (q, high))
         if plain_tiles is not None:
             plain = hopper.load(plain_tiles.at[at]).astype(_F32)

@@ -102,8 +102,7 @@ def _kernel(
     def carry() -> None:
         plgpu.barrier_wait(once)
         state_at = direction * (batch * heads) + head
-        load: Any = plgpu.load
-        start = load(initial_ref.at[state_at, rows, :], layout=plgpu.Layout.WGMMA, optimized=False)
+        start = hopper.load(initial_ref.at[state_at, rows, :])
 
         def step(i: Any, state: Any) -> Any:
             frame, _, told_at = at(i)
@@ -163,11 +162,7 @@ def _kernel(
             place = slot(i)
             plgpu.barrier_wait(map_full)
             pl.when(i >= _AHEAD)(lambda: plgpu.barrier_wait(split_free.at[place]))
-            # rows in the matrix unit's layout, 64 at once; of the middle ones some twice
-            for start in hopper.halves(size):
-                w = hopper.load(held_map.at[pl.ds(start, hopper.ROWS)])
-                for j, part in enumerate(hopper.split_of(w)):
-                    split[place, pl.ds(j * size + start, hopper.ROWS)] = part
+            hopper.split(split.at[place], held_map, hopper.halves(size))
             plgpu.commit_smem()
             pl.when(i + 1 < frames)(lambda: ask_for_map(i + 1))
             plgpu.barrier_arrive(split_full.at[place])
