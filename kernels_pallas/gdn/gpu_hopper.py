@@ -122,6 +122,18 @@ def split(parts: Any, matrix: Any, starts: Iterable[int], *, first: int = 0) -> 
             parts[pl.ds(first + j * matrix.shape[0] + start, ROWS)] = part
 
 
+def split_in_place(parts: Any, matrix: Any) -> None:
+    """As `split` of all rows; `parts` (2 D, D) lies in the memory of `matrix` (D, D)."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    starts = halves(matrix.shape[0])
+    found = [split_of(load(matrix.at[pl.ds(start, ROWS), :])) for start in starts]
+    plgpu.commit_smem()  # all have read
+    for start, both in zip(starts, found, strict=True):
+        for j, part in enumerate(both):
+            parts[pl.ds(j * matrix.shape[0] + start, ROWS)] = part
+
+
 def halves(size: int) -> tuple[int, int]:
     """First rows of a matrix's two tiles; of rows in the middle, some are in both."""
     return 0, size - ROWS

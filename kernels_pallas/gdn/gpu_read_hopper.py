@@ -23,9 +23,10 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
     plain_ref: Any = None
     plain_tiles: Any = None
     if eps is None:
-        states_ref, q_ref, y_ref, tiles, parts, full = refs
+        states_ref, q_ref, y_ref, tiles, *rest = refs
     else:
-        states_ref, q_ref, z_ref, plain_ref, y_ref, tiles, plain_tiles, parts, full = refs
+        states_ref, q_ref, z_ref, plain_ref, y_ref, tiles, plain_tiles, *rest = refs
+    (parts, state), state_full, full = rest
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
 
     def ask(i: Any) -> None:
@@ -35,10 +36,11 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
             source = plain_ref.at[frame, rows, head]
             plgpu.copy_gmem_to_smem(source, plain_tiles.at[at], full.at[at])
 
+    plgpu.copy_gmem_to_smem(states_ref.at[frame, head], state, state_full)
     for i in range(min(slots - 1, steps)):
         ask(jnp.int32(i))
-
-    hopper.split(parts, states_ref.at[frame, head], hopper.halves(size))
+    plgpu.barrier_wait(state_full)
+    hopper.split_in_place(parts, state)
     plgpu.commit_smem()
     high, low = (parts.at[pl.ds(j * size, size)].transpose((1, 0)) for j in range(2))
     z: Any = None
@@ -91,7 +93,8 @@ def read(
         jax.ShapeDtypeStruct((batch * frames, tokens, heads, size), q.dtype),
         (
             *[hopper.plain_tiles(slots, hopper.ROWS, size)] * (1 if eps is None else 2),
-            hopper.tiles(2 * size, size),
+            plgpu.RefUnion(hopper.tiles(2 * size, size), plgpu.SMEM((size, size), _F32)),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=1 if eps is None else 2, num_barriers=slots),
         ),
         q,

@@ -21,14 +21,14 @@ from kernels_pallas.gdn import gpu_hopper as hopper
 from kernels_pallas.gdn.gpu import Run, way_of
 
 _F32 = jnp.float32
-_AHEAD = 2  # frames whose inputs and split maps are held, beside one frame's float32 map
-_SHARED = 220 * 1024  # bytes that a program has for all of them
+_AHEAD = 2  # frames whose maps are held, in float32 and split, beside one frame's input
+_SHARED = 225 * 1024  # bytes that a program has for all of them
 _FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 16 bytes
 
 
 def takes(values: int, size: int) -> bool:
     """Whether states (values, size) fit the matrix unit and their program its shared memory."""
-    held = 4 * size * (size + _AHEAD * (size + hopper.ROWS))  # a split map's bytes are its own
+    held = 4 * size * (2 * _AHEAD * size + hopper.ROWS)  # a split map takes what it took whole
     is_whole = values % 8 == 0 and size % hopper.COLUMNS == 0
     is_fit = hopper.ROWS <= values <= 2 * hopper.ROWS and size >= hopper.ROWS and held <= _SHARED
     # older versions of JAX read memory by other calls
@@ -76,7 +76,7 @@ def _kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs[:6]
-    held_map, inputs, split, flags = refs[6:10]
+    held_maps, held_input, split, flags = refs[6:10]
     map_full, input_full, input_free, split_full, split_free, once = refs[10:]
     values, size = sizes
     direction, row, head = lax.axis_index("run"), lax.axis_index("row"), lax.axis_index("head")
@@ -111,8 +111,8 @@ def _kernel(
                 told_at = at(jnp.maximum(i - 1 + exclusive.astype(jnp.int32), 0))[2]
             keep = 1.0 - flags[frame]
             place = slot(i)
-            plgpu.barrier_wait(input_full.at[place])
-            u = hopper.load(inputs.at[place])
+            plgpu.barrier_wait(input_full)
+            u = hopper.load(held_input)
             if adjoint:
                 state = state + (1.0 - exclusive) * u
                 u = exclusive * u
@@ -124,7 +124,7 @@ def _kernel(
             parts = hopper.split_of(state)
             u, *parts = lax.optimization_barrier((u, *parts))
             plgpu.commit_smem()  # the copy engine may write there
-            plgpu.barrier_arrive(input_free.at[place])
+            plgpu.barrier_arrive(input_free)
             plgpu.barrier_wait(split_full.at[place])
 
             def tell() -> None:
@@ -145,29 +145,29 @@ def _kernel(
 
     def ask_for_input(i: Any) -> None:
         _, shared, own = at(i)
-        place = slot(i)
         source = u_ref.at[shared if shares_u else own, rows, :]
-        plgpu.copy_gmem_to_smem(source, inputs.at[place], input_full.at[place])
+        plgpu.copy_gmem_to_smem(source, held_input, input_full)
 
     def ask_for_map(i: Any) -> None:
-        plgpu.copy_gmem_to_smem(w_ref.at[at(i)[1]], held_map, map_full)
+        place = slot(i)
+        plgpu.copy_gmem_to_smem(w_ref.at[at(i)[1]], held_maps.at[place], map_full.at[place])
 
     def bring() -> None:
         plgpu.copy_gmem_to_smem(reset_ref.at[direction], flags, once)
+        ask_for_input(jnp.int32(0))
         for i in range(min(_AHEAD, frames)):
-            ask_for_input(jnp.int32(i))
-        ask_for_map(jnp.int32(0))
+            ask_for_map(jnp.int32(i))
 
         def step(i: Any, _: None) -> None:
             place = slot(i)
-            plgpu.barrier_wait(map_full)
+            plgpu.barrier_wait(map_full.at[place])
             pl.when(i >= _AHEAD)(lambda: plgpu.barrier_wait(split_free.at[place]))
-            hopper.split(split.at[place], held_map, hopper.halves(size))
+            hopper.split(split.at[place], held_maps.at[place], hopper.halves(size))
             plgpu.commit_smem()
-            pl.when(i + 1 < frames)(lambda: ask_for_map(i + 1))
+            pl.when(i + _AHEAD < frames)(lambda: ask_for_map(i + _AHEAD))
             plgpu.barrier_arrive(split_full.at[place])
-            plgpu.barrier_wait(input_free.at[place])
-            pl.when(i + _AHEAD < frames)(lambda: ask_for_input(i + _AHEAD))
+            plgpu.barrier_wait(input_free)
+            pl.when(i + 1 < frames)(lambda: ask_for_input(i + 1))
 
         lax.fori_loop(0, frames, step, None)
         for i in range(max(frames - _AHEAD, 0), frames):
@@ -211,12 +211,13 @@ def scan(
             jax.ShapeDtypeStruct((count * batch * heads, values, size), _F32),
         ),
         scratch_types=(
-            plgpu.SMEM((size, size), _F32),
-            plgpu.SMEM((_AHEAD, hopper.ROWS, size), _F32),
+            plgpu.SMEM((_AHEAD, size, size), _F32),
+            plgpu.SMEM((hopper.ROWS, size), _F32),
             hopper.tiles(_AHEAD, 2 * size, size),
             plgpu.SMEM((flags.shape[1],), _F32),
-            plgpu.Barrier(),
-            *[plgpu.Barrier(num_barriers=_AHEAD)] * 4,
+            plgpu.Barrier(num_barriers=_AHEAD),
+            *[plgpu.Barrier()] * 2,
+            *[plgpu.Barrier(num_barriers=_AHEAD)] * 2,
             plgpu.Barrier(),
         ),
         grid=(pl.cdiv(values, hopper.ROWS), batch * heads, count),
