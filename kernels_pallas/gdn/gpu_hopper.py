@@ -118,8 +118,7 @@ def split(parts: Any, matrix: Any, starts: Iterable[int], *, first: int = 0) -> 
       first: row of `parts` where they begin.
     """
     for start in starts:
-        for j, part in enumerate(split_of(load(matrix.at[pl.ds(start, ROWS), :]))):
-            parts[pl.ds(first + j * matrix.shape[0] + start, ROWS)] = part
+        _write_parts(parts, split_of(load(matrix.at[pl.ds(start, ROWS), :])), matrix, first + start)
 
 
 def split_in_place(parts: Any, matrix: Any) -> None:
@@ -130,8 +129,12 @@ def split_in_place(parts: Any, matrix: Any) -> None:
     found = [split_of(load(matrix.at[pl.ds(start, ROWS), :])) for start in starts]
     plgpu.commit_smem()  # all have read
     for start, both in zip(starts, found, strict=True):
-        for j, part in enumerate(both):
-            parts[pl.ds(j * matrix.shape[0] + start, ROWS)] = part
+        _write_parts(parts, both, matrix, start)
+
+
+def _write_parts(parts: Any, both: Iterable[jax.Array], matrix: Any, start: int) -> None:
+    for j, part in enumerate(both):
+        parts[pl.ds(start + j * matrix.shape[0], ROWS)] = part
 
 
 def halves(size: int) -> tuple[int, int]:

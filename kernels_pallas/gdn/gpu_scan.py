@@ -94,7 +94,7 @@ def scan(
     """
     _, batch, frames, heads, values, size = u.shape
     is_hopper = not (interpret or tiles.scan_exact) and choice.capability() == choice.HOPPER
-    if is_hopper and gpu_scan_hopper.takes(values, size):
+    if is_hopper and gpu_scan_hopper.takes(values, size, frames):
         return gpu_scan_hopper.scan(w, u, initial, reset, runs, adjoint=adjoint)
     shares_u = len(u) == 1
     count, wide = len(runs), padded(size)

@@ -24,15 +24,16 @@ _F32 = jnp.float32
 _AHEAD = 2  # frames whose maps are held, in float32 and split, beside one frame's input
 _SHARED = 225 * 1024  # bytes that a program has for all of them
 _FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 16 bytes
+_MOST_FLAGS = 256  # that the copy engine brings at once
 
 
-def takes(values: int, size: int) -> bool:
+def takes(values: int, size: int, frames: int) -> bool:
     """Whether states (values, size) fit the matrix unit and their program its shared memory."""
     held = 4 * size * (2 * _AHEAD * size + hopper.ROWS)  # a split map takes what it took whole
     is_whole = values % 8 == 0 and size % hopper.COLUMNS == 0
     is_fit = hopper.ROWS <= values <= 2 * hopper.ROWS and size >= hopper.ROWS and held <= _SHARED
     # older versions of JAX read memory by other calls
-    return is_whole and is_fit and jax.__version_info__ >= (0, 11)
+    return is_whole and is_fit and frames <= _MOST_FLAGS and jax.__version_info__ >= (0, 11)
 
 
 def _multiply(

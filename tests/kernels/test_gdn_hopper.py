@@ -189,6 +189,12 @@ def test_recurrence(runs, adjoint, interpret, capfd):
     assert not _races(capfd)
 
 
+def test_recurrence_takes_what_fits():
+    assert gpu_scan_hopper.takes(112, 112, 256)
+    assert not gpu_scan_hopper.takes(112, 112, 257)  # flags of all frames come in one copy
+    assert not gpu_scan_hopper.takes(128, 128, 5)
+
+
 def test_tiles_alone(interpret):
     _, frames, _, heads, size = SHAPE
     matrix = _normal(0, (frames, heads, size, size))
