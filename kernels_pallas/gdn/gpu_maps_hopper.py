@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from kernels_pallas.gdn import gpu_hopper as hopper
 
 _F32, _B16 = jnp.float32, jnp.bfloat16
+# of a thread that multiplies and of one that brings tiles: a block has 512 for the three
+_MULTIPLY_REGISTERS, _BRING_REGISTERS = 240, 24
 
 
 def _by_head(beta: jax.Array) -> jax.Array:
@@ -23,12 +25,15 @@ def _by_head(beta: jax.Array) -> jax.Array:
 
 
 def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
-    """w and u by three warpgroups: one scales and splits keys, two multiply 64 rows each."""
+    """w and u by three warpgroups: one brings tiles, two multiply 64 rows of both each.
+
+    The left operands, beta k and beta v turned, are scaled and split in registers; the right one
+    is the keys as they lie in shared memory.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     k_ref, v_ref, beta_ref, decay_ref, w_ref, u_ref = refs[:6]
-    key_place, values, betas, split, full, free, split_full, split_free = refs[6:]
-    keys, results = key_place  # once the keys are split, their memory takes what is written
+    keys, values, betas, results, full, free = refs[6:]
     layout = plgpu.Layout.WGMMA
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
 
@@ -39,59 +44,41 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
         plgpu.copy_gmem_to_smem(beta_ref.at[frame, head, rows], betas.at[at], full.at[at])
 
     def bring() -> None:
+        plgpu.set_max_registers(_BRING_REGISTERS, action="decrease")
         for i in range(min(slots, steps)):
             ask(jnp.int32(i))
 
-        def step(i: Any, carry: Any) -> Any:
-            at, to = hopper.ring(i, slots), hopper.ring(i, 2)
-            plgpu.barrier_wait(full.at[at])
-            k = hopper.load(keys.at[at])
-            beta = hopper.load(betas.at[at], 1)
-            k32 = k.astype(_F32)
-            parts = [k, *hopper.split_of(k32 * hopper.by_rows(beta, k32))]
-            pl.when(i >= 2)(lambda: plgpu.barrier_wait(split_free.at[to]))
-            for j, part in enumerate(parts):
-                split[to, j] = part
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(split_full.at[to])
-
-            @pl.when((i > 0) & (i + slots - 1 < steps))
-            def _refill() -> None:
-                plgpu.barrier_wait(free.at[hopper.ring(i - 1, slots)])
-                ask(i + slots - 1)
-
-            return carry
+        def step(i: Any, _: None) -> None:
+            plgpu.barrier_wait(free.at[hopper.ring(i, slots)])
+            pl.when(i + slots < steps)(lambda: ask(i + slots))
 
         lax.fori_loop(0, steps, step, None)
 
     def multiply(group: int, start: int) -> None:
+        plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
         columns = pl.ds(start, hopper.ROWS)
 
-        def release(i: Any) -> None:
-            plgpu.barrier_arrive(split_free.at[hopper.ring(i, 2)])
-            plgpu.barrier_arrive(free.at[hopper.ring(i, slots)])
+        def step(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+            at = hopper.ring(i, slots)
+            plgpu.barrier_wait(full.at[at])
+            beta = hopper.load(betas.at[at], 0)
 
-        def sums(outer: Any, u: Any) -> tuple[jax.Array, jax.Array]:
-            def step(i: Any, carry: Any) -> Any:
-                at, of = hopper.ring(i, slots), hopper.ring(i, 2)
-                plgpu.barrier_wait(full.at[at])
-                plgpu.barrier_wait(split_full.at[of])
-                k, v = (
-                    a.at[:, columns].transpose((1, 0)) for a in (split.at[of, 0], values.at[at])
-                )
-                high, low = split.at[of, 1], split.at[of, 2]
-                # the high part is enough for W, see `gdn.gpu`
-                plgpu.wgmma(outer, k, high)
-                plgpu.wgmma(u, v, low)
-                plgpu.wgmma(u, v, high)
-                plgpu.wgmma_wait(3)  # those of the step before are done
-                pl.when(i > 0)(lambda: release(i - 1))
-                return carry
+            def scaled(tiles: Any) -> jax.Array:
+                turned = hopper.load(tiles.at[at].at[:, columns].transpose((1, 0))).astype(_F32)
+                return turned * lax.broadcast_in_dim(beta, turned.shape, [1])
 
-            lax.fori_loop(0, steps, step, None)
-            return outer[...], u[...]
+            k = scaled(keys).astype(_B16)  # its low part is not needed for W, see `gdn.gpu`
+            high, low = hopper.split_of(scaled(values))
+            # smallest first
+            sums = hopper.add_products(
+                sums, lambda: ((j, a, keys.at[at]) for j, a in ((0, k), (1, low), (1, high)))
+            )
+            plgpu.commit_smem()  # the copy engine may write there
+            plgpu.barrier_arrive(free.at[at])
+            return sums
 
-        outer, u = pl.run_scoped(sums, *[plgpu.ACC((hopper.ROWS, size), _F32)] * 2)
+        zero = plgpu.layout_cast(jnp.zeros((hopper.ROWS, size), _F32), layout)
+        outer, u = lax.fori_loop(0, steps, step, (zero, zero))
         row, column = (
             plgpu.broadcasted_iota(jnp.int32, outer.shape, axis, layout=layout) for axis in (0, 1)
         )
@@ -123,7 +110,7 @@ def maps(
     beta: jax.Array,
     decay: jax.Array,
     *,
-    slots: int = 4,
+    slots: int = 5,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As the kernel `maps` of `gdn.gpu`; sizes that `takes` allows."""
@@ -135,17 +122,12 @@ def maps(
         functools.partial(_maps_kernel, steps=pl.cdiv(tokens, hopper.ROWS), slots=slots, size=size),
         (matrix, matrix),
         (
-            plgpu.RefUnion(
-                hopper.plain_tiles(slots, hopper.ROWS, size),
-                plgpu.SMEM((2, hopper.ROWS, size), _F32),
-            ),
             hopper.tiles(slots, hopper.ROWS, size),
+            hopper.plain_tiles(slots, hopper.ROWS, size),
             plgpu.SMEM((slots, hopper.ROWS), _F32),
-            hopper.tiles(2, 3, hopper.ROWS, size),
+            plgpu.SMEM((2, hopper.ROWS, size), _F32),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ),
         k,
         groups=3,
