@@ -84,7 +84,7 @@ def read(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, frames, tokens, heads, size = q.shape
-    slots = slots or (4 if eps is None else 2)
+    slots = slots or (5 if eps is None else 3)
     extra = [hopper.flat(a) for a in (normaliser, plain_q) if a is not None]
     kernel = hopper.over_heads(
         functools.partial(
