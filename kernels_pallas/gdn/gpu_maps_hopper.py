@@ -17,25 +17,39 @@ _F32, _B16 = jnp.float32, jnp.bfloat16
 _MULTIPLY_REGISTERS, _BRING_REGISTERS = 240, 24
 
 
-def _by_head(beta: jax.Array) -> jax.Array:
+def by_head(beta: jax.Array) -> jax.Array:
     """(B, F, P, N) to (B F, N, P'), P' whole tiles: a row is copied whole, whatever is past it."""
     tokens = beta.shape[2]
-    by_head = jnp.swapaxes(hopper.flat(beta), 1, 2).astype(_F32)
-    return jnp.pad(by_head, ((0, 0), (0, 0), (0, -tokens % hopper.ROWS)))
+    found = jnp.swapaxes(hopper.flat(beta), 1, 2).astype(_F32)
+    return jnp.pad(found, ((0, 0), (0, 0), (0, -tokens % hopper.ROWS)))
 
 
-def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
-    """w and u by three warpgroups: one brings tiles, two multiply 64 rows of both each.
+def token_memory(slots: int, size: int) -> tuple[Any, ...]:
+    """Shared memory and barriers of a block of three warpgroups, see `bring_tokens`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    The left operands, beta k and beta v turned, are scaled and split in registers; the right one
-    is the keys as they lie in shared memory.
+    return (
+        hopper.tiles(slots, hopper.ROWS, size),
+        hopper.plain_tiles(slots, hopper.ROWS, size),
+        plgpu.SMEM((slots, hopper.ROWS), _F32),
+        plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+    )
+
+
+def bring_tokens(sources: Any, memory: Any, frame: Any, head: Any, steps: int) -> None:
+    """What the third warpgroup of a block does: keys, values and beta, tile by tile.
+
+    Args:
+      sources: of tokens (B F, P, N, D) twice, and of beta (B F, N, P').
+      memory: as `token_memory`.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    k_ref, v_ref, beta_ref, decay_ref, w_ref, u_ref = refs[:6]
-    keys, values, betas, results, full, free = refs[6:]
-    layout = plgpu.Layout.WGMMA
-    head, frame = lax.axis_index("head"), lax.axis_index("frame")
+    plgpu.set_max_registers(_BRING_REGISTERS, action="decrease")
+    k_ref, v_ref, beta_ref = sources
+    keys, values, betas, full, free = memory
+    slots = keys.shape[0]
 
     def ask(i: Any) -> None:
         at, rows = hopper.ring(i, slots), hopper.rows(i)
@@ -43,46 +57,66 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
             plgpu.copy_gmem_to_smem(source.at[frame, rows, head], to.at[at], full.at[at])
         plgpu.copy_gmem_to_smem(beta_ref.at[frame, head, rows], betas.at[at], full.at[at])
 
-    def bring() -> None:
-        plgpu.set_max_registers(_BRING_REGISTERS, action="decrease")
-        for i in range(min(slots, steps)):
-            ask(jnp.int32(i))
+    for i in range(min(slots, steps)):
+        ask(jnp.int32(i))
 
-        def step(i: Any, _: None) -> None:
-            plgpu.barrier_wait(free.at[hopper.ring(i, slots)])
-            pl.when(i + slots < steps)(lambda: ask(i + slots))
+    def step(i: Any, _: None) -> None:
+        plgpu.barrier_wait(free.at[hopper.ring(i, slots)])
+        pl.when(i + slots < steps)(lambda: ask(i + slots))
 
-        lax.fori_loop(0, steps, step, None)
+    lax.fori_loop(0, steps, step, None)
+
+
+def multiply_tokens(memory: Any, decay: Any, start: int, steps: int) -> tuple[jax.Array, jax.Array]:
+    """What either of the other two does: ROWS rows of w and u, from row `start` on.
+
+    The left operands, beta k and beta v turned, are scaled and split in registers; the right one
+    is the keys as they lie in shared memory.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
+    keys, values, betas, full, free = memory
+    slots, _, size = keys.shape
+    layout = plgpu.Layout.WGMMA
+    columns = pl.ds(start, hopper.ROWS)
+
+    def step(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+        at = hopper.ring(i, slots)
+        plgpu.barrier_wait(full.at[at])
+        beta = hopper.load(betas.at[at], 0)
+
+        def scaled(tiles: Any) -> jax.Array:
+            turned = hopper.load(tiles.at[at].at[:, columns].transpose((1, 0))).astype(_F32)
+            return turned * lax.broadcast_in_dim(beta, turned.shape, [1])
+
+        k = scaled(keys).astype(_B16)  # its low part is not needed for W, see `gdn.gpu`
+        high, low = hopper.split_of(scaled(values))
+        # smallest first
+        sums = hopper.add_products(
+            sums, lambda: ((j, a, keys.at[at]) for j, a in ((0, k), (1, low), (1, high)))
+        )
+        plgpu.commit_smem()  # the copy engine may write there
+        plgpu.barrier_arrive(free.at[at])
+        return sums
+
+    zero = plgpu.layout_cast(jnp.zeros((hopper.ROWS, size), _F32), layout)
+    outer, u = lax.fori_loop(0, steps, step, (zero, zero))
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, outer.shape, axis, layout=layout) for axis in (0, 1)
+    )
+    return decay * (jnp.where(row + start == column, 1.0, 0.0) - outer), u
+
+
+def _maps_kernel(*refs: Any, steps: int, size: int) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    *sources, decay_ref, w_ref, u_ref = refs[:6]
+    results, *memory = refs[6:]
+    head, frame = lax.axis_index("head"), lax.axis_index("frame")
 
     def multiply(group: int, start: int) -> None:
-        plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
-        columns = pl.ds(start, hopper.ROWS)
-
-        def step(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
-            at = hopper.ring(i, slots)
-            plgpu.barrier_wait(full.at[at])
-            beta = hopper.load(betas.at[at], 0)
-
-            def scaled(tiles: Any) -> jax.Array:
-                turned = hopper.load(tiles.at[at].at[:, columns].transpose((1, 0))).astype(_F32)
-                return turned * lax.broadcast_in_dim(beta, turned.shape, [1])
-
-            k = scaled(keys).astype(_B16)  # its low part is not needed for W, see `gdn.gpu`
-            high, low = hopper.split_of(scaled(values))
-            # smallest first
-            sums = hopper.add_products(
-                sums, lambda: ((j, a, keys.at[at]) for j, a in ((0, k), (1, low), (1, high)))
-            )
-            plgpu.commit_smem()  # the copy engine may write there
-            plgpu.barrier_arrive(free.at[at])
-            return sums
-
-        zero = plgpu.layout_cast(jnp.zeros((hopper.ROWS, size), _F32), layout)
-        outer, u = lax.fori_loop(0, steps, step, (zero, zero))
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, outer.shape, axis, layout=layout) for axis in (0, 1)
-        )
-        eye = jnp.where(row + start == column, 1.0, 0.0)
+        w, u = multiply_tokens(memory, decay_ref[frame, head], start, steps)
         # rows in the middle are the first warpgroup's
         new = hopper.ROWS if group == 0 else size - hopper.ROWS
         own = pl.ds(hopper.ROWS - new, new)
@@ -95,13 +129,13 @@ def _maps_kernel(*refs: Any, steps: int, slots: int, size: int) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         if new:
-            write(w_ref, decay_ref[frame, head] * (eye - outer))
+            write(w_ref, w)
             write(u_ref, u)
 
     group = lax.axis_index("group")
     for i, start in enumerate(hopper.halves(size)):
         pl.when(group == i)(functools.partial(multiply, i, start))
-    pl.when(group == 2)(bring)
+    pl.when(group == 2)(lambda: bring_tokens(sources, memory, frame, head, steps))
 
 
 def maps(
@@ -119,21 +153,14 @@ def maps(
     batch, frames, tokens, heads, size = k.shape
     matrix = jax.ShapeDtypeStruct((batch * frames, heads, size, size), _F32)
     kernel = hopper.over_heads(
-        functools.partial(_maps_kernel, steps=pl.cdiv(tokens, hopper.ROWS), slots=slots, size=size),
+        functools.partial(_maps_kernel, steps=pl.cdiv(tokens, hopper.ROWS), size=size),
         (matrix, matrix),
-        (
-            hopper.tiles(slots, hopper.ROWS, size),
-            hopper.plain_tiles(slots, hopper.ROWS, size),
-            plgpu.SMEM((slots, hopper.ROWS), _F32),
-            plgpu.SMEM((2, hopper.ROWS, size), _F32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        ),
+        (plgpu.SMEM((2, hopper.ROWS, size), _F32), *token_memory(slots, size)),
         k,
         groups=3,
         interpret=interpret,
     )
-    w, u = kernel(hopper.flat(k), hopper.flat(v), _by_head(beta), hopper.flat(decay))
+    w, u = kernel(hopper.flat(k), hopper.flat(v), by_head(beta), hopper.flat(decay))
     shape = (batch, frames, heads, size, size)
     return w.reshape(shape), u.reshape(shape)
 
@@ -252,7 +279,7 @@ def maps_gradient(
     flat = batch * frames
     given = [k] if v is None else [k, v]
     token = jax.ShapeDtypeStruct((flat, tokens, heads, size), k.dtype)
-    by_token = _by_head(beta)
+    by_token = by_head(beta)
     scalar = jax.ShapeDtypeStruct(by_token.shape, _F32)
     kernel = hopper.over_heads(
         functools.partial(
