@@ -20,12 +20,14 @@ from kernels_pallas.gdn import (
     gpu_maps_hopper,
     gpu_read_hopper,
     gpu_scan,
+    gpu_states_hopper,
     reference,
 )
 from kernels_pallas.gdn.gpu import Run, Tiles
 from kernels_pallas.gdn.reference import Transition
 
 _F32 = jnp.float32
+_BOTH = (Run(reverse=False, exclusive=False), Run(reverse=True, exclusive=True))
 
 
 def _is_hopper(kernel: str, tiles: Tiles, interpret: bool, tokens: jax.Array) -> bool:
@@ -92,9 +94,7 @@ def scan_states(
             reset=reset,
             axis_name=axis_name,
         )
-    runs = (Run(reverse, exclusive),)
-    states, final = _run_all(transition, initial, [reset], runs, tiles)
-    return states[0], final[0]
+    return _run_maps(transition, initial, [reset], (Run(reverse, exclusive),), tiles)
 
 
 def bidirectional_states(
@@ -111,25 +111,90 @@ def bidirectional_states(
         return reference.bidirectional_states(
             transition, initial, chunk_ends=chunk_ends, axis_name=axis_name
         )
-    runs = (Run(reverse=False, exclusive=False), Run(reverse=True, exclusive=True))
-    states, final = _run_all(transition, initial, [None, chunk_ends], runs, tiles)
-    return states[0] + states[1], final[0]
+    return _run_maps(transition, initial, [None, chunk_ends], _BOTH, tiles)
 
 
-def _run_all(
+def token_states(
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    decay: jax.Array,
+    initial: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    exclusive: bool = False,
+    reset: jax.Array | None = None,
+    axis_name: str | None = None,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`scan_states` of `frame_transitions`; on Hopper one kernel, whose maps stay on the chip."""
+    if _is_fused(impl, axis_name, tiles, k):
+        runs = (Run(reverse, exclusive),)
+        return _run_tokens((k, v, beta, decay), initial, [reset], runs, tiles)
+    maps = frame_transitions(k, v, beta, decay, impl=impl, tiles=tiles)
+    return scan_states(
+        maps, initial, reverse=reverse, exclusive=exclusive, reset=reset, axis_name=axis_name,
+        impl=impl, tiles=tiles,
+    )  # fmt: skip
+
+
+def bidirectional_token_states(
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    decay: jax.Array,
+    initial: jax.Array | None = None,
+    *,
+    chunk_ends: jax.Array | None = None,
+    axis_name: str | None = None,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`bidirectional_states` of `frame_transitions`; on Hopper the forward run makes the maps."""
+    is_wide = k.shape[0] * k.shape[3] >= gpu_states_hopper.CHAINS
+    if is_wide and _is_fused(impl, axis_name, tiles, k):
+        return _run_tokens((k, v, beta, decay), initial, [None, chunk_ends], _BOTH, tiles)
+    maps = frame_transitions(k, v, beta, decay, impl=impl, tiles=tiles)
+    return bidirectional_states(
+        maps, initial, chunk_ends=chunk_ends, axis_name=axis_name, impl=impl, tiles=tiles
+    )
+
+
+def _is_fused(impl: str | None, axis_name: str | None, tiles: Tiles | None, k: jax.Array) -> bool:
+    is_pallas = _is_pallas(impl, k.dtype, axis_name)
+    return is_pallas and _is_hopper("states", tiles or Tiles(), choice.interpret(), k)
+
+
+def _run_maps(
     transition: Transition,
     initial: jax.Array | None,
     resets: list[jax.Array | None],
     runs: tuple[Run, ...],
     tiles: Tiles | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """States and final states of every run; the first starts from `initial`, others from zero."""
     w, u = transition
-    zero = jnp.zeros_like(u[:, 0])
-    start = jnp.stack([zero if initial is None else initial, *[zero] * (len(runs) - 1)])
-    never = jnp.zeros(u.shape[1:2], _F32)
-    drop = jnp.stack([never if reset is None else reset.astype(_F32) for reset in resets])
+    start = jnp.zeros_like(u[:, 0]) if initial is None else initial
+    drop = _flags(resets, u.shape[1])
     return _scan((tiles or Tiles(), choice.interpret(), runs), w, u, start, drop)
+
+
+def _run_tokens(
+    tokens: tuple[jax.Array, ...],
+    initial: jax.Array | None,
+    resets: list[jax.Array | None],
+    runs: tuple[Run, ...],
+    tiles: Tiles | None,
+) -> tuple[jax.Array, jax.Array]:
+    batch, frames, _, heads, size = tokens[0].shape
+    start = jnp.zeros((batch, heads, size, size), _F32) if initial is None else initial
+    return _fused((tiles or Tiles(), False, runs), *tokens, start, _flags(resets, frames))
+
+
+def _flags(resets: list[jax.Array | None], frames: int) -> jax.Array:
+    """(R, F) float32, 1 where a run drops the incoming state."""
+    never = jnp.zeros((frames,), _F32)
+    return jnp.stack([never if reset is None else reset.astype(_F32) for reset in resets])
 
 
 def read_out(
@@ -201,44 +266,105 @@ def _maps_backward(tiles: Tiles, interpret: bool, saved: Any, gradients: Any) ->
 _maps.defvjp(_maps_forward, _maps_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(
+def _states_of_all(
     static: tuple[Tiles, bool, tuple[Run, ...]],
     w: jax.Array,
     u: jax.Array,
     initial: jax.Array,
     drop: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
+    """States (R, B, F, N, V, D) of every run, and the first's last; others start from zero."""
     tiles, interpret, runs = static
-    return gpu_scan.scan(w, u[None], initial, drop, runs, tiles, adjoint=False, interpret=interpret)
+    start = _first_of(len(runs), initial)
+    states, final = gpu_scan.scan(
+        w, u[None], start, drop, runs, tiles, adjoint=False, interpret=interpret
+    )
+    return states, final[0]
+
+
+def _first_of(count: int, a: jax.Array) -> jax.Array:
+    """`a` for the first of a number of runs, zeros for the others."""
+    return jnp.stack([a, *[jnp.zeros_like(a)] * (count - 1)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(static: tuple[Tiles, bool, tuple[Run, ...]], *args: jax.Array) -> Any:
+    """The sum of the runs' states, and the first's last; `args` as `_states_of_all`."""
+    return _scan_forward(static, *args)[0]
 
 
 def _scan_forward(static: Any, *args: Any) -> tuple[Any, Any]:
-    found: Any = _scan(static, *args)
+    states, final = _states_of_all(static, *args)
     w, _, initial, drop = args
-    return found, (w, initial, drop, found[0])
+    return (_sum(states), final), (w, initial, drop, states)
+
+
+def _sum(states: Any) -> jax.Array:
+    first, *others = states
+    return functools.reduce(jnp.add, others, first)
 
 
 def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
     tiles, interpret, runs = static
     w, initial, drop, states = saved
     d_states, d_final = gradients
+    # every run's states have the gradient of the sum
     du, d_initial = gpu_scan.scan(
-        w, d_states, d_final, drop, runs, tiles, adjoint=True, interpret=interpret
-    )
+        w, d_states[None], _first_of(len(runs), d_final), drop, runs, tiles,
+        adjoint=True, interpret=interpret,
+    )  # fmt: skip
+    starts = _first_of(len(runs), initial)
     dw = jnp.zeros_like(w)
     for i, run in enumerate(runs):
         before = states[i]
         if not run.exclusive:  # a frame starts from what the frame before it reported
-            parts = [initial[i, :, None], before[:, :-1]]
+            parts = [starts[i, :, None], before[:, :-1]]
             if run.reverse:
-                parts = [before[:, 1:], initial[i, :, None]]
+                parts = [before[:, 1:], starts[i, :, None]]
             before = (1.0 - drop[i])[:, None, None, None] * jnp.concatenate(parts, 1)
         dw += reference.einsum("bfnvd,bfnve->bfnde", before, du[i])
-    return dw, jnp.sum(du, 0), d_initial, jnp.zeros_like(drop)
+    return dw, jnp.sum(du, 0), d_initial[0], jnp.zeros_like(drop)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(static: tuple[Tiles, bool, tuple[Run, ...]], *args: jax.Array) -> Any:
+    """As `_scan`, from k, v, beta, decay, initial, drop."""
+    states, final, _ = _run_fused(static, args, keeps_maps=False)
+    return _sum(states), final
+
+
+def _run_fused(static: Any, args: Any, *, keeps_maps: bool) -> tuple[list[jax.Array], Any, Any]:
+    """Every run's states, the first's last, and the maps."""
+    tiles, interpret, (run, *others) = static
+    k, v, beta, decay, initial, drop = args
+    states, final, *maps = gpu_states_hopper.states(
+        k, v, beta, decay, initial, drop[0], run, keeps_maps=keeps_maps or bool(others)
+    )
+    found = [states]
+    if others:
+        rest = (tiles, interpret, tuple(others))
+        w, u = maps
+        found.extend(_states_of_all(rest, w, u, jnp.zeros_like(initial), drop[1:])[0])
+    return found, final, maps
+
+
+def _fused_forward(static: Any, *args: Any) -> tuple[Any, Any]:
+    states, final, maps = _run_fused(static, args, keeps_maps=True)
+    *tokens, initial, drop = args
+    return (_sum(states), final), (tokens, (maps[0], initial, drop, states))
+
+
+def _fused_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
+    tiles, interpret, _ = static
+    tokens, of_scan = saved
+    dw, du, *rest = _scan_backward(static, of_scan, gradients)
+    return (*_maps_backward(tiles, interpret, tokens, (dw, du)), *rest)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

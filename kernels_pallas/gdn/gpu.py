@@ -51,7 +51,14 @@ class Tiles:
     scan_rows: int = 32
     scan_warps: int = 8
     scan_exact: bool = False
-    mosaic: tuple[str, ...] = ("maps", "maps_gradient", "rows_gradient", "read", "read_gradient")
+    mosaic: tuple[str, ...] = (
+        "states",
+        "maps",
+        "maps_gradient",
+        "rows_gradient",
+        "read",
+        "read_gradient",
+    )
 
     @classmethod
     def of(cls, tile: Tile, **others: Any) -> Tiles:

@@ -18,6 +18,7 @@ from kernels_pallas.gdn import (
     gpu_maps_hopper,
     gpu_read_hopper,
     gpu_scan_hopper,
+    gpu_states_hopper,
     reference,
 )
 from kernels_pallas.gdn.gpu import Run
@@ -36,12 +37,13 @@ def _normal(index, shape, dtype=jnp.float32):
 def interpret(monkeypatch):
     """Parameters of the interpreter.
 
-    It knows neither sums that go on, nor their effect, nor a factor in registers, and JAX 0.11's
-    wants every barrier to be waited for up to the end.
+    It knows neither sums that go on, nor their effect, nor a factor in registers, nor semaphores,
+    and JAX 0.11's wants every barrier to be waited for up to the end.
     """
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     from jax._src import effects
     from jax._src.pallas.mosaic_gpu import core
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     effects.lowerable_effects.add_type(core._WGMMAPipelineEffect)
 
@@ -65,6 +67,12 @@ def interpret(monkeypatch):
         meanwhile()
         return start + reference.einsum("vd,ed->ve" if adjoint else "vd,de->ve", state, w)
 
+    class Semaphore:  # blocks run one after the other
+        def __getitem__(self, index):
+            return self
+
+        at = property(lambda self: self)
+
     def deallocate(barrier):
         with barrier.cv:
             barrier.ref_count -= 1
@@ -76,6 +84,9 @@ def interpret(monkeypatch):
     monkeypatch.setattr(gpu_hopper, "add_products", add_products)
     monkeypatch.setattr(gpu_hopper, "products", products)
     monkeypatch.setattr(gpu_scan_hopper, "_multiply", multiply)
+    monkeypatch.setattr(pl, "get_global", lambda semaphore: Semaphore())
+    for name in ("semaphore_signal", "semaphore_wait"):
+        monkeypatch.setattr(plgpu, name, lambda *_, **__: None)
     # later versions end at the first race, and warpgroups write the rows that both have alike
     return params.InterpretGPUParams(detect_races=jax.__version_info__ < (0, 12))
 
@@ -189,6 +200,27 @@ def test_recurrence(runs, adjoint, interpret, capfd):
     assert not _races(capfd)
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_of_tokens(reverse, exclusive, interpret, capfd):
+    batch, frames, count, heads, size = shape = (2, 3, 72, 2, 80)
+    k = (_normal(0, shape) * (size * count) ** -0.5).astype(jnp.bfloat16)
+    v, beta = _normal(1, shape, jnp.bfloat16), jax.nn.sigmoid(_normal(2, shape[:4]))
+    decay = jax.nn.sigmoid(_normal(3, (batch, frames, heads)) + 2)
+    start, drop = _normal(4, (batch, heads, size, size)), jnp.array([0.0, 1.0, 0.0])
+    maps = reference.frame_transitions(*_wide(k, v), beta, decay)
+    wanted = reference.scan_states(
+        maps, start, reverse=reverse, exclusive=exclusive, reset=drop > 0
+    )
+    found = gpu_states_hopper.states(
+        k, v, beta, decay, start, drop, Run(reverse, exclusive),
+        keeps_maps=True, interpret=interpret,
+    )  # fmt: skip
+    _assert_close(found, (*wanted, *maps))
+    # the states themselves are guarded by what it does not know
+    assert not [race for race in _races(capfd) if "memory_space_id=0" not in race[0]]
+
+
 def test_recurrence_takes_what_fits():
     assert gpu_scan_hopper.takes(112, 112, 256)
     assert not gpu_scan_hopper.takes(112, 112, 257)  # flags of all frames come in one copy
@@ -212,6 +244,8 @@ def test_tiles_alone(interpret):
 def test_lowers(monkeypatch, size):
     """At the released number of tokens every kernel is Mosaic's, and the Triton ones on request."""
     monkeypatch.setattr(choice, "capability", lambda: choice.HOPPER)
+    monkeypatch.setattr(choice, "interpret", lambda: False)
+    monkeypatch.setattr(gpu_states_hopper, "CHAINS", 1)
     batch, frames, count, heads = 1, 2, 880, 2
 
     def like(*shape, dtype=jnp.float32):
@@ -219,6 +253,7 @@ def test_lowers(monkeypatch, size):
 
     token = like(count, heads, size, dtype=jnp.bfloat16)
     matrix, row = like(heads, size, size), like(heads, 1, size)
+    initial = jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)
     beta, decay = like(count, heads), like(heads)
     k_beta = (token, beta, decay)
 
@@ -226,6 +261,14 @@ def test_lowers(monkeypatch, size):
         saved = (k, v, beta, decay)
         found = api._maps(tiles, False, *saved)
         return found, [a for a in api._maps_backward(tiles, False, saved, (w, u)) if a is not None]
+
+    def states(tiles, k, v, beta, decay, initial):
+        def run(*saved):
+            bidirectional = gdn.bidirectional_token_states(*saved, tiles=tiles, impl="pallas")
+            return gdn.token_states(*saved, initial, tiles=tiles, impl="pallas"), bidirectional
+
+        found, vjp = jax.vjp(run, k, v, beta, decay)
+        return found, vjp(found)
 
     def rows(tiles, k, beta, decay, w, u):
         return maps(tiles, k, None, beta, decay, w, u)[1]
@@ -236,13 +279,15 @@ def test_lowers(monkeypatch, size):
 
     for function, args in (
         (maps, (token, *k_beta, matrix, matrix)),
+        (states, (token, *k_beta, initial)),
         (rows, (*k_beta, matrix, row)),
         (read, (matrix, token, row, token)),
     ):
         text = lowered(functools.partial(function, gdn.Tiles()), *args)
         assert "mosaic_gpu" in text and "xla.gpu.triton" not in text
         text = lowered(functools.partial(function, gdn.Tiles(mosaic=())), *args)
-        assert "mosaic_gpu" not in text and "xla.gpu.triton" in text
+        assert "xla.gpu.triton" in text
+        assert function is states or "mosaic_gpu" not in text  # its recurrence is Mosaic's
 
 
 @pytest.mark.parametrize(

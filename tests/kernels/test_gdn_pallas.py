@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kernels_pallas import choice, gdn
-from kernels_pallas.gdn import api, gpu_scan, gpu_scan_hopper
+from kernels_pallas.gdn import api, gpu_scan, gpu_scan_hopper, gpu_states_hopper
 from tests.kernels.lowering import lowered, triton_kernels
 
 TILES = gdn.Tiles.of(gdn.Tile(tokens=16, warps=4), scan_rows=16, scan_exact=True)
@@ -52,8 +52,9 @@ def _both_branches(inputs, impl, tiles, *, ends=None):
     options = {"impl": impl, "tiles": tiles}
     q, k, v, q_rot, k_rot, beta, decay, initial = (inputs[name] for name in NAMES)
     reset = None if ends is None else jnp.isin(jnp.arange(k.shape[1]), jnp.array(ends))
-    maps = gdn.frame_transitions(k_rot, v, beta, decay, **options)
-    states, final = gdn.bidirectional_states(maps, initial, chunk_ends=reset, **options)
+    states, final = gdn.bidirectional_token_states(
+        k_rot, v, beta, decay, initial, chunk_ends=reset, **options
+    )
     maps = gdn.normaliser_transitions(k, beta, decay, **options)
     normaliser, _ = gdn.bidirectional_states(maps, chunk_ends=reset, **options)
     y = gdn.normalised_read_out(states, normaliser, q_rot, q, 1e-2, **options)
@@ -204,6 +205,40 @@ def test_scan_on_hopper(sizes, runs, adjoint):
     )
     for a, b in zip(wanted, found, strict=True):
         assert _error(np.asarray(b), np.asarray(a)) < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(200, 112), (72, 64), (1000, 80)], ids=str)
+@pytest.mark.parametrize("runs", RUNS)
+def test_states_of_tokens_on_hopper(monkeypatch, sizes, runs):
+    """As maps and recurrence one after the other, over more frames than run at once."""
+    if choice.capability() != choice.HOPPER or jax.__version_info__ < (0, 11):
+        pytest.skip("the kernel is for Hopper alone")
+    monkeypatch.setattr(gpu_states_hopper, "CHAINS", 1)
+    tokens, size = sizes
+    inputs = _inputs((2, 67, tokens, 3, size), jnp.bfloat16, hidden=(5,))
+    given = tuple(inputs[n] for n in ("k_rot", "v", "beta", "decay", "initial"))
+    reset = jnp.zeros((67,), bool).at[jnp.array([3, 40])].set(True)
+    first, *others = RUNS[runs]
+    way = {"chunk_ends": reset} if others else {**first._asdict(), "reset": reset}
+    function = gdn.bidirectional_token_states if others else gdn.token_states
+    run = functools.partial(function, impl="pallas", **way)
+
+    @functools.partial(jax.jit, static_argnames="mosaic")
+    def both(given, mosaic):
+        found, vjp = jax.vjp(functools.partial(run, tiles=gdn.Tiles(mosaic=mosaic)), *given)
+        primal = run(*given, tiles=gdn.Tiles(mosaic=mosaic))
+        return primal, found, vjp(jax.tree.map(jnp.cos, found))
+
+    every = gdn.Tiles().mosaic
+    wanted = both(given, tuple(name for name in every if name != "states"))
+    found = both(given, every)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        bound = 2e-3 if a.dtype == jnp.bfloat16 else 3e-5
+        assert _error(np.asarray(b, np.float32), np.asarray(a, np.float32)) < bound
+    for _ in range(20):  # who did not wait would read another state
+        again = both(given, every)
+        jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
 def test_finite_differences():
