@@ -176,22 +176,36 @@ def _shift(x: jax.Array, offset: int, ranks: int) -> jax.Array:
     return near if rest == 0 else jnp.concatenate([near, from_rank(x[:, :rest], hops + 1)], 1)
 
 
-def recurrent_states(transition: gdn.Transition, layout: FrameLayout) -> jax.Array:
-    """States that every frame reads: (B, F, N, D, D) maps -> (B, F, N, V, D).
+def recurrent_states(
+    k: jax.Array, v: jax.Array | None, beta: jax.Array, decay: jax.Array, layout: FrameLayout
+) -> jax.Array:
+    """States that every frame reads (B, F, N, V, D), of tokens as `gdn.frame_transitions`.
 
-    The forward run crosses chunks, the backward run is isolated in each.
+    The forward run crosses chunks, the backward run is isolated in each. Without v they are the
+    normaliser's, V = 1.
     """
 
+    def ends() -> jax.Array | None:
+        if len(layout.starts) == 1:
+            return None
+        return _local(np.arange(layout.padded) + 1 == layout.ends(), layout)
+
+    if v is not None and layout.shards == 1:
+        return gdn.bidirectional_token_states(k, v, beta, decay, chunk_ends=ends())[0]
+    if v is None:
+        maps = gdn.normaliser_transitions(k, beta, decay)
+    else:
+        maps = gdn.frame_transitions(k, v, beta, decay)
+
     def run(w: jax.Array, u: jax.Array) -> jax.Array:
-        ends = None
-        if len(layout.starts) > 1:
-            ends = _local(np.arange(layout.padded) + 1 == layout.ends(), layout)
         axis = _AXIS if layout.shards > 1 else None
-        states, _ = gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends, axis_name=axis)
+        states, _ = gdn.bidirectional_states(
+            gdn.Transition(w, u), chunk_ends=ends(), axis_name=axis
+        )
         return states
 
     names = ("B F N D E", "B F N V D")
-    return _on_ranks(run, layout, names, "B F N V D")(*transition)
+    return _on_ranks(run, layout, names, "B F N V D")(*maps)
 
 
 def frame_attention(

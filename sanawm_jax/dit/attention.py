@@ -207,8 +207,8 @@ def _gdn_main(heads: _Heads, gates: tuple[jax.Array, jax.Array], ctx: Context) -
         q, q_rot = ucpe.plain_and_rotated(heads.q, ctx.angles, heads.of_q)
         k, k_rot = ucpe.plain_and_rotated(heads.k, ctx.angles, heads.of_k)
     with jax.named_scope("gdn"):
-        states = recurrent_states(gdn.frame_transitions(k_rot, v, beta, decay), ctx.layout)
-        normaliser = recurrent_states(gdn.normaliser_transitions(k, beta, decay), ctx.layout)
+        states = recurrent_states(k_rot, v, beta, decay, ctx.layout)
+        normaliser = recurrent_states(k, None, beta, decay, ctx.layout)
         y = gdn.normalised_read_out(states, normaliser, q_rot, q, GDN_EPS)
     y = rearrange(y.astype(dtype), "B F P N D -> B F P (N D)")
     mask = _mask(ctx, dtype)
@@ -246,7 +246,7 @@ def _gdn_camera(
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
     with jax.named_scope("gdn"):
-        states = recurrent_states(gdn.frame_transitions(k, v, beta, decay), ctx.layout)
+        states = recurrent_states(k, v, beta, decay, ctx.layout)
         y = gdn.read_out(states, q)
     return _from_ray_space(y.astype(dtype), ctx, rays)
 
