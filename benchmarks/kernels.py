@@ -149,6 +149,14 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         _bytes(maps.w, normaliser, normaliser), 2 * _bytes(maps.w) + 4 * _bytes(normaliser),
     )  # fmt: skip
 
+    for both, name in ((False, "one direction"), (True, "both")):
+        run = gdn.bidirectional_token_states if both else gdn.token_states
+        yield Part(
+            "gdn", f"states from tokens, {name}", (k_rot, v, beta, decay),
+            variants(lambda *a, run=run, **o: run(*a, **o)[0]),
+            forward + _bytes(maps.u, beta), 2 * forward + _bytes(maps.u, beta, beta),
+        )  # fmt: skip
+
     def read(states: Any, z: Any, q_rot: Any, q: Any, **options: Any) -> Any:
         y = gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options)
         return y.astype(q.dtype)
@@ -160,9 +168,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
     def numerator(*a: Any, **options: Any) -> Any:
         v, q_rot, k_rot, beta, decay = a
-        states, _ = gdn.scan_states(
-            gdn.frame_transitions(k_rot, v, beta, decay, **options), **options
-        )
+        states, _ = gdn.token_states(k_rot, v, beta, decay, **options)
         return gdn.read_out(states, q_rot, **options).astype(v.dtype)
 
     least = _bytes(v, q_rot, k_rot, beta)
@@ -173,8 +179,9 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
     def branch(*a: Any, both: bool, **options: Any) -> Any:
         q, k, v, q_rot, k_rot, beta, decay = a
+        of_tokens = gdn.bidirectional_token_states if both else gdn.token_states
+        states, _ = of_tokens(k_rot, v, beta, decay, **options)
         run = gdn.bidirectional_states if both else gdn.scan_states
-        states, _ = run(gdn.frame_transitions(k_rot, v, beta, decay, **options), **options)
         z, _ = run(gdn.normaliser_transitions(k, beta, decay, **options), **options)
         return gdn.normalised_read_out(states, z, q_rot, q, 1e-8, **options).astype(q.dtype)
 
