@@ -119,10 +119,14 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     states = jax.jit(lambda m: gdn.scan_states(m)[0])(maps)
     normaliser = jax.nn.relu(_normal(7, (*decay.shape, 1, sizes.head_dim), jnp.float32)) + 0.1
 
-    def variants(function: Any) -> dict[str, Callable[..., Any]]:
+    def variants(function: Any, *, of_tokens: bool = False) -> dict[str, Callable[..., Any]]:
         forms = {impl: {"impl": impl} for impl in choice.IMPLS["gdn"]}
         if choice.capability() == choice.HOPPER:
-            forms["pallas, Triton"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=())}
+            others = {"Triton": ()}
+            if of_tokens:  # the states', which one kernel makes otherwise
+                others["maps apart"] = tuple(n for n in gdn.Tiles().mosaic if n != "states")
+            for name, mosaic in others.items():
+                forms[f"pallas, {name}"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=mosaic)}
         return {name: lambda *a, o=options: function(*a, **o) for name, options in forms.items()}
 
     forward, small = _bytes(k_rot, v), _bytes(maps, beta)
@@ -153,7 +157,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         run = gdn.bidirectional_token_states if both else gdn.token_states
         yield Part(
             "gdn", f"states from tokens, {name}", (k_rot, v, beta, decay),
-            variants(lambda *a, run=run, **o: run(*a, **o)[0]),
+            variants(lambda *a, run=run, **o: run(*a, **o)[0], of_tokens=True),
             forward + _bytes(maps.u, beta), 2 * forward + _bytes(maps.u, beta, beta),
         )  # fmt: skip
 
@@ -174,7 +178,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     least = _bytes(v, q_rot, k_rot, beta)
     yield Part(
         "gdn", "numerator alone, one direction", (v, q_rot, k_rot, beta, decay),
-        variants(numerator), least + _bytes(v), 2 * least + _bytes(v),
+        variants(numerator, of_tokens=True), least + _bytes(v), 2 * least + _bytes(v),
     )  # fmt: skip
 
     def branch(*a: Any, both: bool, **options: Any) -> Any:
@@ -189,7 +193,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     for both, name in ((False, "one direction"), (True, "both directions")):
         yield Part(
             "gdn", f"main branch, {name}", (q, k, v, q_rot, k_rot, beta, decay),
-            variants(lambda *a, both=both, **o: branch(*a, both=both, **o)),
+            variants(lambda *a, both=both, **o: branch(*a, both=both, **o), of_tokens=True),
             least + _bytes(q), 2 * least + _bytes(q),
         )  # fmt: skip
 
