@@ -122,11 +122,10 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
     def variants(function: Any, *, of_tokens: bool = False) -> dict[str, Callable[..., Any]]:
         forms = {impl: {"impl": impl} for impl in choice.IMPLS["gdn"]}
         if choice.capability() == choice.HOPPER:
-            others = {"Triton": ()}
-            if of_tokens:  # the states', which one kernel makes otherwise
-                others["maps apart"] = tuple(n for n in gdn.Tiles().mosaic if n != "states")
-            for name, mosaic in others.items():
-                forms[f"pallas, {name}"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=mosaic)}
+            forms["pallas, Triton"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=())}
+            if of_tokens:  # without the kernel that makes maps and states at once
+                apart = tuple(name for name in gdn.Tiles().mosaic if name != "states")
+                forms["pallas, maps apart"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=apart)}
         return {name: lambda *a, o=options: function(*a, **o) for name, options in forms.items()}
 
     forward, small = _bytes(k_rot, v), _bytes(maps, beta)
