@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from sanawm_jax.command_line import (
+from sanawm_jax.runtime.command_line import (
     define_config,
     fail,
     is_released,
@@ -25,7 +25,7 @@ from sanawm_jax.command_line import (
     parse_flags,
     show_notes,
 )
-from sanawm_jax.shipped import SMALL_WORLD, SMALL_WORLD_REFINER
+from sanawm_jax.runtime.shipped import SMALL_WORLD, SMALL_WORLD_REFINER
 
 _DEFAULTS = "sample_sana_wm" if is_released(sys.argv) else "sample_small_world"
 _CONFIG = define_config(Path(__file__).parent / f"configs/{_DEFAULTS}.py", "sampling defaults")
@@ -98,9 +98,9 @@ def _refiner_weights() -> str | None:
 
 def run() -> Path:
     with lasting_imports():
-        from sanawm_jax.compilation_cache import use_compilation_cache
-        from sanawm_jax.compiler_flags import use_compiler_flags
-        from sanawm_jax.pipeline import command
+        from sanawm_jax.runtime.compilation_cache import use_compilation_cache
+        from sanawm_jax.runtime.compiler_flags import use_compiler_flags
+        from sanawm_jax.sampling import command
 
     use_compiler_flags()
     use_compilation_cache()
@@ -118,8 +118,8 @@ def run() -> Path:
 
 
 def main(_: list[str]) -> None:
-    from sanawm_jax.errors import InputError
-    from sanawm_jax.failures import INTERRUPTED, explain
+    from sanawm_jax.runtime.errors import InputError
+    from sanawm_jax.runtime.failures import INTERRUPTED, explain
 
     show_notes()
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from sanawm_jax.command_line import (
+from sanawm_jax.runtime.command_line import (
     define_config,
     fail,
     parse_flags,
@@ -37,14 +37,14 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "ask the scheduler for th
 
 
 def main(_: list[str]) -> None:
-    from sanawm_jax.compilation_cache import use_compilation_cache
-    from sanawm_jax.compiler_flags import use_compiler_flags
-    from sanawm_jax.core.processes import is_first, join_processes
-    from sanawm_jax.errors import InputError
-    from sanawm_jax.training.dry_run import describe
-    from sanawm_jax.training.interrupt import Stopped
-    from sanawm_jax.training.loop import train
-    from sanawm_jax.training.metrics import TrainingDiverged
+    from sanawm_jax.runtime.compilation_cache import use_compilation_cache
+    from sanawm_jax.runtime.compiler_flags import use_compiler_flags
+    from sanawm_jax.runtime.errors import InputError
+    from sanawm_jax.runtime.processes import is_first, join_processes
+    from sanawm_jax.training.engine.dry_run import describe
+    from sanawm_jax.training.engine.interrupt import Stopped
+    from sanawm_jax.training.engine.loop import train
+    from sanawm_jax.training.engine.metrics import TrainingDiverged
 
     show_notes()
     show_progress()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sanawm_jax.compiler_flags import use_compiler_flags
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -178,7 +178,7 @@ def random_layers(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> An
     """`random_leaf`, its layers separate if it has any; see `core.stack.over_layers`."""
     import jax
 
-    from sanawm_jax.core.streaming import stacked_axes
+    from sanawm_jax.memory.streaming import stacked_axes
 
     if not stacked_axes(path):
         return random_leaf(path, key, shape, dtype)
@@ -214,7 +214,7 @@ def random_dit(config: Any, dtype: Any, precision: str) -> tuple[Any, Any]:
     """`random_params` of the DiT, in FP8 the same numbers rounded; see `pipeline.precision`."""
     from sanawm_jax.core.float8 import quantising
     from sanawm_jax.dit.model import DiT
-    from sanawm_jax.pipeline.precision import build_dit
+    from sanawm_jax.sampling.precision import build_dit
 
     if precision == "bf16":
         return random_params(DiT, config, dtype)

@@ -34,10 +34,10 @@ from jax import lax
 
 from benchmarks.hlo import Program
 from benchmarks.kernels import errors, milliseconds
-from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.float8 import FLOAT8, float8_matmul, quantise, scale_for, to_float8
 from sanawm_jax.core.layers import affine
-from sanawm_jax.core.programs import INDEX_LIMIT
+from sanawm_jax.memory.programs import INDEX_LIMIT
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 # in, out, has a bias; of the release's width 2240
 LAYERS = {

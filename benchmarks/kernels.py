@@ -32,8 +32,8 @@ import numpy as np
 from kernels_pallas import choice, gdn, ucpe
 from kernels_pallas.conv_glu import Tiles as ConvTiles
 from kernels_pallas.conv_glu import conv_glu
-from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.attention import attention
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,16 +30,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common as recipes
-from sanawm_jax.compiler_flags import use_compiler_flags
 from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.dit import attention
 from sanawm_jax.dit.attention import KEY_SCALES
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 from sanawm_jax.training.curves import panels, smooth
-from sanawm_jax.training.loop import start_run
-from sanawm_jax.training.tasks import Task, cached_clips, open_source, task_of_cache
+from sanawm_jax.training.engine.loop import start_run
+from sanawm_jax.training.recipes.tasks import Task, cached_clips, open_source, task_of_cache
 
-_SMALL_WORLD = Path(attention.__file__).parents[1] / "assets" / "small_world"
+_SMALL_WORLD = Path(attention.__file__).parents[1] / "small_world/assets/small_world"
 _PER_CALL = 10  # steps, and the distance of the printed lines
 
 

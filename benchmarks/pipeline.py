@@ -70,7 +70,7 @@ def ours(given: argparse.Namespace) -> None:
 
 
 def _stage1_model(given: argparse.Namespace) -> Any:
-    from sanawm_jax.pipeline.generate import SanaWM
+    from sanawm_jax.sampling.generate import SanaWM
 
     dtype = "float32" if given.tiny else "bfloat16"
     return SanaWM.from_pretrained(given.weights, dtype=dtype, offload=given.offload)
@@ -129,7 +129,7 @@ def _stage1(given: argparse.Namespace) -> None:
 def _refiner(given: argparse.Namespace) -> None:
     import numpy as np
 
-    from sanawm_jax.pipeline.stage2 import LTX2Refiner
+    from sanawm_jax.sampling.refine import LTX2Refiner
 
     dtype = "float32" if given.tiny else "bfloat16"
     refiner = LTX2Refiner.from_pretrained(given.refiner_weights, dtype=dtype, offload=given.offload)
@@ -147,7 +147,7 @@ def _decode(given: argparse.Namespace) -> None:
     import numpy as np
 
     from sanawm_jax.media.video import to_uint8, write_mp4
-    from sanawm_jax.pipeline.generate import channels_last
+    from sanawm_jax.sampling.generate import channels_last
 
     model, file = _stage1_model(given), Path(given.folder) / LATENTS
     latents = jnp.asarray(channels_last(np.load(file)))
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
-        from sanawm_jax.pipeline.random_weights import TINY, write_random
+        from sanawm_jax.checkpoints.random_weights import TINY, write_random
 
         given = list(sys.argv[1:] if arguments is None else arguments)
         if "--tiny" not in given:

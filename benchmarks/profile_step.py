@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.hlo import CONTAINERS, Instruction, Program
-from sanawm_jax.compiler_flags import options_on, use_compiler_flags
+from sanawm_jax.runtime.compiler_flags import options_on, use_compiler_flags
 
 # Achievable bf16 TFLOP/s of large matrix products and of attention; nominal GB/s of the memory.
 LIMITS = {
@@ -223,7 +223,7 @@ def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[A
 
     from benchmarks.stage1 import inputs
     from sanawm_jax.core.params import apply
-    from sanawm_jax.pipeline.stage1 import denoise_step
+    from sanawm_jax.sampling.stage1 import denoise_step
 
     config, _, grid, text = given.sizes
     dtype = common.jax_dtype(given.tiny)

@@ -24,7 +24,7 @@ from benchmarks import common
 
 def sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
     """Configuration, latent frames, latent rows and columns, text tokens."""
-    from sanawm_jax.pipeline.random_weights import RELEASED, TINY
+    from sanawm_jax.checkpoints.random_weights import RELEASED, TINY
 
     if given.tiny:
         return TINY.dit, [2], (2, 2), 8
@@ -43,7 +43,7 @@ def inputs(
     import jax
     import jax.numpy as jnp
 
-    from sanawm_jax.pipeline.stage1 import Conditions
+    from sanawm_jax.sampling.stage1 import Conditions
 
     keys = iter(jax.random.split(jax.random.key(1), 3))
 
@@ -67,7 +67,7 @@ def ours(given: argparse.Namespace) -> None:
     """Measures `pipeline.stage1.denoise_step`."""
     import jax.numpy as jnp
 
-    from sanawm_jax.pipeline.stage1 import denoise_step
+    from sanawm_jax.sampling.stage1 import denoise_step
 
     config, lengths, grid, text = sizes(given)
     dtype = common.jax_dtype(given.tiny)

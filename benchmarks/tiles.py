@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from benchmarks.kernels import milliseconds
 from kernels_pallas import choice
 from kernels_pallas.gdn import gpu_hopper as hopper
-from sanawm_jax.compiler_flags import use_compiler_flags
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 # part -> how many tokens and matrices come, and how many of each go
 PARTS = {

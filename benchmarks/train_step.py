@@ -28,13 +28,13 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.profile_step import LIMITS
-from sanawm_jax.compiler_flags import use_compiler_flags
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 
 def run_config(given: argparse.Namespace) -> Any:
     """The configuration of a run on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
-    from sanawm_jax.pipeline.random_weights import TINY
+    from sanawm_jax.checkpoints.random_weights import TINY
 
     recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
     config = recipe.get_config()
@@ -67,9 +67,9 @@ def build_task(config: Any, frames: int, grid: tuple[int, int], text: int) -> tu
     from sanawm_jax.core.params import from_leaves, leaves
     from sanawm_jax.core.sharding import place
     from sanawm_jax.dit.model import DiT
-    from sanawm_jax.training.objective import Stage1Objective
-    from sanawm_jax.training.precision import compute_dtype
-    from sanawm_jax.training.stage1 import dit_config, task_of_latents
+    from sanawm_jax.training.engine.precision import compute_dtype
+    from sanawm_jax.training.objectives.stage1 import Stage1Objective
+    from sanawm_jax.training.recipes.stage1 import dit_config, task_of_latents
 
     model, dtype = dit_config(config), compute_dtype(config.dtype)
 
@@ -114,10 +114,10 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sanawm_jax.core.peak import mfu, peak_flops
     from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
-    from sanawm_jax.failures import explain
-    from sanawm_jax.training.loop import start_run
+    from sanawm_jax.runtime.failures import explain
+    from sanawm_jax.runtime.peak import mfu, peak_flops
+    from sanawm_jax.training.engine.loop import start_run
 
     config = run_config(given)
     grid, text = ((2, 2), 8) if given.tiny else ((22, 40), 300)

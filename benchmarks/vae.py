@@ -17,7 +17,7 @@ from benchmarks import common
 
 
 def _sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int]]:
-    from sanawm_jax.pipeline.random_weights import RELEASED, TINY
+    from sanawm_jax.checkpoints.random_weights import RELEASED, TINY
 
     if given.tiny:
         return TINY.vae, [2], (2, 2)
@@ -28,7 +28,7 @@ def ours(given: argparse.Namespace) -> None:
     """Measures the decoder window by window, and the encoder."""
     import jax
 
-    from sanawm_jax.pipeline import generate
+    from sanawm_jax.sampling import generate
     from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
     from sanawm_jax.vae.tiling import decode_windows
 

@@ -35,7 +35,7 @@ def training(task: str) -> ConfigDict:
             final_fraction=0.02,
         )
     )
-    # updates that are left out: policy none, skip or stop; see sanawm_jax/training/spikes.py
+    # updates that are left out: policy none, skip or stop; see sanawm_jax/training/engine/spikes.py
     config.spike = ConfigDict(dict(policy="skip", factor=10.0, window=100, patience=10))
     config.save_every = 2000
     config.keep_checkpoints = 1  # the latest

@@ -6,7 +6,7 @@ import ml_collections
 
 from configs import sample_sana_wm
 
-_IMAGE = Path(__file__).parents[1] / "sanawm_jax" / "assets" / "small_world.png"
+_IMAGE = Path(__file__).parents[1] / "sanawm_jax/small_world/assets/small_world.png"
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,6 +1,6 @@
 """The small world's video autoencoder.
 
-python -m sanawm_jax.data.generate --data_dir DATA --scenes 8192
+python -m sanawm_jax.small_world.generate --data_dir DATA --scenes 8192
 python train.py --config=configs/small_world_vae.py --workdir=DIR --config.data_dir=DATA
 """
 

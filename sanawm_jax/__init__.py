@@ -14,16 +14,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sanawm_jax.errors import InputError
-    from sanawm_jax.pipeline.generate import SanaWM, Video
+    from sanawm_jax.runtime.errors import InputError
+    from sanawm_jax.sampling.generate import SanaWM, Video
 
 __version__ = "0.1.0.dev0"
 __all__ = ["InputError", "SanaWM", "Video"]
 
 _HOMES = {
-    "InputError": "sanawm_jax.errors",
-    "SanaWM": "sanawm_jax.pipeline.generate",
-    "Video": "sanawm_jax.pipeline.generate",
+    "InputError": "sanawm_jax.runtime.errors",
+    "SanaWM": "sanawm_jax.sampling.generate",
+    "Video": "sanawm_jax.sampling.generate",
 }
 
 

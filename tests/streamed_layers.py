@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from sanawm_jax.core import streaming
+from sanawm_jax.memory import streaming
 
 
 class Layers:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 ACTION_KEYS = frozenset("wasdijkl")
 MAX_FRAMES = 100_000  # 104 minutes at 16 fps; a slip of the keyboard must not fill the memory

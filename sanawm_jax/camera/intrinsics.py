@@ -10,7 +10,7 @@ from typing import TypeGuard
 import numpy as np
 
 from sanawm_jax.camera.npy import load_array, to_finite_float32
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 DEFAULT_FOV_DEG = 70.0  # horizontal; a wide-angle photograph, and 42 degrees high at 1280x704
 FOV_RANGE_DEG = (25.0, 120.0)  # what the model was trained on, both ways, bounds excluded

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 
 def load_array(value: str | os.PathLike | np.ndarray, name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sanawm_jax.camera.intrinsics import parse_intrinsics
 from sanawm_jax.camera.poses import load_c2w
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 _QUATERNION_TOLERANCE = 1e-2  # text files round to three or four digits
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sanawm_jax.camera.actions import get_mapping
 from sanawm_jax.camera.npy import load_array, to_finite_float32
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 RIGID_TOLERANCE = 1e-3
 _NAME = "camera poses"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sanawm_jax.camera.pose_files import PoseTrack
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 # models that are a pinhole up to lens distortion
 _COLMAP_PINHOLES = (

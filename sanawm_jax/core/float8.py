@@ -32,7 +32,7 @@ from jax import lax
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, leaves
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 FLOAT8 = jnp.float8_e4m3fn
 LARGEST = 448.0  # finite e4m3; beyond it is NaN

@@ -23,7 +23,7 @@ from jax import lax
 from kernels_pallas import gdn
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.sharding import axis_size, logical_spec
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 CHUNK_STRATEGIES = ("first_chunk_plus_one", "uniform", "first_frame")
 _AXIS = "context"

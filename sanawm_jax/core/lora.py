@@ -24,7 +24,7 @@ from flax import nnx
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, from_leaves, leaves
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

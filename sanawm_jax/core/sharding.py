@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 _SHOWN = 200  # warnings; the rest is only counted
 

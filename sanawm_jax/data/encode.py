@@ -22,10 +22,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from sanawm_jax.atomic import atomic_write
 from sanawm_jax.camera.intrinsics import parse_intrinsics
 from sanawm_jax.camera.pose_files import FORMATS
-from sanawm_jax.command_line import fail, show_notes
+from sanawm_jax.checkpoints.upstream_folder import open_stage1
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.data.latent_cache import to_signed
 from sanawm_jax.data.own_videos import (
@@ -37,11 +36,12 @@ from sanawm_jax.data.own_videos import (
     read_tracks,
 )
 from sanawm_jax.data.zip_writer import RAW, ZipSample, pack_latents, write_zip_latents
-from sanawm_jax.errors import InputError
-from sanawm_jax.failures import INTERRUPTED
 from sanawm_jax.media.video import check_writable
-from sanawm_jax.pipeline.generate import resolve_dtype
-from sanawm_jax.pipeline.upstream_folder import open_stage1
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.command_line import fail, show_notes
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.failures import INTERRUPTED
+from sanawm_jax.sampling.generate import resolve_dtype
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, tiled_encode
 
 Encoder = Callable[[np.ndarray], np.ndarray]

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sanawm_jax.atomic import atomic_write
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.core.params import Params, apply, build
 from sanawm_jax.data.views import View, view_clip
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 if TYPE_CHECKING:
     import grain

@@ -16,9 +16,9 @@ from sanawm_jax.camera.intrinsics import crop_intrinsics, default_intrinsics, pa
 from sanawm_jax.camera.pose_files import PoseTrack, load_npz, read_poses
 from sanawm_jax.camera.reconstructions import find_colmap_model, natural_key
 from sanawm_jax.data.zip_sidecars import caption_of, read_records
-from sanawm_jax.errors import InputError
 from sanawm_jax.media.image import load_image, resize_and_center_crop
 from sanawm_jax.media.video import iterate_frames, video_facts
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.text.prompts import read_prompt
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")

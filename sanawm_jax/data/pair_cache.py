@@ -19,10 +19,10 @@ from absl import logging
 from flax import nnx
 from jax import lax
 
-from sanawm_jax.atomic import atomic_write
 from sanawm_jax.core.params import Params, apply
-from sanawm_jax.diffusion.euler import euler_step, frame_timesteps, guide
-from sanawm_jax.pipeline.stage1 import Conditions, next_sigmas
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.sampling.schedule import euler_step, frame_timesteps, guide
+from sanawm_jax.sampling.stage1 import Conditions, next_sigmas
 
 SAVE_EVERY = 16  # batches between notes of progress
 # (clips (B,), seeds (B,)) -> latents (B, F, H, W, c)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from sanawm_jax.atomic import atomic_write
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.errors import InputError
 
 SAVE_EVERY = 16  # batches between notes of progress
 _NOTE = "captions.json"

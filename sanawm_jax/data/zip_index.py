@@ -22,7 +22,7 @@ import numpy as np
 
 from sanawm_jax.data.bad_samples import BadSampleCounter, Problem
 from sanawm_jax.data.zip_sidecars import caption_of, find_sidecar, read_records, score_of
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 MIN_LATENT_FILE_SIZE = 10 * 2**20  # upstream's; less is taken for a clip that was cut short
 CAMERA_SUFFIX = "_camera"

@@ -21,7 +21,7 @@ from sanawm_jax.camera.poses import load_c2w
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.data.bad_samples import BadSample, Problem
 from sanawm_jax.data.zip_index import Item, Pack, ZipIndex
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 _OPEN_ZIPS = 32  # file handles a process keeps
 MEASURED = 100

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 # where a score is looked for in an object, in this order; then any number
 SCORE_NAMES = (

@@ -18,7 +18,7 @@ from absl import flags, logging
 from sanawm_jax.data.bad_samples import BadSample, BadSampleCounter, Problem
 from sanawm_jax.data.loader import endless
 from sanawm_jax.data.zip_latents import ZipLatents
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 MAX_TRIES = 100  # replacements in a row, upstream's number
 _PROBLEMS = "problems"

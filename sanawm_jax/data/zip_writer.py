@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sanawm_jax.atomic import atomic_write
 from sanawm_jax.data.zip_index import CAMERA_SUFFIX, PROMPT, SCALE_SUFFIX
+from sanawm_jax.runtime.atomic import atomic_write
 
 RAW, LATENTS = "raw", "latents"
 

@@ -6,11 +6,7 @@ import re
 
 import numpy as np
 
-from sanawm_jax.core.params import build
-from sanawm_jax.core.stack import layer_index
-from sanawm_jax.dit.config import DiTConfig
-from sanawm_jax.dit.model import DiT
-from sanawm_jax.weights.keymap import (
+from sanawm_jax.checkpoints.keymap import (
     CONV2D,
     LINEAR_AS_CONV2D,
     Entry,
@@ -19,6 +15,10 @@ from sanawm_jax.weights.keymap import (
     default_name,
     table,
 )
+from sanawm_jax.core.params import build
+from sanawm_jax.core.stack import layer_index
+from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.model import DiT
 
 _SHORT_CONV = Layout((1, 0), ones=(1,))  # (k, C) <-> (C, 1, k)
 _FRAME_CONV = Layout((2, 1, 0), ones=(3,))  # (k, in, out) <-> (out, in, k, 1)

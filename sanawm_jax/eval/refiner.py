@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sanawm_jax.errors import InputError
 from sanawm_jax.eval.metrics import by_quarter, detail, psnr, ssim
 from sanawm_jax.eval.small_world import nearest_action, sample_task, tasks
+from sanawm_jax.runtime.errors import InputError
 
 STAGES = {"stage1": "stage 1", "refined": "refined"}  # as the table names them
 _SHOWN_FRAMES = 7
@@ -75,8 +75,8 @@ def evaluate(
     """
     import jax.numpy as jnp
 
-    from sanawm_jax.pipeline.generate import SanaWM, channels_last
-    from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
+    from sanawm_jax.sampling.generate import SanaWM, channels_last
+    from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
 
     if scenes < 1:
         raise InputError(f"--scenes={scenes} must be at least 1")

@@ -18,15 +18,15 @@ import numpy as np
 from PIL import Image
 
 from sanawm_jax.camera.actions import actions_to_c2w
-from sanawm_jax.data.world.captions import caption
-from sanawm_jax.data.world.clip import HELD_OUT_SEED
-from sanawm_jax.data.world.paths import SINGLE_ACTIONS, sample_intrinsics, sample_start
-from sanawm_jax.data.world.render import render
-from sanawm_jax.data.world.scene import sample_scene
 from sanawm_jax.eval.metrics import by_quarter, psnr, ssim
+from sanawm_jax.small_world.captions import caption
+from sanawm_jax.small_world.clip import HELD_OUT_SEED
+from sanawm_jax.small_world.paths import SINGLE_ACTIONS, sample_intrinsics, sample_start
+from sanawm_jax.small_world.render import render
+from sanawm_jax.small_world.scene import sample_scene
 
 if TYPE_CHECKING:
-    from sanawm_jax.pipeline.generate import SanaWM, Video
+    from sanawm_jax.sampling.generate import SanaWM, Video
 
 
 class Task(NamedTuple):
@@ -101,7 +101,7 @@ def evaluate(
     """
     import jax.numpy as jnp
 
-    from sanawm_jax.pipeline.generate import SanaWM
+    from sanawm_jax.sampling.generate import SanaWM
 
     model = SanaWM.from_pretrained(weights, dtype="float32")
     num_frames, size = 49, 128

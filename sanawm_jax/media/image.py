@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:

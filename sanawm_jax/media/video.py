@@ -13,8 +13,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from sanawm_jax.atomic import atomic_write
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.errors import InputError
 
 _BT709 = 1  # matrix, primaries and transfer of HD video share this code in H.264 streams
 _LIMITED_RANGE = 1

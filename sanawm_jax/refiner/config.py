@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.weights.files import config_fields
+from sanawm_jax.checkpoints.files import config_fields
+from sanawm_jax.runtime.errors import InputError
 
 SPLIT = "split"  # rotated pairs (i, i + D/2) of a head
 INTERLEAVED = "interleaved"  # rotated pairs (2i, 2i + 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
+from sanawm_jax.checkpoints.keymap import Entry, default_name, table
 from sanawm_jax.core.params import build
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.model import Refiner
-from sanawm_jax.weights.keymap import Entry, default_name, table
 
 # our names -> theirs, on whole path components
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}

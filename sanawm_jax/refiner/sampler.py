@@ -17,11 +17,11 @@ from flax import nnx
 from jax import lax
 
 from sanawm_jax.core.params import Params, apply
-from sanawm_jax.core.streaming import Runner, call
-from sanawm_jax.kept_programs import kept
+from sanawm_jax.memory.streaming import Runner, call
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, append_block, open_window
 from sanawm_jax.refiner.model import without_text_layers
 from sanawm_jax.refiner.rope import VideoRope, frame_window
+from sanawm_jax.runtime.kept_programs import kept
 
 # noise levels of the distilled release, 3 steps
 SIGMAS = (0.909375, 0.725, 0.421875, 0.0)

@@ -21,9 +21,9 @@ from jax import lax
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, apply, build, draw, stack
-from sanawm_jax.core.streaming import Runner, call
-from sanawm_jax.errors import InputError
-from sanawm_jax.kept_programs import kept
+from sanawm_jax.memory.streaming import Runner, call
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.text.config import SLIDING, GemmaConfig
 
 Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L)) -> (B, L, C)

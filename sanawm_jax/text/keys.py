@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 # of the bare text model, of its causal language model, and of Gemma 3 with its vision tower, as it
 # was published and as transformers 5 names it

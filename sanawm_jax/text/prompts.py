@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.kept_programs import kept
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.text.gemma import Tower
 from sanawm_jax.text.tokenizer import Tokenizer
 

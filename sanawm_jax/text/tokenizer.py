@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.weights.files import read_config
+from sanawm_jax.checkpoints.files import read_config
+from sanawm_jax.runtime.errors import InputError
 
 
 def _content(token: Any) -> str | None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sanawm_jax.core.lora import LoraConfig, combine
 from sanawm_jax.core.params import Params
-from sanawm_jax.training.step import Metrics
+from sanawm_jax.training.engine.step import Metrics
 
 
 def lora_of(config: ConfigDict) -> LoraConfig | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from sanawm_jax.atomic import atomic_write
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.errors import InputError
 
 
 def read_metric(file: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from sanawm_jax.checkpoints import keymap
 from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors
@@ -19,7 +20,6 @@ from sanawm_jax.refiner.keys import connectors_table, refiner_table
 from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import key_table as vae_table
-from sanawm_jax.weights import keymap
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # classes of the published model_index.json

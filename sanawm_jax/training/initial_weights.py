@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import Tensors
+from sanawm_jax.checkpoints.upstream_folder import open_stage1
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.dit.model import DiT
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.upstream_folder import open_stage1
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import Tensors
+from sanawm_jax.runtime.errors import InputError
 
 
 def load_initial(name: str, config: DiTConfig) -> Params:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from sanawm_jax.core.layers import Conv, Linear, modulation_table
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import DownStage, Strides, UpStage
 
 Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one after each convolution

@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.layers import modulation_table
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.blocks import (
     CausalConv,
     MidBlock,

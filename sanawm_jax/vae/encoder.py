@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.blocks import CausalConv, DownBlock, MidBlock, pixel_norm
 from sanawm_jax.vae.config import VAEConfig
 

@@ -6,11 +6,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoDecoder, VideoEncoder, VideoVAE
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
 
 _RENAMED = {
     ".downsample.": ".downsamplers.0.",

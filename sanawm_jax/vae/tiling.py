@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 
 EncodeTile = Callable[[jax.Array], tuple[jax.Array, jax.Array]]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sanawm_jax.command_line import fail
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.export import LAYOUTS, export_weights
+from sanawm_jax.checkpoints.export import LAYOUTS, export_weights
+from sanawm_jax.runtime.command_line import fail
+from sanawm_jax.runtime.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sanawm_jax.command_line import fail
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.export import LAYOUTS
-from sanawm_jax.pipeline.random_weights import PARTS, RELEASED, TINY, write_random
+from sanawm_jax.checkpoints.export import LAYOUTS
+from sanawm_jax.checkpoints.random_weights import PARTS, RELEASED, TINY, write_random
+from sanawm_jax.runtime.command_line import fail
+from sanawm_jax.runtime.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.command_line import show_notes
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.request import make_request
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, Tensors
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, Tensors
+from sanawm_jax.runtime.command_line import show_notes
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.request import make_request
 
 ROOT = Path(__file__).parents[2]
 PICTURE = Image.new("RGB", (64, 48), (200, 30, 30))
@@ -203,7 +203,7 @@ def test_the_package_needs_no_torch() -> None:
         "import sys\n"
         "for name in ('torch', 'diffusers', 'transformers'): sys.modules[name] = None\n"
         "import runpy\n"
-        "import sanawm_jax.pipeline.generate, sanawm_jax.pipeline.command\n"
+        "import sanawm_jax.sampling.generate, sanawm_jax.sampling.command\n"
         "sys.argv = ['sample.py', '--weights', 'nowhere/at/all']\n"
         "runpy.run_path('sample.py', run_name='__main__')\n"
     )

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline import command
-from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling import command
+from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
 from tests.parity.refiner_reference import CHANNELS, make_refiner
 
 ROOT = Path(__file__).parents[2]

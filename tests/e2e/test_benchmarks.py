@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import stage1, train_step
-from sanawm_jax.training import loop
+from sanawm_jax.training.engine import loop
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # the command itself only says what it was asked for
 CODE = """
 import runpy, sys
-from sanawm_jax.pipeline import command
+from sanawm_jax.sampling import command
 command.sample = lambda **options: (options["weights"], options["refiner_weights"])
 sys.argv = ["sample.py", *sys.argv[1:]]
 runpy.run_path("sample.py", run_name="__main__")

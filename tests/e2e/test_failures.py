@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.failures import explain
+from sanawm_jax.checkpoints.random_weights import TINY, write_random
 from sanawm_jax.media.video import read_mp4
-from sanawm_jax.pipeline import command
-from sanawm_jax.pipeline.random_weights import TINY, write_random
+from sanawm_jax.runtime.failures import explain
+from sanawm_jax.sampling import command
 from tests.e2e.test_what_is_read import DEFAULTS
 
 ROOT = Path(__file__).parents[2]

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.checkpoints.files import SafetensorsFolder
+from sanawm_jax.checkpoints.random_weights import TINY, dit_specs, random_tensor, write_random
+from sanawm_jax.checkpoints.writer import write_folder
 from sanawm_jax.media.video import read_mp4
-from sanawm_jax.pipeline.command import sample
-from sanawm_jax.pipeline.random_weights import TINY, dit_specs, random_tensor, write_random
-from sanawm_jax.weights.files import SafetensorsFolder
-from sanawm_jax.weights.writer import write_folder
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.command import sample
 from tests.e2e.test_what_is_read import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sanawm_jax.pipeline.random_weights._write_text", full)
+    monkeypatch.setattr("sanawm_jax.checkpoints.random_weights._write_text", full)
     with pytest.raises(OSError, match="No space"):
         write_random(tmp_path / "w", sizes=TINY)
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from tests.environment import users_environment
 ROOT = Path(__file__).parents[2]
 CODE = """
 import logging, runpy, sys
-logging.getLogger("sanawm_jax.kept_programs").setLevel(logging.DEBUG)
+logging.getLogger("sanawm_jax.runtime.kept_programs").setLevel(logging.DEBUG)
 sys.argv = ["sample.py", *sys.argv[1:]]
 runpy.run_path("sample.py", run_name="__main__")
 """

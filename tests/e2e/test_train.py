@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.folder import Stage1Folder
-from sanawm_jax.training.loop import train
+from sanawm_jax.checkpoints.folder import Stage1Folder
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.loop import train
 from sanawm_jax.vae.keys import load_vae
 from tests.e2e.tiny_config import get_config
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.core.params import init, leaves
-from sanawm_jax.data.world.clip import make_clips
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.refiner_folder import RefinerFolder
-from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
 from sanawm_jax.refiner.model import Refiner
-from sanawm_jax.text.small import make_small_text_encoder
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
+from sanawm_jax.small_world.clip import make_clips
+from sanawm_jax.small_world.text_encoder import make_small_text_encoder
+from sanawm_jax.training.engine.loop import train
 from sanawm_jax.training.export import export_refiner, export_transformer, export_vae, write_index
-from sanawm_jax.training.loop import train
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 from tests.e2e.tiny_config import get_config

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sanawm_jax.errors import InputError
 from sanawm_jax.media.video import read_mp4
-from sanawm_jax.pipeline.command import sample
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.command import sample
 from tests.parity.stage1_reference import make_folder
 
 ROOT = Path(__file__).parents[2]

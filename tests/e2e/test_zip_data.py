@@ -18,21 +18,21 @@ from PIL import Image
 
 from sanawm_jax.camera.intrinsics import default_intrinsics
 from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.checkpoints.folder import Stage1Folder
+from sanawm_jax.checkpoints.random_weights import TINY, write_random
 from sanawm_jax.core.params import apply
 from sanawm_jax.data.bad_samples import BadSampleCounter
 from sanawm_jax.data.encode import encode_videos, main, make_parser
 from sanawm_jax.data.latent_cache import to_signed
 from sanawm_jax.data.zip_index import Selection, index_zips
 from sanawm_jax.data.zip_latents import ZipLatents
-from sanawm_jax.errors import InputError
 from sanawm_jax.media.image import resize_and_center_crop
 from sanawm_jax.media.video import read_mp4, write_mp4
-from sanawm_jax.pipeline.folder import Stage1Folder
-from sanawm_jax.pipeline.random_weights import TINY, write_random
-from sanawm_jax.training.dry_run import describe
-from sanawm_jax.training.loop import train
-from sanawm_jax.training.stage1_zip import first_samples
-from sanawm_jax.training.tasks import make_task
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.dry_run import describe
+from sanawm_jax.training.engine.loop import train
+from sanawm_jax.training.recipes.stage1_zip import first_samples
+from sanawm_jax.training.recipes.tasks import make_task
 from tests.e2e.tiny_config import get_config
 from tests.zip_set import flip_bytes, folders, random_path
 

@@ -13,9 +13,9 @@ from sanawm_jax.core.params import build, count, leaves
 from sanawm_jax.core.sharding import make_mesh, parameter_spec, shardings
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.optimizer import make_optimizer
-from sanawm_jax.training.state import TrainState
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.optimizer import make_optimizer
+from sanawm_jax.training.engine.state import TrainState
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.generate import SanaWM
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.generate import SanaWM
 from tests.parity.compare import relative
 from tests.parity.stage1_reference import make_folder
 

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from configs import smoke
 from sanawm_jax.core.params import leaves
 from sanawm_jax.core.sharding import make_mesh, parameter_spec
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.loop import train
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.loop import train
 
 
 def _config(**changes: Any) -> ConfigDict:

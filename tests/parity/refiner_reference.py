@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_sana_wm_refiner import (
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
-from sanawm_jax.text.small import make_small_text_encoder
+from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from tests.parity.compare import randomise
 
 CHANNELS = 6

@@ -19,7 +19,7 @@ def make_folder(folder: Path) -> None:
     """Writes `folder/model` and, beside it, the text tower that it was made of."""
     from transformers import Gemma2Model, GemmaTokenizer
 
-    from sanawm_jax.text.small import make_small_text_encoder
+    from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 
     config = make_small_text_encoder(["a red room", "a green street"], folder / "text", hidden=64)
     vae = AutoencoderKLLTX2Video(

@@ -16,8 +16,8 @@ from sanawm_jax.camera.actions import actions_to_c2w, parse_actions
 from sanawm_jax.camera.intrinsics import crop_intrinsics
 from sanawm_jax.camera.poses import snap_num_frames
 from sanawm_jax.camera.rays import camera_conditions
-from sanawm_jax.errors import InputError
 from sanawm_jax.media.image import resize_and_center_crop, to_array
+from sanawm_jax.runtime.errors import InputError
 
 few = settings(max_examples=60, deadline=None)
 

@@ -14,14 +14,14 @@ import torch
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.sana_wm.refiner import _pack_text_embeds
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
+from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.core.params import apply, build, count, leaves
-from sanawm_jax.pipeline.refiner_folder import RefinerFolder
-from sanawm_jax.pipeline.stage2 import LTX2Refiner
 from sanawm_jax.refiner.config import LTX_2_19B_CONNECTORS, ConnectorsConfig
 from sanawm_jax.refiner.connectors import TextConnectors, pack_states
 from sanawm_jax.refiner.keys import connectors_table, is_audio_connector
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
+from sanawm_jax.sampling.refine import LTX2Refiner
 from tests.parity.compare import relative
 from tests.parity.refiner_reference import (
     CAPTIONS,

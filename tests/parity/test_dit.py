@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import SanaWMTransformer3DModel
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, Tensors, read_config
 from sanawm_jax.core.params import apply, build, count, leaves
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors, is_ignored, key_table
 from sanawm_jax.dit.model import DiT
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, Tensors, read_config
 from tests.parity.compare import float32_attention, randomise, relative
 
 BASE: dict[str, Any] = dict(

@@ -18,13 +18,13 @@ from transformers import (
     Gemma3TextModel,
 )
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import build, count, leaves
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.text.config import GEMMA_3_12B, GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower, text_tower
 from sanawm_jax.text.keys import is_ignored, key_table, load_text_encoder
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
 from tests.parity.compare import randomise, relative
 from tests.parity.refiner_reference import TEXT, VISION, make_text_encoder
 

@@ -13,14 +13,14 @@ import torch
 from diffusers import SanaWMPipeline, SanaWMTransformer3DModel
 from safetensors.numpy import load_file, save_file
 
+from sanawm_jax.checkpoints.export import DIT_FILE, export_weights
+from sanawm_jax.checkpoints.upstream import is_ignored, to_diffusers, upstream_table
+from sanawm_jax.checkpoints.upstream_folder import open_refiner, open_stage1
 from sanawm_jax.dit.config import SANA_WM_2B
 from sanawm_jax.dit.keys import extra_tensors, key_table
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.export import DIT_FILE, export_weights
-from sanawm_jax.pipeline.generate import SanaWM
-from sanawm_jax.pipeline.upstream_folder import open_refiner, open_stage1
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.generate import SanaWM
 from sanawm_jax.weights.export import main
-from sanawm_jax.weights.upstream import is_ignored, to_diffusers, upstream_table
 from tests.parity.refiner_reference import make_refiner
 from tests.parity.stage1_reference import make_folder
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaWMPipeline
 from PIL import Image
 
-from sanawm_jax.diffusion.euler import Schedule
-from sanawm_jax.pipeline.generate import SanaWM
+from sanawm_jax.sampling.generate import SanaWM
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.vae.tiling import Tiling
 from tests.environment import users_environment
 from tests.parity.compare import float32_attention, relative

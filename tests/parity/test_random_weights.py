@@ -16,8 +16,8 @@ from diffusers import (
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from sanawm_jax.pipeline import random_weights as ours
-from sanawm_jax.weights.writer import num_bytes
+from sanawm_jax.checkpoints import random_weights as ours
+from sanawm_jax.checkpoints.writer import num_bytes
 
 
 def _gemma3() -> torch.nn.Module:

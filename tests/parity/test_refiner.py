@@ -24,16 +24,16 @@ from diffusers.pipelines.sana_wm.refiner import STAGE_2_DISTILLED_SIGMA_VALUES, 
 from diffusers.utils.torch_utils import randn_tensor
 from flax import nnx
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import Params, apply, build, count, leaves
-from sanawm_jax.pipeline.stage2 import LTX2Refiner, RefineOptions
 from sanawm_jax.refiner.config import LTX_2_19B, RefinerConfig
 from sanawm_jax.refiner.keys import is_audio, refiner_table
 from sanawm_jax.refiner.kv_window import KeyValue, append_block, open_window
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import frame_window, rotations, video_rope
 from sanawm_jax.refiner.sampler import SIGMAS, RefinerText, blocks, refine, refine_block
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
+from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
 from tests.parity.compare import randomise, relative
 from tests.parity.refiner_reference import (
     CAPTIONS,

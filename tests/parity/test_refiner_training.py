@@ -17,20 +17,20 @@ from diffusers.pipelines.sana_wm.refiner import _pack_latents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.adapters import load_adapters, save_adapters
+from sanawm_jax.checkpoints.export import export_weights
+from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.core.lora import LoraConfig, build_adapted, combine, init_adapters
 from sanawm_jax.core.params import Params, apply, build, init
-from sanawm_jax.errors import InputError
-from sanawm_jax.pipeline.export import export_weights
-from sanawm_jax.pipeline.refiner_folder import RefinerFolder
-from sanawm_jax.pipeline.stage2 import LTX2Refiner
 from sanawm_jax.refiner.keys import is_audio, refiner_table
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
-from sanawm_jax.training import refiner_flow as flow
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.refine import LTX2Refiner
 from sanawm_jax.training.export import export_refiner, write_refiner_index
-from sanawm_jax.training.refiner_task import make_text_path, new_model
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.adapters import load_adapters, save_adapters
+from sanawm_jax.training.objectives import refiner_flow as flow
+from sanawm_jax.training.recipes.refiner import make_text_path, new_model
 from tests.e2e.tiny_config import get_config
 from tests.parity.compare import relative
 from tests.parity.refiner_reference import CHANNELS, load_refiner, make_refiner, make_transformer

@@ -12,13 +12,13 @@ from diffusers import SanaWMPipeline
 from PIL import Image
 
 from configs.sample_small_world import get_config
-from sanawm_jax.pipeline.generate import SanaWM
-from sanawm_jax.pipeline.stage2 import LTX2Refiner
 from sanawm_jax.refiner.sampler import blocks
+from sanawm_jax.sampling.generate import SanaWM
+from sanawm_jax.sampling.refine import LTX2Refiner
 from tests.parity.compare import float32_attention, relative
 from tests.parity.refiner_reference import load_refiner
 
-ASSETS = Path(__file__).parents[2] / "sanawm_jax" / "assets"
+ASSETS = Path(__file__).parents[2] / "sanawm_jax/small_world/assets"
 LIMITS = {"small_world": 40e6, "small_world_refiner": 15e6}  # bytes
 
 

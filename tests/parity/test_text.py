@@ -29,16 +29,16 @@ from transformers import (
     GemmaTokenizerFast,
 )
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import apply, build, count, leaves
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.text.config import GEMMA_2_2B, GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower, Tower, text_tower
 from sanawm_jax.text.keys import key_table, load_text_encoder
 from sanawm_jax.text.prompts import CHI_PROMPT, encode_prompt
-from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import SafetensorsFolder, read_config
 from tests.parity.compare import randomise, relative
 
 BASE: dict[str, Any] = dict(

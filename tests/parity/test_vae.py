@@ -20,6 +20,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.sana_wm.pipeline_sana_wm import SanaWMPipeline
 from flax import nnx
 
+from sanawm_jax.checkpoints import files, keymap
 from sanawm_jax.core import params as params_lib
 from sanawm_jax.vae import latents as latents_lib
 from sanawm_jax.vae import tiling as tiling_lib
@@ -27,7 +28,6 @@ from sanawm_jax.vae.config import SMALL_WORLD_VAE, VAEConfig
 from sanawm_jax.vae.decoder import draw_noise
 from sanawm_jax.vae.keys import key_table
 from sanawm_jax.vae.model import VideoVAE
-from sanawm_jax.weights import files, keymap
 from tests.parity.compare import relative
 from tests.parity.vae_reference import (
     CASES,

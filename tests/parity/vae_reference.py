@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKLLTX2Video
 from flax import nnx
 
+from sanawm_jax.checkpoints import files, keymap
 from sanawm_jax.core import params as params_lib
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import key_table
 from sanawm_jax.vae.model import VideoVAE
-from sanawm_jax.weights import files, keymap
 from tests.parity.compare import randomise
 
 _DOWN = "LTX2VideoDownBlock3D"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sanawm_jax.camera.actions import ACTION_KEYS, MAX_FRAMES, actions_to_c2w, parse_actions
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 PRESS = 1 - math.exp(-1 / 16 / 0.45)
 COAST = 1 - math.exp(-1 / 16)

@@ -14,7 +14,7 @@ from sanawm_jax.camera.intrinsics import (
     field_of_view,
     parse_intrinsics,
 )
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 ROW = np.array([800.0, 780.0, 640.0, 352.0])
 

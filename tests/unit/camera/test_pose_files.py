@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from sanawm_jax.camera.pose_files import read_poses
 from sanawm_jax.camera.poses import relative_to_first
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from tests.zip_set import random_path
 
 F = 12

@@ -7,7 +7,7 @@ import pytest
 
 from sanawm_jax.camera.actions import actions_to_c2w, parse_actions
 from sanawm_jax.camera.poses import keys_from_poses, load_c2w, relative_to_first, snap_num_frames
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 
 def random_poses(rng: np.random.Generator, frames: int) -> np.ndarray:

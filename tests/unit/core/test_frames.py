@@ -8,7 +8,7 @@ import pytest
 
 from sanawm_jax.core.frames import FrameLayout, chunk_starts, neighbours
 from sanawm_jax.dit.attention import ShortConv
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jax import lax
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.lora import LoraConfig, build_adapted, combine, init_adapters, merge_lora
 from sanawm_jax.core.params import Params, apply, build, init, leaves, stack
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 WIDTH, LAYERS, RANK = 12, 3, 4
 

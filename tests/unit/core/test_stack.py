@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sanawm_jax.core.stack import over_layers, part, scan_runs
-from sanawm_jax.core.streaming import separate_layers
+from sanawm_jax.memory.streaming import separate_layers
 
 
 def test_separate_layers_give_what_a_scan_gives() -> None:

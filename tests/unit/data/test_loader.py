@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sanawm_jax.data.loader import Loader
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 
 
 def test_every_epoch_is_another_whole_shuffle():

@@ -13,10 +13,10 @@ import pytest
 from sanawm_jax.core.params import build, init
 from sanawm_jax.data import pair_cache
 from sanawm_jax.data.pair_cache import build_pairs, build_text, stage1_sampler
-from sanawm_jax.diffusion.euler import Schedule
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
-from sanawm_jax.pipeline.stage1 import Conditions, denoise
+from sanawm_jax.sampling.schedule import Schedule
+from sanawm_jax.sampling.stage1 import Conditions, denoise
 
 CLIPS, SHAPE = 5, (2, 2, 2, 3)
 

@@ -15,7 +15,7 @@ from sanawm_jax.data.zip_index import Selection, ZipIndex, index_zips
 from sanawm_jax.data.zip_latents import ZipLatents, camera_tensors
 from sanawm_jax.data.zip_sidecars import caption_of, read_records, score_of
 from sanawm_jax.data.zip_writer import write_zip_latents
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from tests.zip_set import FRAMES, SHAPE, SIZE, flip_bytes, folders, make_sample, write_set
 
 

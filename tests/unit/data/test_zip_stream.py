@@ -14,7 +14,7 @@ from sanawm_jax.data.zip_index import Selection, index_zips
 from sanawm_jax.data.zip_latents import ZipLatents
 from sanawm_jax.data.zip_stream import ZipStream
 from sanawm_jax.data.zip_writer import write_zip_latents
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from tests.zip_set import SHAPE, flip_bytes, folders, make_sample, write_set
 
 

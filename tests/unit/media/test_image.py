@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sanawm_jax.camera.intrinsics import crop_intrinsics
-from sanawm_jax.errors import InputError
 from sanawm_jax.media.image import load_image, resize_and_center_crop, to_array
+from sanawm_jax.runtime.errors import InputError
 
 
 def noise(rng: np.random.Generator, *shape: int) -> np.ndarray:

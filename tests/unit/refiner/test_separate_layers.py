@@ -12,10 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sanawm_jax.checkpoints.folder import Place
 from sanawm_jax.core.params import Params, build, from_leaves, init, leaves
-from sanawm_jax.core.programs import equations, trace
-from sanawm_jax.core.streaming import Runner, Streamer, call, keep_separate_layers, separate_layers
-from sanawm_jax.pipeline.folder import Place
+from sanawm_jax.memory.programs import equations, trace
+from sanawm_jax.memory.streaming import (
+    Runner,
+    Streamer,
+    call,
+    keep_separate_layers,
+    separate_layers,
+)
 from sanawm_jax.refiner import sampler
 from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.kv_window import KVWindow

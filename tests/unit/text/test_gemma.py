@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import Tensors
 from sanawm_jax.core.params import apply, build, cast, init, leaves
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.gemma import (
     GemmaTower,
@@ -24,8 +26,6 @@ from sanawm_jax.text.gemma import (
     text_tower,
 )
 from sanawm_jax.text.keys import find_prefix, key_table, load_text_encoder
-from sanawm_jax.weights import keymap
-from sanawm_jax.weights.files import Tensors
 
 CONFIG = GemmaConfig(
     vocab_size=32,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.text.prompts import CHI_PROMPT, encode_prompt, encode_texts, read_prompt
-from sanawm_jax.text.small import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 
 CAPTION = "A small red house on a hill."

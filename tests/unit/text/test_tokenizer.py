@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.text.small import make_small_text_encoder
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 
 

@@ -13,8 +13,8 @@ import optax
 import pytest
 from absl import logging
 
-from sanawm_jax.training.checkpoint import Checkpoints
-from sanawm_jax.training.state import TrainState, create_state
+from sanawm_jax.training.engine.checkpoint import Checkpoints
+from sanawm_jax.training.engine.state import TrainState, create_state
 
 
 def _state(step: int, size: int = 8) -> TrainState:

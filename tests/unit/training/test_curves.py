@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.curves import main, read_metric, smooth
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sanawm_jax.training.flow import (
+from sanawm_jax.training.objectives.flow import (
     drop_captions,
     frame_weights,
     noise_levels,

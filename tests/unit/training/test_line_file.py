@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import logging
 
-from sanawm_jax.training.line_file import LineFile
+from sanawm_jax.training.engine.line_file import LineFile
 
 
 def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.checkpoint import Checkpoints
-from sanawm_jax.training.line_file import truncate
-from sanawm_jax.training.metrics import MetricsWriter, TrainingDiverged
-from sanawm_jax.training.optimizer import make_optimizer
-from sanawm_jax.training.state import create_state
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.checkpoint import Checkpoints
+from sanawm_jax.training.engine.line_file import truncate
+from sanawm_jax.training.engine.metrics import MetricsWriter, TrainingDiverged
+from sanawm_jax.training.engine.optimizer import make_optimizer
+from sanawm_jax.training.engine.state import create_state
 
 
 def _values(*losses):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from sanawm_jax.core.params import build, init
-from sanawm_jax.errors import InputError
 from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import SIGMAS
-from sanawm_jax.training import refiner_flow as flow
-from sanawm_jax.training import refiner_history as history
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.objectives import refiner_flow as flow
+from sanawm_jax.training.objectives import refiner_history as history
 
 SHAPE = (3, 4, 2, 2, 5)
 MANY = 200_000

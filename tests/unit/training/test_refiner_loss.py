@@ -18,12 +18,12 @@ from sanawm_jax.core.sharding import parameter_spec
 from sanawm_jax.refiner.config import LTX_2_19B, RefinerConfig
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
-from sanawm_jax.training import refiner_history as history
-from sanawm_jax.training.optimizer import make_optimizer
-from sanawm_jax.training.refiner_flow import sequence_loss, stream_sequence
-from sanawm_jax.training.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
-from sanawm_jax.training.state import create_state
-from sanawm_jax.training.step import train_step
+from sanawm_jax.training.engine.optimizer import make_optimizer
+from sanawm_jax.training.engine.state import create_state
+from sanawm_jax.training.engine.step import train_step
+from sanawm_jax.training.objectives import refiner_history as history
+from sanawm_jax.training.objectives.refiner_flow import sequence_loss, stream_sequence
+from sanawm_jax.training.objectives.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
 
 CLIPS, FRAMES, ROWS, COLUMNS, CHANNELS, BATCH = 5, 6, 2, 2, 4, 4
 MODEL = RefinerConfig(

@@ -12,11 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.metrics import MetricsWriter, TrainingDiverged
-from sanawm_jax.training.spikes import SpikePolicy
-from sanawm_jax.training.state import TrainState, create_state
-from sanawm_jax.training.step import Share, accumulated_gradients, compile_steps
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.metrics import MetricsWriter, TrainingDiverged
+from sanawm_jax.training.engine.spikes import SpikePolicy
+from sanawm_jax.training.engine.state import TrainState, create_state
+from sanawm_jax.training.engine.step import Share, accumulated_gradients, compile_steps
 
 _SPIKE = SpikePolicy(factor=4.0, window=3, patience=2)
 

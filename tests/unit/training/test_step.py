@@ -11,17 +11,17 @@ import optax
 import pytest
 
 from sanawm_jax.core.params import leaves
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.optimizer import (
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.optimizer import (
     decay_mask,
     ema_decay,
     learning_rate,
     make_optimizer,
     matrix_axes,
 )
-from sanawm_jax.training.state import create_state
-from sanawm_jax.training.step import compile_steps
-from sanawm_jax.training.vae_loss import VAELossWeights, edge_loss, vae_loss
+from sanawm_jax.training.engine.state import create_state
+from sanawm_jax.training.engine.step import compile_steps
+from sanawm_jax.training.objectives.vae_loss import VAELossWeights, edge_loss, vae_loss
 
 
 def _prepare(resident, batch, key):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sanawm_jax.core.frames import FrameLayout, chunk_starts
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.timesteps import (
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.objectives.timesteps import (
     MODES,
     completion_counts,
     mixture_probabilities,

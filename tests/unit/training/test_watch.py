@@ -16,13 +16,12 @@ from absl import logging
 
 from configs import smoke
 from sanawm_jax.core.params import apply, build
-from sanawm_jax.core.peak import mfu, peak_flops
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.flops import forward_flops, training_flops
 from sanawm_jax.dit.model import DiT
-from sanawm_jax.errors import InputError
-from sanawm_jax.training.samples import false_colours
-from sanawm_jax.training.watch import (
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.peak import mfu, peak_flops
+from sanawm_jax.training.engine.watch import (
     PROFILE_TRIGGER,
     Curves,
     Profiler,
@@ -30,6 +29,7 @@ from sanawm_jax.training.watch import (
     TensorBoard,
     WeightsAndBiases,
 )
+from sanawm_jax.training.samples import false_colours
 
 
 class _Board:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from sanawm_jax.core import params as params_lib
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import SMALL_WORLD_VAE, VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sanawm_jax.core import params as params_lib
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.decoder import draw_noise
 from sanawm_jax.vae.model import VideoVAE

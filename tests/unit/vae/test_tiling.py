@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanawm_jax.errors import InputError
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.tiling import (
     LONG_VIDEO,

@@ -1,0 +1,194 @@
+"""Published weight files: safetensors, single or sharded with an index, read lazily."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sanawm_jax.runtime.errors import InputError
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+# of a safetensors header
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class SafetensorsFolder:
+    """The tensors of one component folder, e.g. `transformer/`.
+
+    Finds `*.safetensors.index.json` and its shards, or the one `*.safetensors` file. Shapes come
+    from the headers; `read` copies one tensor at a time, and threads may do so side by side.
+
+    Raises:
+      InputError: no such folder, nothing to load, only pickles, or a truncated file.
+    """
+
+    def __init__(self, folder: str | Path):
+        from safetensors import SafetensorError, safe_open
+
+        folder = Path(folder)
+        self._tensors: dict[str, _Stored] = {}
+        for file in _files(folder):
+            try:
+                safe_open(str(file), framework="numpy")  # checks the header against the file
+                stored = _header(file)
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{file} is truncated or not a safetensors file ({error}); fetch it again"
+                ) from None
+            for key in stored:
+                if key in self._tensors:
+                    raise InputError(f"{folder} holds tensor {key} in two files; keep one of them")
+            self._tensors.update(stored)
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._tensors[key].shape
+
+    def dtype(self, key: str) -> np.dtype:
+        return self._tensors[key].dtype
+
+    def read(self, key: str) -> np.ndarray:
+        stored = self._tensors[key]
+        out = np.empty(stored.shape, stored.dtype)
+        left = out.reshape(-1).view(np.uint8).data
+        # not through a map: its pages would count to the process, and faults hold the interpreter
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise InputError(f"{stored.file} is truncated; fetch it again")
+                left = left[count:]
+        return out
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        key: _Stored(
+            path,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            DTYPES[entry["dtype"]],
+        )
+        for key, entry in header.items()
+    }
+
+
+class Tensors:
+    """Tensors in memory, as a source for `keymap.load`."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self._tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> np.dtype:
+        return self._tensors[key].dtype
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors[key]
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"weights folder {folder} does not exist")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise InputError(f"{folder} has {len(indices)} index files; keep the one to load")
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        absent = [n for n in names if not (folder / n).is_file()]
+        if absent:
+            raise InputError(f"{folder} lacks the shards {', '.join(absent)} that its index names")
+        return [folder / n for n in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise InputError(
+            f"{folder} holds only pickles ({', '.join(pickles)}), which can run code when opened; "
+            "convert them to safetensors"
+        )
+    raise InputError(f"{folder} holds no .safetensors file")
+
+
+def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """A component's JSON configuration without its underscored bookkeeping keys.
+
+    Raises:
+      InputError: the file is absent or not JSON.
+    """
+    path = Path(folder) / name
+    try:
+        loaded = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; is this a diffusers-layout folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    return {k: v for k, v in loaded.items() if not k.startswith("_")}
+
+
+def class_name(folder: str | Path) -> str | None:
+    """The class that a component's `config.json` names, if it names one."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None  # reading the configuration itself says what is wrong
+
+
+def config_fields(cls: type, raw: dict[str, Any], *, what: str) -> dict[str, Any]:
+    """`raw` as keyword arguments of the frozen dataclass `cls`; lists become tuples.
+
+    Raises:
+      InputError: keys that the dataclass does not have.
+    """
+    import dataclasses
+
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(raw.keys() - known)
+    if unknown:
+        raise InputError(f"{what} has unknown fields {', '.join(unknown)}")
+    return {k: _tuples(v) for k, v in raw.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

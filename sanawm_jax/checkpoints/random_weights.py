@@ -1,0 +1,355 @@
+"""Random weights with the released names, shapes and dtypes, for runs without the released ones.
+
+Every value depends on its tensor's name and the seed alone. Matrices keep the size of what they
+multiply, and norms are near one, so activations stay finite in bfloat16 at full depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sanawm_jax.checkpoints import upstream
+from sanawm_jax.checkpoints.copies import copy_into
+from sanawm_jax.checkpoints.export import (
+    DIT_FILE,
+    REFINER_CLASS,
+    REFINER_INDEX,
+    STAGE1_INDEX,
+    TEXT_TOKENS,
+    complete_folder,
+    upstream_config,
+    write_scheduler,
+    write_yaml,
+)
+from sanawm_jax.checkpoints.keymap import Entry, shapes
+from sanawm_jax.checkpoints.unread import audio_connector_shapes, audio_shapes
+from sanawm_jax.checkpoints.writer import Spec, write_file, write_folder, write_json
+from sanawm_jax.core.params import Params, build, leaves
+from sanawm_jax.dit import keys as dit_keys
+from sanawm_jax.dit.config import SANA_WM_2B, DiTConfig
+from sanawm_jax.dit.model import DiT
+from sanawm_jax.refiner import keys as refiner_keys
+from sanawm_jax.refiner.config import (
+    LTX_2_19B,
+    LTX_2_19B_CONNECTORS,
+    SPLIT,
+    ConnectorsConfig,
+    RefinerConfig,
+)
+from sanawm_jax.refiner.connectors import TextConnectors
+from sanawm_jax.refiner.model import Refiner
+from sanawm_jax.sampling.schedule import Schedule
+from sanawm_jax.small_world.text_encoder import write_tokenizer
+from sanawm_jax.text import keys as text_keys
+from sanawm_jax.text.config import GEMMA2, GEMMA3, GEMMA_2_2B, GEMMA_3_12B, GemmaConfig
+from sanawm_jax.text.gemma import GemmaTower
+from sanawm_jax.text.prompts import CHI_PROMPT
+from sanawm_jax.vae import keys as vae_keys
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.model import VideoVAE
+
+PARTS = ("stage1", "refiner", "all")
+F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+_TEXT_SHARD_BYTES = 5 * 10**9
+_CHUNK = 1 << 24
+_WORKERS = min(32, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Configurations of all networks."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    text: GemmaConfig
+    refiner: RefinerConfig
+    connectors: ConnectorsConfig
+    refiner_text: GemmaConfig
+    text_length: int = 1024  # of the refiner's prompt
+
+
+RELEASED = Sizes(
+    dit=SANA_WM_2B,
+    vae=VAEConfig(decoder_causal=False, spatial_compression_ratio=32, temporal_compression_ratio=8),
+    text=GEMMA_2_2B,
+    refiner=LTX_2_19B,
+    connectors=LTX_2_19B_CONNECTORS,
+    refiner_text=GEMMA_3_12B,
+)
+_TINY_TEXT = GemmaConfig(
+    vocab_size=1024,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    sliding_window=16,
+)
+TINY = Sizes(
+    dit=DiTConfig(
+        num_layers=4,
+        hidden_size=48,
+        num_attention_heads=2,
+        linear_head_dim=24,
+        in_channels=8,
+        caption_channels=32,
+        chunk_plucker_post_attn_blocks=4,
+    ),
+    vae=VAEConfig(
+        decoder_causal=False,
+        latent_channels=8,
+        block_out_channels=(8, 16, 16, 16),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    ),
+    text=_TINY_TEXT,
+    refiner=RefinerConfig(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        num_layers=3,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        rope_type=SPLIT,
+    ),
+    connectors=ConnectorsConfig(
+        caption_channels=32,
+        text_proj_in_factor=3,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=16,
+        video_connector_num_learnable_registers=4,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=16,
+        audio_connector_num_learnable_registers=4,
+        connector_rope_base_seq_len=64,
+        rope_type=SPLIT,
+    ),
+    refiner_text=dataclasses.replace(
+        _TINY_TEXT, model_type=GEMMA3, attn_logit_softcapping=None, rope_factor=8.0
+    ),
+    text_length=16,
+)
+
+
+def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -> np.ndarray:
+    """One tensor by its published name.
+
+    Args:
+      name: decides what the tensor is for.
+      spec: its shape and dtype.
+      norm_mean: what a norm's scale is near; Gemma adds one itself and takes 0.
+    """
+    shape, dtype = spec
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    leaf = name.rpartition(".")[2]
+    if leaf == "A_log":
+        return np.log(rng.uniform(1.0, 16.0, shape)).astype(dtype)
+    if leaf == "dt_bias":  # the inverse softplus of a step
+        step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), shape))
+        return (step + np.log(-np.expm1(-step))).astype(dtype)
+    mean, scale = 0.0, 0.02
+    if leaf == "latents_std":
+        mean, scale = 1.0, 0.0
+    elif leaf in ("latents_mean", "recall_gate"):
+        scale = 0.0
+    elif "norm" in name and len(shape) == 1 and leaf == "weight":
+        mean = norm_mean
+    elif "table" in leaf or leaf == "learnable_registers":
+        scale = shape[-1] ** -0.5
+    elif len(shape) > 1:
+        scale = float(np.prod(shape[1:])) ** -0.5
+    out = np.empty(shape, dtype)
+    flat = out.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):  # no float32 copy of the largest ones
+        part = rng.standard_normal(min(_CHUNK, flat.size - start), np.float32)
+        part *= np.float32(scale)
+        part += np.float32(mean)
+        copy_into(flat[start : start + part.size], part)
+    return out
+
+
+def _specs(entries: list[Entry], abstract: Params, dtype: np.dtype) -> dict[str, Spec]:
+    found = shapes(entries, dict(leaves(abstract)))
+    return {name: (found[name], dtype) for name in sorted(found)}
+
+
+def _reader(
+    specs: dict[str, Spec], seed: int, norm_mean: float = 1.0
+) -> Callable[[str], np.ndarray]:
+    return lambda name: random_tensor(name, specs[name], seed, norm_mean=norm_mean)
+
+
+def _json(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def dit_specs(config: DiTConfig) -> dict[str, Spec]:
+    """Shapes and dtypes of `transformer/` by diffusers' names: float32, as released."""
+    specs = _specs(dit_keys.key_table(config), build(DiT, config)[1], F32)
+    extra = {n: (v.shape, v.dtype) for n, v in dit_keys.extra_tensors(config).items()}
+    return dict(sorted({**specs, **extra}.items()))
+
+
+def vae_specs(config: VAEConfig) -> dict[str, Spec]:
+    """Shapes and dtypes of `vae/`: bfloat16, its statistics float32."""
+    specs = _specs(vae_keys.key_table(config), build(VideoVAE, config)[1], BF16)
+    return {
+        n: (s, F32 if n in ("latents_mean", "latents_std") else d) for n, (s, d) in specs.items()
+    }
+
+
+def refiner_specs(config: RefinerConfig) -> dict[str, Spec]:
+    """Shapes and dtypes of the refiner's `transformer/`, its audio half too: bfloat16."""
+    specs = _specs(refiner_keys.refiner_table(config), build(Refiner, config)[1], BF16)
+    return dict(
+        sorted({**specs, **{n: (s, BF16) for n, s in audio_shapes(config).items()}}.items())
+    )
+
+
+def connectors_specs(config: ConnectorsConfig) -> dict[str, Spec]:
+    """Shapes and dtypes of `connectors/`, its audio half too: bfloat16."""
+    table = refiner_keys.connectors_table(config)
+    specs = _specs(table, build(TextConnectors, config)[1], BF16)
+    audio = {n: (s, BF16) for n, s in audio_connector_shapes(config).items()}
+    return dict(sorted({**specs, **audio}.items()))
+
+
+def text_specs(config: GemmaConfig) -> dict[str, Spec]:
+    """Shapes and dtypes of a text encoder: bfloat16, without Gemma 3's vision tower."""
+    prefix = "model." if config.model_type == GEMMA2 else "language_model.model."
+    table = text_keys.key_table(config, prefix)
+    return _specs(table, build(GemmaTower, config)[1], BF16)
+
+
+def _write_text(config: GemmaConfig, folder: Path, tokenizer: Path, seed: int) -> None:
+    specs = text_specs(config)
+    write_folder(
+        folder,
+        specs,
+        _reader(specs, seed, 0.0),
+        stem="model",
+        max_bytes=_TEXT_SHARD_BYTES,
+        workers=_WORKERS,
+    )
+    fields = {"hidden_activation": "gelu_pytorch_tanh", "dtype": "bfloat16", **config.to_json()}
+    if config.model_type == GEMMA2:
+        raw = {"architectures": ["Gemma2ForCausalLM"], "model_type": GEMMA2, **fields}
+    else:
+        name = "Gemma3ForConditionalGeneration"
+        raw = {"architectures": [name], "model_type": "gemma3", "text_config": fields}
+    write_json(folder / "config.json", raw)
+    # trained on little text: the released tokenizers have as many tokens as the table has rows
+    write_tokenizer(["\n".join(CHI_PROMPT)], tokenizer, min(1024, config.vocab_size))
+
+
+def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
+    specs, schedule = dit_specs(sizes.dit), Schedule(shift=9.8)
+    if layout == "diffusers":
+        write_folder(out / "transformer", specs, _reader(specs, seed), workers=_WORKERS)
+        raw = {"_class_name": "SanaWMTransformer3DModel", **_json(sizes.dit)}
+        write_json(out / "transformer" / "config.json", raw)
+        write_scheduler(out, schedule)
+        write_json(out / "model_index.json", STAGE1_INDEX)
+    else:
+        read = _reader(specs, seed)
+        renamed = {upstream.to_upstream(n): s for n, s in specs.items()}
+        caption = ((TEXT_TOKENS, sizes.dit.caption_channels), BF16)
+        renamed[upstream.DROPPED_CAPTION] = caption
+        (out / "dit").mkdir(parents=True)
+        write_file(
+            out / "dit" / DIT_FILE,
+            renamed,
+            lambda name: (
+                random_tensor(name, caption, seed)
+                if name == upstream.DROPPED_CAPTION
+                else read(upstream.to_diffusers(name))
+            ),
+            workers=_WORKERS,
+        )
+        write_yaml(out / "config.yaml", upstream_config(sizes.dit, schedule))
+    vae = vae_specs(sizes.vae)
+    write_folder(out / "vae", vae, _reader(vae, seed), workers=_WORKERS)
+    write_json(
+        out / "vae" / "config.json", {"_class_name": "AutoencoderKLLTX2Video", **_json(sizes.vae)}
+    )
+    _write_text(sizes.text, out / "text_encoder", out / "tokenizer", seed)
+
+
+def _write_refiner(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
+    is_diffusers = layout == "diffusers"
+    # upstream's folder names LTX-2's own class and keeps the tokenizer beside the text encoder
+    name = REFINER_CLASS if is_diffusers else "LTX2VideoTransformer3DModel"
+    for part, specs, config, cls in (
+        ("transformer", refiner_specs(sizes.refiner), sizes.refiner, name),
+        ("connectors", connectors_specs(sizes.connectors), sizes.connectors, "LTX2TextConnectors"),
+    ):
+        write_folder(out / part, specs, _reader(specs, seed), workers=_WORKERS)
+        write_json(out / part / "config.json", {"_class_name": cls, **_json(config)})
+    tokenizer = out / ("tokenizer" if is_diffusers else "text_encoder")
+    _write_text(sizes.refiner_text, out / "text_encoder", tokenizer, seed)
+    if is_diffusers:
+        write_scheduler(out, Schedule(shift=1.0))
+        index = {**REFINER_INDEX, "text_max_sequence_length": sizes.text_length}
+        write_json(out / "model_index.json", index)
+
+
+def write_random(
+    out: str | Path,
+    *,
+    layout: str = "diffusers",
+    part: str = "stage1",
+    sizes: Sizes = RELEASED,
+    seed: int = 0,
+) -> list[Path]:
+    """Writes random weights; no more than a tensor a processor is in memory, and 32 at most.
+
+    Args:
+      out: a new folder. With `all` in diffusers layout the refiner goes to `OUT-refiner`, in
+        upstream's to `OUT/refiner`.
+      layout: `diffusers` or `upstream`.
+      part: `stage1`, `refiner` or `all`.
+      sizes: of the networks.
+      seed: of the values.
+
+    Returns:
+      The folders written.
+
+    Raises:
+      InputError: `out` exists and is not an empty folder.
+    """
+    out = Path(out)
+    written = []
+    has_stage1, has_refiner = part in ("stage1", "all"), part in ("refiner", "all")
+    if has_stage1 or layout == "upstream":
+        with complete_folder(out) as partial:
+            if has_stage1:
+                _write_stage1(sizes, partial, layout, seed)
+            if has_refiner and layout == "upstream":
+                _write_refiner(sizes, partial / "refiner", layout, seed)
+        written.append(out)
+    if has_refiner and layout == "diffusers":
+        target = out.with_name(f"{out.name}-refiner") if has_stage1 else out
+        with complete_folder(target) as partial:
+            _write_refiner(sizes, partial, layout, seed)
+        written.append(target)
+    return written

@@ -1,0 +1,241 @@
+"""Stage 2: stage-1 latents and a prompt to refined latents.
+
+    prompt -> Gemma-3 hidden states -> connectors -> transformer, 3 Euler steps a block of frames
+
+Axis letters: F latent frames, h w latent rows and columns, C latent channels, L text tokens.
+Reference: diffusers `SanaWMLTX2Refiner`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
+from sanawm_jax.checkpoints.upstream_folder import open_refiner
+from sanawm_jax.core.params import Params, apply
+from sanawm_jax.memory.offload import check_offload, streaming_of
+from sanawm_jax.memory.plan import Need, refiner_need, text_need
+from sanawm_jax.refiner.connectors import pack_states
+from sanawm_jax.refiner.rope import video_rope
+from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.kept_programs import kept
+from sanawm_jax.sampling.generate import channels_last, read_latents, resolve_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineOptions:
+    """How a clip is cut; the names are the command line's.
+
+    Attributes:
+      sink_size: leading frames that stay as they are and that every block sees.
+      refiner_block_size: latent frames refined together; 0 takes the whole clip at once.
+      refiner_kv_max_frames: frames that a block sees beside its own, the sink included.
+      refiner_seed: of the noise.
+
+    Raises:
+      InputError: sizes that leave no room.
+    """
+
+    sink_size: int = 1
+    refiner_block_size: int = 3
+    refiner_kv_max_frames: int = 11
+    refiner_seed: int = 42
+
+    def __post_init__(self) -> None:
+        sink, block, window = self.sink_size, self.refiner_block_size, self.refiner_kv_max_frames
+        if sink < 1:
+            raise InputError(f"--sink_size={sink} must be at least 1")
+        if block < 0:
+            raise InputError(f"--refiner_block_size={block} must be at least 1, or 0 for one block")
+        if block and window < sink + block:
+            raise InputError(
+                f"--refiner_kv_max_frames={window} cannot hold the sink of {sink} and a block of "
+                f"{block}; use {sink + block} or more"
+            )
+
+
+class LTX2Refiner:
+    """The stage-2 model of a folder, ready to be called.
+
+    Its networks are on the device one after the other and are dropped after each call, unless
+    `keep` is set: then they stay, for many clips of a small model. `offload` block also keeps their
+    layers in host memory, see `pipeline.offload`.
+    """
+
+    def __init__(
+        self,
+        folder: RefinerFolder,
+        *,
+        dtype: str = "bfloat16",
+        options: RefineOptions | None = None,
+        offload: str = "none",
+        keep: bool = False,
+    ):
+        self.folder = folder
+        self._kept: dict[str, Any] | None = {} if keep else None
+        self.dtype = resolve_dtype(dtype)
+        self.options = options or RefineOptions()
+        self.offload = check_offload(offload)
+        self._is_checked = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        options: RefineOptions | None = None,
+        offload: str = "none",
+        keep: bool = False,
+    ) -> LTX2Refiner:
+        """Opens a refiner folder in diffusers layout, upstream's that holds one, or a hub name.
+
+        Raises:
+          InputError: it cannot be found or is not a refiner folder.
+        """
+        return cls(open_refiner(name), dtype=dtype, options=options, offload=offload, keep=keep)
+
+    def _part(self, name: str, *where: Any) -> Any:
+        """A network of the folder by the name of its `load_*`."""
+        load = getattr(self.folder, f"load_{name}")
+        if self._kept is None:
+            return load(self.dtype, *where)
+        if name not in self._kept:
+            self._kept[name] = load(self.dtype, *where)
+        return self._kept[name]
+
+    def noise_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the refiner's noise for latents (1, C, F, h, w): the sink has none."""
+        batch, channels, frames, *grid = shape
+        return batch, channels, frames - self.options.sink_size, *grid
+
+    def check(
+        self,
+        shape: tuple[int, ...],
+        prompt: str | None,
+        noise: str | os.PathLike | np.ndarray | None = None,
+    ) -> np.ndarray | None:
+        """Checks everything that a call will need, before anything is loaded or compiled.
+
+        Args:
+          shape: (1, C, F, h, w) of the latents to refine.
+          prompt: what is in the scene.
+          noise: see `__call__`.
+
+        Returns:
+          The noise as an array.
+
+        Raises:
+          InputError: one line on what is wrong.
+        """
+        if not prompt or not prompt.strip():
+            raise InputError("no prompt: the refiner reads it too; give --prompt")
+        channels, frames = self.folder.config.in_channels, shape[2]
+        if shape[1] != channels:
+            raise InputError(f"latents have {shape[1]} channels, the refiner takes {channels}")
+        if frames <= self.options.sink_size:
+            raise InputError(
+                f"latents have {frames} frames, which leaves none to refine after "
+                f"--sink_size={self.options.sink_size}"
+            )
+        if noise is not None:
+            noise = read_latents(noise, self.noise_shape(shape), "refiner noise")
+        if not self._is_checked:
+            self.folder.check()
+            self.folder.load_tokenizer()
+            self._is_checked = True
+        return noise
+
+    def needs(self, shape: tuple[int, ...]) -> list[Need]:
+        """What refining latents (1, C, F, h, w) needs, network by network; see `memory_plan`.
+
+        They never share the device, so each is a stage of its own.
+        """
+        folder, options, dtype = self.folder, self.options, np.dtype(self.dtype)
+        transformer = refiner_need(
+            folder.config,
+            shape,
+            sink=options.sink_size,
+            block=options.refiner_block_size,
+            window=options.refiner_kv_max_frames,
+            text_length=folder.text_length,
+            dtype=dtype,
+        )
+        return [text_need(folder.text_config, dtype), transformer]
+
+    def __call__(
+        self,
+        latents: np.ndarray,
+        prompt: str,
+        *,
+        fps: float = 16.0,
+        noise: str | os.PathLike | np.ndarray | None = None,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Refines one clip.
+
+        Args:
+          latents: (1, C, F, h, w) of stage 1, normalised.
+          prompt: what is in the scene.
+          fps: pixel frames a second, which the transformer's time positions are made of.
+          noise: (1, C, F - sink, h, w) array or .npy file in place of the seed's.
+          progress: show a progress bar.
+
+        Returns:
+          (1, C, F, h, w) float32; the sink frames are the given ones.
+
+        Raises:
+          InputError: one line on what is wrong, before anything is compiled.
+        """
+        noise = self.check(latents.shape, prompt, noise)
+        options, (frames, height, width) = self.options, latents.shape[2:]
+        text = self.encode_prompt(prompt)
+        place, run = streaming_of(self.offload, separate=True)
+        graphdef, params = self._part("transformer", place)
+        params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
+        refined = refine(
+            graphdef,
+            params,
+            jnp.asarray(channels_last(latents), jnp.float32),
+            text,
+            video_rope(self.folder.config, frames, height, width, fps),
+            noise=None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
+            key=jax.random.key(options.refiner_seed),
+            sink_frames=options.sink_size,
+            block_frames=options.refiner_block_size,
+            window_frames=options.refiner_kv_max_frames,
+            sigmas=self.folder.sigmas,
+            dtype=self.dtype,
+            progress=progress,
+            run=run,
+        )
+        return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
+
+    def encode_prompt(self, prompt: str) -> RefinerText:
+        """The prompt as the transformer reads it; each network is dropped after its turn."""
+        tokenizer = self.folder.load_tokenizer()
+        ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
+        tower = self._part("text", *streaming_of(self.offload, stays=False))
+        states = tower(ids, mask).block_until_ready()
+        del tower
+        graphdef, params = self._part("connectors")
+        # the connectors' mask shows everything: registers stand where padding was
+        return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
+
+
+@kept(static_argnames=("graphdef", "dtype"))
+def connect_text(
+    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
+) -> jax.Array:
+    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
+    return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

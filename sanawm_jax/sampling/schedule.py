@@ -1,0 +1,127 @@
+"""Flow-matching Euler sampling with a timestep a latent frame.
+
+Axis letters: B batch, F latent frames, H W rows and columns, C channels.
+Reference: diffusers `FlowMatchEulerDiscreteScheduler` and the loop of `SanaWMPipeline`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sanawm_jax.runtime.errors import InputError
+
+
+def shift_sigma(sigma: Any, shift: Any) -> Any:
+    """Moves noise levels towards 1: s sigma / (1 + (s - 1) sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def check_sigmas(levels: Sequence[float]) -> tuple[float, ...]:
+    """Noise levels of a sampler as numbers.
+
+    Raises:
+      InputError: they do not fall from at most 1 to 0.
+    """
+    found = tuple(float(level) for level in levels)
+    falls = all(a > b for a, b in itertools.pairwise(found))
+    if len(found) < 2 or not falls or found[0] > 1 or found[-1] != 0:
+        raise InputError(f"sigmas={found} must fall from at most 1 to 0")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Fields of a published `scheduler_config.json` that change the flow-matching schedule.
+
+    Attributes:
+      distilled_sigmas: ours: a refiner's noise levels, falling to 0, where they are not those of
+        the release; diffusers ignores them and takes them as the refiner's `sigmas=`.
+    """
+
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+    shift_terminal: float | None = None
+    distilled_sigmas: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Schedule:
+        """Reads a scheduler configuration.
+
+        Raises:
+          InputError: an option that SANA-WM's sampler does not have is switched on.
+        """
+        options = (
+            "use_dynamic_shifting",
+            "invert_sigmas",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "stochastic_sampling",
+        )
+        if switched := [name for name in options if raw.get(name)]:
+            raise InputError(f"scheduler config: {', '.join(switched)} is not supported")
+        known = {f.name for f in dataclasses.fields(cls)}
+        found = {k: v for k, v in raw.items() if k in known}
+        if levels := found.get("distilled_sigmas"):
+            found["distilled_sigmas"] = check_sigmas(levels)
+        return cls(**found)
+
+    def sigmas(self, steps: int) -> np.ndarray:
+        """Noise levels (steps + 1,) float32 from 1 down to 0.
+
+        The shift is applied twice, as in the reference: the range is spaced evenly between the
+        already shifted ends, and then shifted again. Network timesteps are 1000 sigma.
+
+        Raises:
+          InputError: fewer than one step.
+        """
+        if steps < 1:
+            raise InputError(f"{steps} sampling steps are too few; use 1 or more")
+        count = self.num_train_timesteps
+        # float32 and float64 alternate as in the reference: the network sees floor(1000 sigma)
+        ends = np.array([count, 1], np.float32) / np.float32(count)
+        ends = shift_sigma(ends, np.float32(self.shift)).astype(np.float32).astype(np.float64)
+        spaced = np.linspace(ends[0] * count, ends[1] * count, steps) / count
+        shifted = shift_sigma(spaced, self.shift)
+        if self.shift_terminal:
+            rest = 1 - shifted
+            shifted = 1 - rest / (rest[-1] / (1 - self.shift_terminal))
+        return np.append(shifted, 0.0).astype(np.float32)
+
+
+def frame_timesteps(sigma: jax.Array, conditioned: jax.Array, batch: int) -> jax.Array:
+    """Timestep of every frame (B, F): 1000 sigma, and 0 where `conditioned` (F,) bool."""
+    timesteps = jnp.where(conditioned, 0.0, sigma * 1000.0)
+    return jnp.broadcast_to(timesteps, (batch, *timesteps.shape))
+
+
+def euler_step(
+    latents: jax.Array,
+    velocity: jax.Array,
+    sigma: jax.Array,
+    next_sigma: jax.Array,
+    conditioned: jax.Array,
+) -> jax.Array:
+    """One step towards the data, x + (sigma' - sigma) v, in float32.
+
+    Args:
+      latents: (B, F, H, W, C) float32 at noise level sigma.
+      velocity: predicted noise - clean, the same shape.
+      sigma: noise level now; next_sigma: after the step.
+      conditioned: (F,) bool, frames that stay as they are.
+    """
+    moved = latents + (next_sigma - sigma) * velocity.astype(jnp.float32)
+    return jnp.where(conditioned[:, None, None, None], latents, moved)
+
+
+def guide(velocity: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance of a batch [unconditional, conditional] -> half the batch."""
+    unconditional, conditional = jnp.split(velocity.astype(jnp.float32), 2)
+    return unconditional + scale * (conditional - unconditional)

@@ -1,0 +1,77 @@
+"""Whole or not at all, whoever writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sanawm_jax.data.latent_cache import _write_progress
+from sanawm_jax.media.video import write_gif, write_mp4
+from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.sampling.command import write_npy
+
+
+class Full(Exception):
+    """The disk is full."""
+
+
+class Unsaveable:
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise Full
+
+
+def frames_then_failure() -> Iterator[np.ndarray]:
+    yield np.zeros((16, 16, 3), np.uint8)
+    raise Full
+
+
+def fail_by_hand(path: Path) -> None:
+    with atomic_write(path) as partial:
+        assert partial.parent == path.parent and partial.suffix == path.suffix
+        partial.write_bytes(b"half")
+        raise Full
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.npy": lambda path: write_npy(path, Unsaveable()),
+    "a.mp4": lambda path: write_mp4(path, frames_then_failure(), 16),
+    "a.gif": lambda path: write_gif(path, frames_then_failure(), 16),
+    "a.bin": fail_by_hand,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_failed_write_leaves_nothing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Full):
+        WRITERS[name](tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_failed_write_leaves_the_old_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(Full):
+        WRITERS[name](tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"old"
+
+
+def test_progress_of_the_cache(tmp_path: Path) -> None:
+    _write_progress(tmp_path, {"done": 1})
+    before = (tmp_path / "progress.json").read_bytes()
+    with pytest.raises(TypeError):
+        _write_progress(tmp_path, {"done": object()})
+    assert [p.name for p in tmp_path.iterdir()] == ["progress.json"]
+    assert (tmp_path / "progress.json").read_bytes() == before
+
+
+def test_a_good_write_replaces(tmp_path: Path) -> None:
+    for value in (b"one", b"two"):
+        with atomic_write(tmp_path / "a") as partial:
+            partial.write_bytes(value)
+        assert (tmp_path / "a").read_bytes() == value
+    assert len(list(tmp_path.iterdir())) == 1

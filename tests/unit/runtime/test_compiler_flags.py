@@ -1,0 +1,42 @@
+"""Flags are added to the user's, and XLA knows them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+
+from sanawm_jax.runtime.compiler_flags import FLAGS, ON_ONE_DEVICE, options_on, use_compiler_flags
+
+
+def test_the_users_flags_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_allow_excess_precision=true --xla_cpu_enable_fast_math")
+    use_compiler_flags()
+    use_compiler_flags()
+    words = os.environ["XLA_FLAGS"].split()
+    assert words[:2] == ["--xla_allow_excess_precision=true", "--xla_cpu_enable_fast_math"]
+    others = [name for name in FLAGS if name != "xla_allow_excess_precision"]
+    assert words[2:] == [f"--{name}={FLAGS[name]}" for name in others]
+
+
+def test_xla_knows_them(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    use_compiler_flags()
+    assert all(name in os.environ["XLA_FLAGS"] for name in FLAGS)
+    # XLA ends a process over a flag that it does not know
+    code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
+
+
+def test_options_of_one_gpu(monkeypatch):
+    assert options_on(1) is None  # this is a CPU
+    assert jax.jit(lambda x: x + 1, compiler_options=ON_ONE_DEVICE)(1) == 2  # XLA knows them
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert options_on(2) is None and options_on(1) == ON_ONE_DEVICE
+    (name,) = ON_ONE_DEVICE
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=true")
+    assert options_on(1) == {}
