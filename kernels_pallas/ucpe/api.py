@@ -1,9 +1,9 @@
-"""Features, rotation and ray transforms of heads, chosen by `kernels_pallas.choice`.
+"""Features, rotation and ray transforms of heads; `kernels_pallas.choice` chooses the kernel.
 
-Shapes and meanings are those of the functions of the same names in `ucpe.reference`. On a GPU the
-Pallas kernel takes bfloat16; float32 goes through XLA whatever is chosen. The kernel rounds its
-results and nothing on the way to them. Only the forward pass is fast: gradients of the Pallas form
-are those of the XLA form, computed by XLA from the inputs.
+Shapes and meanings are those of the functions with the same names in `ucpe.reference`. On a GPU,
+the Pallas kernel takes bfloat16, and float32 always goes through XLA. The kernel rounds its results
+and no intermediate values. Only the forward pass has a kernel: gradients are those of the XLA
+implementation, which XLA computes from the inputs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def to_ray_space(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.to_ray_space`; from Pallas the inflation is that of heads not yet rounded."""
+    """See `reference.to_ray_space`; Pallas measures the inflation before it rounds the heads."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.to_ray_space(x, matrices, angles, of)
     form = Form(True, angles is not None, bounded=True, featured=not of.is_identity(), relu=of.relu)
@@ -87,7 +87,7 @@ def to_ray_space(
 
 
 class _Call(NamedTuple):
-    """What of a call is no array."""
+    """The arguments of a call that are not arrays."""
 
     form: Form
     tiles: Tiles
@@ -103,7 +103,7 @@ class _Call(NamedTuple):
         angles: jax.Array | None,
         scale: jax.Array | None,
     ) -> Any:
-        """The call in XLA."""
+        """Computes the call in XLA."""
         of = Features(scale, self.eps, self.form.relu, self.factor)
         if matrices is None:
             assert angles is not None
