@@ -53,12 +53,12 @@ def test_what_is_no_layer_stays_whole() -> None:
 def test_how_often_a_part_runs(remat: str, keep: bool, runs: int) -> None:
     """The last part of a layer twice at most: nothing is computed from it in the layer."""
 
-    def step(weight: jax.Array, x: jax.Array) -> jax.Array:
+    def step(weight: jax.Array, x: jax.Array, carry: None) -> tuple[jax.Array, None]:
         x = part(lambda x: jnp.exp(x * weight), remat, keep=keep)(x)
-        return part(lambda x: jnp.tanh(x * weight), remat)(x)
+        return part(lambda x: jnp.tanh(x * weight), remat)(x), carry
 
     def loss(weights: jax.Array) -> jax.Array:
-        return scan_runs([weights], jnp.ones(3), step, remat=remat).sum()
+        return scan_runs([weights], jnp.ones(3), step, remat=remat)[0].sum()
 
     weights = jnp.linspace(0.1, 0.5, 6).reshape(2, 3)
     text = str(jax.make_jaxpr(jax.grad(loss))(weights))
@@ -67,4 +67,6 @@ def test_how_often_a_part_runs(remat: str, keep: bool, runs: int) -> None:
 
 def test_refuses_an_unknown_remat() -> None:
     with pytest.raises(ValueError, match="parts"):
-        scan_runs([jnp.ones((1, 1))], jnp.ones(3), lambda weight, x: weight * x, remat="some")
+        scan_runs(
+            [jnp.ones((1, 1))], jnp.ones(3), lambda weight, x, _: (weight * x, None), remat="some"
+        )
