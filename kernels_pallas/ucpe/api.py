@@ -75,13 +75,21 @@ def to_ray_space(
     angles: jax.Array | None,
     of: Features = AS_IS,
     *,
+    capped: bool = True,
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.to_ray_space`; Pallas measures the inflation before it rounds the heads."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
-        return reference.to_ray_space(x, matrices, angles, of)
-    form = Form(True, angles is not None, bounded=True, featured=not of.is_identity(), relu=of.relu)
+        return reference.to_ray_space(x, matrices, angles, of, capped=capped)
+    form = Form(
+        moves=True,
+        rotated=angles is not None,
+        measured=True,
+        capped=capped,
+        featured=not of.is_identity(),
+        relu=of.relu,
+    )
     call = _Call(form, tiles or Tiles(), choice.interpret(), of.eps, of.factor)
     return _run(call, x, matrices, angles, of.scale)
 
@@ -109,8 +117,8 @@ class _Call(NamedTuple):
             assert angles is not None
             function = reference.plain_and_rotated if self.form.plain else reference.rotate
             return function(x, angles, of)
-        if self.form.bounded:
-            return reference.to_ray_space(x, matrices, angles, of)
+        if self.form.measured:
+            return reference.to_ray_space(x, matrices, angles, of, capped=self.form.capped)
         return reference.apply_ucpe(x, matrices, angles, inverse=self.inverse)
 
 
@@ -139,7 +147,7 @@ def _run(
         if matrices is not None:
             arrays["matrices"] = matrices
         found = gpu.run(form, arrays, call.tiles, interpret=call.interpret)
-        if form.bounded:
+        if form.measured:
             return found[0], found[1][..., 0].mean(axis=2)
     return (found[1], found[0]) if form.plain else found[0]
 

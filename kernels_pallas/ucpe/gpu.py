@@ -47,8 +47,8 @@ class Form:
       moves: transform the first half by matrices and rotate the second half; otherwise rotate the
         whole head.
       rotated: whether there are angles.
-      bounded: scale the head back to its former size, and write its squared inflation as a second
-        result.
+      measured: write the head's squared inflation as a second result.
+      capped: of a measured head, first scale it back to its former size where it grew.
       plain: also write the head before its rotation, as a second result.
       featured: normalise the head first, by 1 / RMS per token and a weight per channel.
       relu: apply a ReLU after the norm.
@@ -56,7 +56,8 @@ class Form:
 
     moves: bool = False
     rotated: bool = True
-    bounded: bool = False
+    measured: bool = False
+    capped: bool = True
     plain: bool = False
     featured: bool = False
     relu: bool = False
@@ -67,7 +68,7 @@ class Form:
 
     def name(self) -> str:
         parts = ["ucpe" if self.moves else "rope"]
-        parts += [name for name in ("bounded", "plain", "featured") if getattr(self, name)]
+        parts += [name for name in ("measured", "plain", "featured") if getattr(self, name)]
         return "_".join(parts)
 
 
@@ -188,12 +189,15 @@ def _features(tile: _Tokens, inverse_ref: Any, weight_ref: Any, relu: bool) -> A
     return features
 
 
-def _bounded(
-    tile: _Tokens, before: tuple[Quad, Quad], after: tuple[Quad, Quad]
+def _measured(
+    tile: _Tokens, before: tuple[Quad, Quad], after: tuple[Quad, Quad], capped: bool
 ) -> tuple[tuple[Quad, Quad], jax.Array]:
-    """Scales a head down to its former RMS; returns it with its squared inflation (tokens,)."""
+    """A head, if `capped` scaled down to its former RMS, and its squared inflation (tokens,)."""
     eps = 1e-6
     squares = [_squares(tile, *before), _squares(tile, *after)]
+    if not capped:
+        before_size, after_size = (jnp.maximum(a, 1e-12) for a in squares)
+        return after, after_size / before_size
     rms = [jnp.sqrt(a / tile.dim + eps) for a in squares]
     scale = jnp.minimum(rms[0] / jnp.maximum(rms[1], eps), 1.0)
     # The rounding that comes next changes the size of a head by far less than one channel.
@@ -226,8 +230,8 @@ def _kernel(
             x = featured(x, head)
         if move is not None:
             found = move(x)
-            if form.bounded:
-                found, inflation = _bounded(tile, x, found)
+            if form.measured:
+                found, inflation = _measured(tile, x, found, form.capped)
                 tile.store_scalars(outputs[1], inflation, tile.heads, head)
             results = [found]
         else:
@@ -262,7 +266,7 @@ def run(
         inputs.append(arrays[name].reshape(*lead, -1))
     like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
     outputs = [like, like] if form.plain else [like]
-    if form.bounded:
+    if form.measured:
         outputs.append(jax.ShapeDtypeStruct((batch, frames, tokens * heads), jnp.float32))
 
     def spec(a: Any) -> pl.BlockSpec:

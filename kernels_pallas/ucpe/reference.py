@@ -126,7 +126,12 @@ def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.A
 
 @jax.named_scope("ucpe")
 def to_ray_space(
-    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, of: Features = AS_IS
+    x: jax.Array,
+    matrices: jax.Array,
+    angles: jax.Array | None,
+    of: Features = AS_IS,
+    *,
+    capped: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Applies `apply_ucpe` and scales each head back to its former size if it became larger.
 
@@ -146,5 +151,7 @@ def to_ray_space(
         return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(a.astype(jnp.float32)), -1), 1e-12))
 
     x = features(x, of)
-    y = _bounded_rms(x, apply_ucpe(x, matrices, angles))
+    y = apply_ucpe(x, matrices, angles)
+    if capped:
+        y = _bounded_rms(x, y)
     return y, jnp.square(size(y) / size(x)).mean(axis=2)

@@ -118,12 +118,21 @@ class FrameLayout:
             return [(chunks[chunk - self.cached][0], end)]
         return [chunks[0], (chunks[chunk - self.cached + 1][0], end)]
 
-    def ends(self) -> np.ndarray:
-        """(padded,) int32: where each frame's chunk ends; no frame sees that one or a later."""
+    def borders(self) -> tuple[np.ndarray, np.ndarray]:
+        """(padded,) int32 each: the first frame of each frame's chunk, and the chunk's end."""
+        starts = np.full((self.padded,), self.starts[-1], np.int32)
         ends = np.full((self.padded,), self.frames, np.int32)
         for start, end in self.chunks:
-            ends[start:end] = end
-        return ends
+            starts[start:end], ends[start:end] = start, end
+        return starts, ends
+
+    def ends(self) -> np.ndarray:
+        """(padded,) int32: where each frame's chunk ends; no frame sees that one or a later."""
+        return self.borders()[1]
+
+    def of_clip(self) -> FrameLayout:
+        """The same frames as one chunk."""
+        return dataclasses.replace(self, starts=(0,))
 
     def is_plain(self) -> bool:
         """One chunk without padding: the ends of the array are the only borders."""
@@ -197,6 +206,7 @@ def neighbours(
     names: str = "B F P C",
     *,
     before: jax.Array | None = None,
+    isolated: bool = False,
 ) -> list[jax.Array]:
     """What a convolution over frames sees: x at frame f - reach, ..., f, ..., f + reach.
 
@@ -208,15 +218,17 @@ def neighbours(
       reach: frames to each side.
       names: logical axes of x.
       before: (B, reach, P, C), the frames before x in a stream, see `last_frames`.
+      isolated: there are zeros before f's chunk too.
     """
     if before is not None:
         check_carry(layout)
-    ends = layout.ends()
+    frame = np.arange(layout.padded)
+    starts, ends = layout.borders()
 
     def masked(shifted: jax.Array, offset: int) -> jax.Array:
-        if offset <= 0 or layout.is_plain():
+        if layout.is_plain() or (offset <= 0 and not isolated):
             return shifted
-        visible = np.arange(layout.padded) + offset < ends
+        visible = frame + offset < ends if offset > 0 else frame + offset >= starts
         return jnp.where(_local(visible, layout)[:, None, None], shifted, 0)
 
     offsets = range(-reach, reach + 1)

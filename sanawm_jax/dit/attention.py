@@ -8,6 +8,7 @@ Reference: diffusers `BidirectionalGDNUCPESinglePathLiteLA`, `_SoftmaxUCPESingle
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
 from sanawm_jax.core.params import draw
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.numerics import Numerics, softmax_scale
 from sanawm_jax.dit.state import RecurrentCarry, SoftmaxCarry, Window
 from sanawm_jax.dit.ucpe import RayTransforms
 
@@ -58,6 +60,7 @@ class Context(NamedTuple):
     layout: FrameLayout  # chunks, and padding to the size of a mesh
     key_scale: str = "1/sqrt(D*S)"  # of the recurrence, one of KEY_SCALES
     remat: str = "none"  # see `core.stack.scan_runs`
+    numerics: Numerics = Numerics()
     window: Window | None = None  # of a stream, whose layers return a carry
     chunks: jax.Array | None = None  # () int32, chunks of the stream before this one
 
@@ -85,14 +88,19 @@ class ShortConv(nnx.Module):
 
     @jax.named_scope("short_conv")
     def __call__(
-        self, x: jax.Array, layout: FrameLayout, before: jax.Array | None = None
+        self,
+        x: jax.Array,
+        layout: FrameLayout,
+        before: jax.Array | None = None,
+        *,
+        isolated: bool = False,
     ) -> jax.Array:
         """x (B, F, P, C) -> the same; `before` (B, K-1, P, C) are a stream's frames before x."""
         taps = self.taps[...].astype(x.dtype).astype(jnp.float32)
         reach = taps.shape[0] - 1
         if before is None:
             reach = min(reach, layout.frames - 1)
-        seen = neighbours(x, reach, layout, "B F P (N D)", before=before)
+        seen = neighbours(x, reach, layout, "B F P (N D)", before=before, isolated=isolated)
         y = x * taps[-1]  # sums in float32, as a convolution's are
         for distance in range(1, reach + 1):
             past, future = seen[reach - distance], seen[reach + distance]
@@ -194,11 +202,12 @@ class SelfAttention(nnx.Module):
                 value = value * mask
             conv = getattr(self, f"{name}_conv{suffix}", None)
             if conv is not None:
+                isolated = suffix != "" and ctx.numerics.camera_conv == "isolated"
                 old = before.get(name + suffix)
-                if ctx.window is not None:
+                if ctx.window is not None and not isolated:
                     reach = conv.taps.shape[0] - 1
                     inputs[name + suffix] = last_frames(value, reach, old)
-                value = conv(value, ctx.layout, old)
+                value = conv(value, ctx.layout, old, isolated=isolated)
             value = rearrange(value, "B F P (N D) -> B F P N D", N=self.heads)
             named[name] = shard(value, "B F P N D")
             norm = getattr(self, f"{name}_norm{suffix}", None)
@@ -275,13 +284,14 @@ def _gdn_main(
 
 
 def _to_ray_space(
-    heads: _Heads, rays: RayTransforms
+    heads: _Heads, rays: RayTransforms, *, capped: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Moved q, k and v, and the mean squared inflation of keys (B, F, N)."""
     transposed = jnp.swapaxes(rays.ray_from_world, -1, -2)
-    q, _ = ucpe.to_ray_space(heads.q, transposed, rays.angles, heads.of_q)
-    k, inflation = ucpe.to_ray_space(heads.k, rays.world_from_ray, rays.angles, heads.of_k)
-    v, _ = ucpe.to_ray_space(heads.v, rays.world_from_ray, rays.angles)
+    move = functools.partial(ucpe.to_ray_space, capped=capped)
+    q, _ = move(heads.q, transposed, rays.angles, heads.of_q)
+    k, inflation = move(heads.k, rays.world_from_ray, rays.angles, heads.of_k)
+    v, _ = move(heads.v, rays.world_from_ray, rays.angles)
     return q, k, v, inflation
 
 
@@ -303,7 +313,7 @@ def _gdn_camera(
     """Numerator only, in ray space: (B, F, P, C), and its last state (B, N, V, D)."""
     beta, decay = gates
     dtype = heads.v.dtype
-    q, k, v, inflation = _to_ray_space(heads, rays)
+    q, k, v, inflation = _to_ray_space(heads, rays, capped=ctx.numerics.caps(softmax=False))
     beta = beta / jnp.maximum(inflation, 1.0)[:, :, None]
     if ctx.frame_mask is not None:
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
@@ -328,8 +338,16 @@ def _softmax_main(
         # padded keys are zeroed, not hidden, in the reference's main branch
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
-    y = frame_attention(q, k, v, ctx.layout, cache=cache, cached=_cached(ctx))
+    scale = softmax_scale(q.shape[-1], ctx.numerics.main_scale)
+    layout = _softmax_layout(ctx)
+    y = frame_attention(q, k, v, layout, scale=scale, cache=cache, cached=_cached(ctx))
     return rearrange(y, "B F P N D -> B F P (N D)"), _written(ctx, cache, k, v)
+
+
+def _softmax_layout(ctx: Context) -> FrameLayout:
+    if ctx.numerics.softmax_sees == "clip":
+        return ctx.layout.of_clip()
+    return ctx.layout
 
 
 def _cached(ctx: Context) -> jax.Array | None:
@@ -346,23 +364,16 @@ def _written(
     return ctx.window.write(cache, k, v, ctx.chunks)
 
 
-def _camera_scale(head_dim: int) -> float:
-    # The reference pads this branch's heads to a size that flash attention takes and then scales
-    # by the padded size, 128^-1/2 for heads of 112; the released weights were trained with it.
-    if head_dim not in (32, 64, 128, 256) and head_dim < 256:
-        head_dim = 128 if head_dim <= 128 else 256
-    return head_dim**-0.5
-
-
 def _softmax_camera(
     heads: _Heads, ctx: Context, rays: RayTransforms, cache: KeyValueCache | None
 ) -> tuple[jax.Array, KeyValueCache | None]:
-    q, k, v, _ = _to_ray_space(heads, rays)
+    q, k, v, _ = _to_ray_space(heads, rays, capped=ctx.numerics.caps(softmax=True))
     if ctx.frame_mask is not None:
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, v = q * real, v * real
-    scale = _camera_scale(q.shape[-1])
+    scale = softmax_scale(q.shape[-1], ctx.numerics.camera_scale)
+    layout = _softmax_layout(ctx)
     y = frame_attention(
-        q, k, v, ctx.layout, key_mask=ctx.key_mask, scale=scale, cache=cache, cached=_cached(ctx)
+        q, k, v, layout, key_mask=ctx.key_mask, scale=scale, cache=cache, cached=_cached(ctx)
     )
     return _from_ray_space(y, ctx, rays), _written(ctx, cache, k, v)

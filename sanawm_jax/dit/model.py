@@ -132,7 +132,8 @@ class Block(nnx.Module):
             if isinstance(self.ffn, Mlp):
                 y = self.ffn(y)
             else:
-                y, new = self.ffn(y, ctx.grid, ctx.layout, None if carry is None else carry.ffn)
+                layout = ctx.layout.of_clip() if ctx.numerics.ffn_sees == "clip" else ctx.layout
+                y, new = self.ffn(y, ctx.grid, layout, None if carry is None else carry.ffn)
             x = shard(x + masked((gate2 * y).astype(x.dtype)), "B F P C")
             return x, None if ctx.window is None else new
 
@@ -367,6 +368,7 @@ class DiT(nnx.Module):
             layout=layout,
             key_scale=key_scale,
             remat=remat,
+            numerics=config.numerics,
             window=window,
             chunks=None if window is None else chunks,
         )
