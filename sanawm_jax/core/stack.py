@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -46,6 +47,25 @@ def layer_index(
     before = sum(s.repeats * s.group_size for s in segments[:segment])
     runs_before = sum(length for _, length in segments[segment].runs[:run])
     return before + repeat * segments[segment].group_size + runs_before + position
+
+
+# The layers of every model by what stands in the dotted path of a leaf, and their stacked axes:
+# (repeats, length) of the DiT's runs, (layers,) of the refiner, the connectors and the text towers.
+# Layers of an `nnx.List`, as `blocks.0.`, are separate modules and not stacked.
+_STACKED = (
+    (re.compile(r"(^|\.)segments\.\d+\.runs\.\d+\."), 2),
+    (re.compile(r"(^|\.)(blocks|layers)\.(?!\d)"), 1),
+)
+
+
+def stacked_axes(path: str) -> int:
+    """Number of leading axes along which layers are stacked, 0 for a leaf outside of the layers.
+
+    Args:
+      path: dotted path of a parameter, of an adapter's factor, or of an optimizer's moment; the
+        tree of the model may be nested in another one (`params.blocks.attn.q.kernel`).
+    """
+    return next((axes for pattern, axes in _STACKED if pattern.search(path)), 0)
 
 
 SEPARATE_LAYER = "separate_layer"  # a program calls each of separate layers by this name

@@ -6,6 +6,7 @@ import re
 
 from sanawm_jax.checkpoints.keymap import Entry, default_name, table
 from sanawm_jax.core.params import build
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.model import Refiner
@@ -67,7 +68,7 @@ def refiner_table(config: RefinerConfig) -> list[Entry]:
         return f"transformer_blocks.{index[0]}.{default_name(inner)}"
 
     abstract = build(Refiner, config)[1]
-    return table(abstract, name, stacked=lambda path: int(path.startswith("blocks.")))
+    return table(abstract, name, stacked=stacked_axes)
 
 
 def connectors_table(config: ConnectorsConfig) -> list[Entry]:
@@ -82,7 +83,7 @@ def connectors_table(config: ConnectorsConfig) -> list[Entry]:
         return f"video_connector.transformer_blocks.{index[0]}.{default_name(inner)}"
 
     abstract = build(TextConnectors, config)[1]
-    return table(abstract, name, stacked=lambda path: int(path.startswith("blocks.")))
+    return table(abstract, name, stacked=stacked_axes)
 
 
 # The other half of LTX-2: the audio stream, its connections to the video (av_, a2v, v2a), and an

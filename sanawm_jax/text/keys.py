@@ -10,6 +10,7 @@ from typing import Any
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import Params, build
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower
 
@@ -52,7 +53,7 @@ def key_table(config: GemmaConfig, prefix: str = "") -> list[keymap.Entry]:
         return prefix + keymap.default_name(f"layers.{index[0]}.{_LAYER[module]}.{leaf}")
 
     abstract = build(GemmaTower, config)[1]
-    return keymap.table(abstract, name, stacked=lambda path: int(path.startswith("layers.")))
+    return keymap.table(abstract, name, stacked=stacked_axes)
 
 
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
