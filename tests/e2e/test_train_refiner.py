@@ -24,7 +24,12 @@ from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
 from sanawm_jax.small_world.clip import make_clips
 from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.training.engine.loop import train
-from sanawm_jax.training.export import export_refiner, export_transformer, export_vae, write_index
+from sanawm_jax.training.recipes.export import (
+    export_refiner,
+    export_transformer,
+    export_vae,
+    write_index,
+)
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 from tests.e2e.tiny_config import get_config

@@ -23,12 +23,13 @@ from sanawm_jax.checkpoints.folder import Stage1Folder
 from sanawm_jax.core.params import leaves
 from sanawm_jax.data.zip_index import Selection
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.engine.dry_run import describe
 from sanawm_jax.training.engine.loop import train
 from sanawm_jax.training.engine.step import accumulated_gradients
-from sanawm_jax.training.export import write_index
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
-from sanawm_jax.training.recipes.stage1 import dit_config, open_latents, synthetic_latents
+from sanawm_jax.training.recipes.dry_run import describe
+from sanawm_jax.training.recipes.export import write_index
+from sanawm_jax.training.recipes.latent_source import open_latents, synthetic_latents
+from sanawm_jax.training.recipes.stage1 import dit_config
 
 _ROOT = Path(__file__).parents[3]
 

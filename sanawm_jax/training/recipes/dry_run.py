@@ -22,7 +22,8 @@ from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.optimizer import optimizer_of
 from sanawm_jax.training.engine.precision import compute_dtype
 from sanawm_jax.training.engine.state import TrainState
-from sanawm_jax.training.recipes.stage1 import dit_config, open_latents
+from sanawm_jax.training.recipes.latent_source import open_latents
+from sanawm_jax.training.recipes.stage1 import dit_config
 from sanawm_jax.training.recipes.stage1_zip import open_zips
 
 _GIB = 2**30
