@@ -87,6 +87,7 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
       key: of their noise.
     """
     found: list[float] = []
+    update: Any = recipe.update
     run = attention.recurrent_states
 
     def watched(*args: Any) -> jax.Array:
@@ -96,7 +97,7 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
 
     with mock.patch.object(attention, "recurrent_states", watched):
         # a new function, so that no earlier trace without the watch is taken
-        loss = jax.jit(lambda p, r, b, k: recipe.loss(p, recipe.prepare(r, b, k))[0])
+        loss = jax.jit(lambda p, r, b, k: update.loss(p, update.prepare(r, b, k))[0])
         jax.block_until_ready(loss(params, resident, batch, key))
     jax.effects_barrier()
     return float(np.max(found))
@@ -116,7 +117,11 @@ def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]
             indices = loader.next(min(_PER_CALL, config.steps - step))
             watched = indices[0] if watched is None else watched
             is_shown = step % (20 * _PER_CALL) == 0
-            size = largest_state(recipe, state.params, resident, watched, key) if is_shown else None
+            size = (
+                largest_state(recipe, state.model.params, resident, watched, key)
+                if is_shown
+                else None
+            )
             batches = place_batches(indices, mesh, config.batch_size)
             state, metrics = steps(state, resident, batches, key, signals)
             values = [np.asarray(metrics[n], np.float64) for n in ("loss", "grad_norm")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ from sanawm_jax.training.engine.interrupt import (
     TerminationSignal,
 )
 from sanawm_jax.training.engine.metrics import MetricsWriter
-from sanawm_jax.training.engine.optimizer import learning_rate, optimizer_of
 from sanawm_jax.training.engine.recipe import Recipe
 from sanawm_jax.training.engine.spikes import SpikePolicy
 from sanawm_jax.training.engine.state import TrainState, create_state
@@ -151,41 +149,26 @@ def start_run(
 ) -> tuple[TrainState, Any, StepFunction]:
     """What a run has before its first step: state, resident data and the compiled steps.
 
-    The mesh is to be set (`jax.set_mesh`), here and where the steps are called.
+    The caller sets the mesh (`jax.set_mesh`), here and where the steps are called.
 
     Raises:
-      InputError: an optimizer, schedule or policy that does not exist.
+      InputError: a policy that does not exist.
     """
-    optimizer, spike = optimizer_of(config), SpikePolicy(**config.spike.to_dict())
+    spike = SpikePolicy(**config.spike.to_dict())
     params = recipe.init(shardings(recipe.abstract, mesh))
-    average = config.ema_decay > 0
-    state = create_state(params, optimizer, mesh, average=average, guarded=spike.is_on)
+    state = create_state(params, recipe.rules, mesh, guarded=spike.is_on)
     resident = _place_resident(recipe.resident, mesh)
-    optim = config.optimizer
-    rate = functools.partial(
-        learning_rate,
-        peak=optim.learning_rate,
-        warmup_steps=optim.warmup_steps,
-        num_steps=config.steps,
-        schedule=optim.schedule,
-        final_fraction=optim.final_fraction,
-    )
     steps = compile_steps(
         state_shardings=jax.tree.map(lambda a: a.sharding, state),
         resident_shardings=jax.tree.map(lambda a: a.sharding, resident),
-        prepare=recipe.prepare,
-        loss=recipe.loss,
-        optimizer=optimizer,
-        rate=rate,
-        decay=config.ema_decay,
-        accumulation=config.accumulation,
+        update=recipe.update,
         spike=spike if spike.is_on else None,
     )
     return state, resident, steps
 
 
 def _place_resident(resident: Any, mesh: Mesh) -> Any:
-    """Whole on every device, but for a frozen `base`, which lies like trained weights."""
+    """Replicated, except for the frozen networks of `base`, which are sharded like trained ones."""
     whole = NamedSharding(mesh, PartitionSpec())
     if not isinstance(resident, dict) or "base" not in resident:
         return place(resident, whole)

@@ -46,7 +46,7 @@ from sanawm_jax.text.gemma import text_tower
 from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.engine.precision import compute_dtype
-from sanawm_jax.training.engine.recipe import Recipe
+from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.objectives.adapters import lora_of
 from sanawm_jax.training.objectives.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
 from sanawm_jax.training.recipes.cached_clips import cache_folder, cached_clips
@@ -117,8 +117,16 @@ def refiner_recipe(config: ConfigDict, workdir: Path) -> Recipe:
         else:
             _export_whole(config, model, params, base, workdir / "export", sigmas)
 
-    prepare = PrepareRefiner(objective, clips)
-    return Recipe(abstract, make, resident, len(data["stage1"]), prepare, loss, export)
+    return one_learner(
+        config,
+        abstract=abstract,
+        init=make,
+        prepare=PrepareRefiner(objective, clips),
+        loss=loss,
+        export=export,
+        resident=resident,
+        size=len(data["stage1"]),
+    )
 
 
 def _base(config: ConfigDict) -> RefinerFolder | None:

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.recipe import Recipe
 
-# name -> module:function of (config, workdir)
+# name -> module:function; the function makes a Recipe of (config, workdir)
 RECIPES = {
-    "vae": "vae:vae_recipe",
-    "dit": "stage1:dit_recipe",
-    "stage1": "stage1:stage1_recipe",
-    "refiner": "refiner:refiner_recipe",
+    "vae": "sanawm_jax.training.recipes.vae:vae_recipe",
+    "dit": "sanawm_jax.training.recipes.stage1:dit_recipe",
+    "stage1": "sanawm_jax.training.recipes.stage1:stage1_recipe",
+    "refiner": "sanawm_jax.training.recipes.refiner:refiner_recipe",
 }
 
 
@@ -28,5 +28,4 @@ def make_recipe(config: ConfigDict, workdir: Path) -> Recipe:
     if config.task not in RECIPES:
         raise InputError(f"task={config.task!r}; use one of {', '.join(RECIPES)}")
     module, function = RECIPES[config.task].split(":")
-    recipes = importlib.import_module(f"sanawm_jax.training.recipes.{module}")
-    return getattr(recipes, function)(config, workdir)
+    return getattr(importlib.import_module(module), function)(config, workdir)

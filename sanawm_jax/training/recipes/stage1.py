@@ -21,7 +21,7 @@ from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.engine.recipe import Recipe
+from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.recipes.cached_clips import cached_clips, text_folder
 from sanawm_jax.training.recipes.clips import open_source
@@ -85,7 +85,8 @@ def recipe_of_cache(
         write_index(folder, config.flow_shift)
 
     resident.update(objective.frozen())
-    return Recipe(
+    return one_learner(
+        config,
         abstract=objective.abstract,
         init=objective.init,
         resident=resident,
@@ -129,7 +130,8 @@ def recipe_of_latents(
         export_stage1(objective, model, params, config, workdir / "export")
 
     text, text_mask = source.null
-    return Recipe(
+    return one_learner(
+        config,
         abstract=objective.abstract,
         init=objective.init,
         resident={"text": text, "text_mask": text_mask, **objective.frozen()},

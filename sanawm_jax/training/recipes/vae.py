@@ -18,7 +18,7 @@ from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.data.latent_cache import clip_encoder, to_signed
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.precision import compute_dtype
-from sanawm_jax.training.engine.recipe import Recipe
+from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.engine.step import Metrics
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.training.recipes.clips import crop_clips, open_source, pack_clips
@@ -68,7 +68,16 @@ def vae_recipe(config: ml_collections.ConfigDict, workdir: Path) -> Recipe:
     def make(shardings: Any) -> Params:
         return init(VideoVAE, model, jax.random.key(config.seed), shardings=shardings)
 
-    return Recipe(abstract, make, packed, len(packed), prepare, loss, export)
+    return one_learner(
+        config,
+        abstract=abstract,
+        init=make,
+        prepare=prepare,
+        loss=loss,
+        export=export,
+        resident=packed,
+        size=len(packed),
+    )
 
 
 def with_statistics(config: VAEConfig, params: Params, packed: np.ndarray, clips: int) -> Params:

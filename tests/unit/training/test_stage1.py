@@ -139,7 +139,7 @@ def test_folder_of_latents_and_weights(tmp_path):
     _save(tmp_path / "latents", arrays)
     config.data_dir = str(tmp_path / "latents")
     state = train(config, tmp_path / "run")
-    assert state.ema is None
+    assert state.model.average is None
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert np.isfinite(json.loads(rows[0])["loss"])
 
@@ -152,7 +152,9 @@ def test_folder_of_latents_and_weights(tmp_path):
     config.init_weights = str(folder)
     config.steps = 0
     again = train(config, tmp_path / "again")
-    for (path, a), (_, b) in zip(leaves(again.params), leaves(state.params), strict=True):
+    for (path, a), (_, b) in zip(
+        leaves(again.model.params), leaves(state.model.params), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=path)
     config.dit.hidden_size = 64
     with pytest.raises(InputError, match="another network"):
