@@ -41,10 +41,10 @@ def main(_: list[str]) -> None:
     from sanawm_jax.runtime.compiler_flags import use_compiler_flags
     from sanawm_jax.runtime.errors import InputError
     from sanawm_jax.runtime.processes import is_first, join_processes
-    from sanawm_jax.training.engine.dry_run import describe
     from sanawm_jax.training.engine.interrupt import Stopped
     from sanawm_jax.training.engine.loop import train
     from sanawm_jax.training.engine.metrics import TrainingDiverged
+    from sanawm_jax.training.recipes.dry_run import describe
 
     show_notes()
     show_progress()

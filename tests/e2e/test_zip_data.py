@@ -29,10 +29,10 @@ from sanawm_jax.data.zip_latents import ZipLatents
 from sanawm_jax.media.image import resize_and_center_crop
 from sanawm_jax.media.video import read_mp4, write_mp4
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.engine.dry_run import describe
 from sanawm_jax.training.engine.loop import train
+from sanawm_jax.training.recipes.dry_run import describe
+from sanawm_jax.training.recipes.registry import make_recipe
 from sanawm_jax.training.recipes.stage1_zip import first_samples
-from sanawm_jax.training.recipes.tasks import make_task
 from tests.e2e.tiny_config import get_config
 from tests.zip_set import flip_bytes, folders, random_path
 
@@ -259,9 +259,9 @@ def test_adapters_are_trained_on_them_too(encoded: Path, weights: Path, tmp_path
     config.dit = ConfigDict(published_fields(TINY.dit), convert_dict=False)
     config.init_weights = str(weights)
     config.lora.rank = 2
-    task = make_task(config, tmp_path)
-    assert "base" in task.resident and task.flops > 0
-    task.export(task.init(None))
+    recipe = make_recipe(config, tmp_path)
+    assert "base" in recipe.resident and recipe.flops > 0
+    recipe.export(recipe.init(None))
     names = ("lora/adapter_config.json", "transformer/config.json")
     assert all((tmp_path / "export" / name).is_file() for name in names)
 

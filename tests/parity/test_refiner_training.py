@@ -28,8 +28,8 @@ from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.refine import LTX2Refiner
-from sanawm_jax.training.export import export_refiner, write_refiner_index
 from sanawm_jax.training.objectives import refiner_flow as flow
+from sanawm_jax.training.recipes.export import export_refiner, write_refiner_index
 from sanawm_jax.training.recipes.refiner import make_text_path, new_model
 from tests.e2e.tiny_config import get_config
 from tests.parity.compare import relative
