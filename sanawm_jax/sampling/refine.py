@@ -29,7 +29,8 @@ from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.kept_programs import kept
-from sanawm_jax.sampling.generate import channels_last, read_latents, resolve_dtype
+from sanawm_jax.sampling.generate import channels_last, read_latents
+from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,23 +203,24 @@ class LTX2Refiner:
         text = self.encode_prompt(prompt)
         place, run = streaming_of(self.offload, separate=True)
         graphdef, params = self._part("transformer", place)
-        params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
-        refined = refine(
-            graphdef,
-            params,
-            jnp.asarray(channels_last(latents), jnp.float32),
-            text,
-            video_rope(self.folder.config, frames, height, width, fps),
-            noise=None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
-            key=jax.random.key(options.refiner_seed),
-            sink_frames=options.sink_size,
-            block_frames=options.refiner_block_size,
-            window_frames=options.refiner_kv_max_frames,
-            sigmas=self.folder.sigmas,
-            dtype=self.dtype,
-            progress=progress,
-            run=run,
-        )
+        with matmul_precision(self.dtype):
+            params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
+            refined = refine(
+                graphdef,
+                params,
+                jnp.asarray(channels_last(latents), jnp.float32),
+                text,
+                video_rope(self.folder.config, frames, height, width, fps),
+                noise=None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
+                key=jax.random.key(options.refiner_seed),
+                sink_frames=options.sink_size,
+                block_frames=options.refiner_block_size,
+                window_frames=options.refiner_kv_max_frames,
+                sigmas=self.folder.sigmas,
+                dtype=self.dtype,
+                progress=progress,
+                run=run,
+            )
         return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
 
     def encode_prompt(self, prompt: str) -> RefinerText:
@@ -226,11 +228,13 @@ class LTX2Refiner:
         tokenizer = self.folder.load_tokenizer()
         ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
         tower = self._part("text", *streaming_of(self.offload, stays=False))
-        states = tower(ids, mask).block_until_ready()
-        del tower
-        graphdef, params = self._part("connectors")
-        # the connectors' mask shows everything: registers stand where padding was
-        return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
+        with matmul_precision(self.dtype):
+            states = tower(ids, mask).block_until_ready()
+            del tower
+            graphdef, params = self._part("connectors")
+            # the connectors' mask shows everything: registers stand where padding was
+            text = connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype)
+        return RefinerText(text)
 
 
 @kept(static_argnames=("graphdef", "dtype"))
