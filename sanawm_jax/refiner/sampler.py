@@ -21,7 +21,6 @@ from sanawm_jax.memory.streaming import Runner, call
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, append_block, open_window
 from sanawm_jax.refiner.model import without_text_layers
 from sanawm_jax.refiner.rope import VideoRope, frame_window
-from sanawm_jax.runtime.kept_programs import kept
 
 # noise levels of the distilled release, 3 steps
 SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
@@ -55,7 +54,7 @@ def read_text(
     return without_text_layers(params), text._replace(keys=keys)
 
 
-@kept(static_argnames=("graphdef", "dtype"))
+@jax.jit(static_argnames=("graphdef", "dtype"))
 def _text_keys(
     graphdef: nnx.GraphDef, params: Params, embeddings: jax.Array, *, dtype: Any
 ) -> KeyValue | None:
@@ -79,7 +78,7 @@ def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
-@kept(static_argnames=("graphdef", "history_slots", "dtype"))
+@jax.jit(static_argnames=("graphdef", "history_slots", "dtype"))
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -116,7 +115,7 @@ def capture_sink(
     )
 
 
-@kept(static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
+@jax.jit(static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
 def refine_block(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -181,7 +180,7 @@ def refine_block(
     return x, append_block(window, written, frames, turn)
 
 
-@kept(static_argnames=("graphdef", "sink_frames", "dtype"))
+@jax.jit(static_argnames=("graphdef", "sink_frames", "dtype"))
 def refine_at_once(
     graphdef: nnx.GraphDef,
     params: Params,

@@ -23,7 +23,6 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.offload import check_offload, frame_mesh, on_all_devices, streaming_of
 from sanawm_jax.memory.plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.sampling.precision import check_precision, matmul_precision, resolve_dtype
 from sanawm_jax.sampling.request import Request, make_request
 from sanawm_jax.sampling.stage1 import Conditions, denoise
@@ -378,23 +377,23 @@ def channels_last(latents: Any) -> Any:
     return rearrange(latents, "B C F H W -> B F H W C")
 
 
-@kept(static_argnames="shape")
+@jax.jit(static_argnames="shape")
 def _noise(seed: np.uint32 | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal (B, F, H, W, C) of a seed, drawn as (B, C, F, H, W): `shape`."""
     return channels_last(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
 
 
-@kept(static_argnames="graphdef")
+@jax.jit(static_argnames="graphdef")
 def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
     return apply(graphdef, params, video, method="encode_normalised")
 
 
-@kept(static_argnames="graphdef")
+@jax.jit(static_argnames="graphdef")
 def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
     plain = apply(graphdef, params, latents, method="denormalise")
     return apply(graphdef, params, plain, method="decode")
 
 
-@kept()
+@jax.jit
 def _to_unit(video: jax.Array) -> jax.Array:
     return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

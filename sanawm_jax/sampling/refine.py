@@ -28,7 +28,6 @@ from sanawm_jax.refiner.connectors import pack_states
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.sampling.generate import channels_last, read_latents
 from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 
@@ -237,7 +236,7 @@ class LTX2Refiner:
         return RefinerText(text)
 
 
-@kept(static_argnames=("graphdef", "dtype"))
+@jax.jit(static_argnames=("graphdef", "dtype"))
 def connect_text(
     graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
 ) -> jax.Array:

@@ -20,7 +20,6 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.memory.programs import INDEX_LIMIT
 from sanawm_jax.memory.streaming import Runner, call
-from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.sampling.schedule import euler_step, frame_timesteps, guide
 
 
@@ -33,7 +32,7 @@ class Conditions(NamedTuple):
     plucker: jax.Array  # 1 F H W 48
 
 
-@kept(static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
+@jax.jit(static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
 def denoise_step(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -89,7 +88,7 @@ def widest_elements(params: Params, latents: jax.Array) -> int:
     return latents.size // latents.shape[-1] * width
 
 
-@kept()
+@jax.jit
 def _start(first_latent: jax.Array, noise: jax.Array) -> jax.Array:
     """Noise (1, F, H, W, C) behind the first frame, float32."""
     return jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
