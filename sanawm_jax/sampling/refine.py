@@ -8,7 +8,6 @@ Reference: diffusers `SanaWMLTX2Refiner`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -29,39 +28,8 @@ from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.generate import channels_last, read_latents
+from sanawm_jax.sampling.options import RefineOptions
 from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class RefineOptions:
-    """How a clip is cut; the names are the command line's.
-
-    Attributes:
-      sink_size: leading frames that stay as they are and that every block sees.
-      refiner_block_size: latent frames refined together; 0 takes the whole clip at once.
-      refiner_kv_max_frames: frames that a block sees beside its own, the sink included.
-      refiner_seed: of the noise.
-
-    Raises:
-      InputError: sizes that leave no room.
-    """
-
-    sink_size: int = 1
-    refiner_block_size: int = 3
-    refiner_kv_max_frames: int = 11
-    refiner_seed: int = 42
-
-    def __post_init__(self) -> None:
-        sink, block, window = self.sink_size, self.refiner_block_size, self.refiner_kv_max_frames
-        if sink < 1:
-            raise InputError(f"--sink_size={sink} must be at least 1")
-        if block < 0:
-            raise InputError(f"--refiner_block_size={block} must be at least 1, or 0 for one block")
-        if block and window < sink + block:
-            raise InputError(
-                f"--refiner_kv_max_frames={window} cannot hold the sink of {sink} and a block of "
-                f"{block}; use {sink + block} or more"
-            )
 
 
 class LTX2Refiner:
