@@ -31,7 +31,7 @@ $(HOPPER)/.done: constraints/py312.txt
 	$(HOPPER)/bin/python -m pip install --quiet --constraint $< jax pytest pytest-xdist
 	touch $@
 
-$(VENV)/.core: setup.cfg pyproject.toml
+$(VENV)/.core: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sanawm_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.dit.state import DiTState, Window
-from sanawm_jax.sampling.schedule import euler_step, frame_timesteps, guide
-from sanawm_jax.sampling.stage1 import Conditions
+from sanawm_jax.sampling.schedule import euler_rollout, guide
+from sanawm_jax.sampling.stage1 import Conditions, is_condition, network_inputs
 
 
 @functools.partial(
@@ -45,52 +44,35 @@ def denoise_chunk(
     Args:
       graphdef, params: the DiT.
       state: after the chunks before, donated; None for the first chunk.
-      noise: (1, F, H, W, C) standard normal.
-      first_latent: (1, 1, H, W, C) of the given image, which stays frame 0 of the first chunk at
+      noise: (B, F, H, W, C) standard normal.
+      first_latent: (B, 1, H, W, C) of the given image, which stays frame 0 of the first chunk at
         timestep 0; None in every later chunk.
-      conditions: of the chunk's frames. With guidance their batch is 2, [negative, prompt], and so
-        is the state's.
+      conditions: of the chunk's frames. With guidance the text has batch 2 B, [negative, prompt],
+        and so has the state.
       sigmas: (steps + 1,) falling noise levels, from 1 down to 0.
-      guidance: () classifier-free guidance scale, read only with a batch of 2.
+      guidance: () classifier-free guidance scale, read only with such a text.
       window: of the stream.
       dtype: compute dtype of the network; the latents stay float32 between steps.
 
     Returns:
-      (1, F, H, W, C) float32, and the state for the next chunk.
+      (B, F, H, W, C) float32, and the state for the next chunk.
 
     Raises:
       InputError: see `DiT.stream`.
     """
-    batch, frames = len(conditions.text), noise.shape[1]
-    conditioned = (jnp.arange(frames) == 0) & (first_latent is not None)
+    conditioned = is_condition(noise) & (first_latent is not None)
+    is_guided = len(conditions.text) == 2 * len(noise)
 
-    def repeat(a: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(a, (batch, *a.shape[1:]))
+    def predict(latents: jax.Array, sigma: jax.Array | float) -> tuple[jax.Array, DiTState]:
+        inputs = network_inputs(latents, conditions, sigma, conditioned, dtype)
+        return apply(graphdef, params, *inputs, window=window, state=state, method="stream")
 
-    def predict(latents: jax.Array, sigma: Any) -> tuple[jax.Array, DiTState]:
-        return apply(
-            graphdef,
-            params,
-            repeat(latents).astype(dtype),
-            frame_timesteps(sigma, conditioned, batch),
-            conditions.text,
-            conditions.text_mask,
-            repeat(conditions.camera),
-            repeat(conditions.plucker),
-            window=window,
-            state=state,
-            method="stream",
-        )
-
-    def step(latents: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        sigma, next_sigma = pair
-        velocity, _ = predict(latents, sigma)
-        if batch == 2:
-            velocity = guide(velocity, guidance)
-        return euler_step(latents, velocity, sigma, next_sigma, conditioned), None
+    def velocity(latents: jax.Array, sigma: jax.Array) -> jax.Array:
+        found, _ = predict(latents, sigma)
+        return guide(found, guidance) if is_guided else found
 
     latents = noise.astype(jnp.float32)
     if first_latent is not None:
         latents = jnp.concatenate([first_latent.astype(jnp.float32), latents[:, 1:]], 1)
-    latents, _ = lax.scan(step, latents, (sigmas[:-1], sigmas[1:]))
+    latents = euler_rollout(velocity, latents, sigmas[:-1], sigmas[1:], conditioned)
     return latents, predict(latents, 0.0)[1]

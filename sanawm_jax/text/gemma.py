@@ -23,7 +23,6 @@ from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, apply, build, draw, stack
 from sanawm_jax.memory.streaming import Runner, call
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.text.config import SLIDING, GemmaConfig
 
 Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L)) -> (B, L, C)
@@ -258,7 +257,7 @@ class GemmaTower(nnx.Module):
         return x if entering is None else jnp.concatenate([entering, x[None]])
 
 
-@kept(static_argnames=("graphdef", "dtype", "all_states"))
+@jax.jit(static_argnames=("graphdef", "dtype", "all_states"))
 def _run(
     graphdef: nnx.GraphDef,
     params: Params,

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.kept_programs import kept
 from sanawm_jax.text.gemma import Tower
 from sanawm_jax.text.tokenizer import Tokenizer
 
@@ -93,7 +92,7 @@ def encode_texts(
     return _rows(hidden, rows), jax.device_put(mask[:, rows])
 
 
-@kept()
+@jax.jit
 def _rows(states: jax.Array, rows: np.ndarray) -> jax.Array:
     """Returns the states (B, L, C) at the given positions."""
     return states[:, rows]

@@ -11,7 +11,8 @@ import pytest
 
 from sanawm_jax.core.params import init
 from sanawm_jax.data.latent_cache import clip_encoder
-from sanawm_jax.training.recipes.tasks import pack_clips, with_statistics
+from sanawm_jax.training.recipes.clips import pack_clips
+from sanawm_jax.training.recipes.vae import with_statistics
 from sanawm_jax.vae.config import SMALL_WORLD_VAE
 from sanawm_jax.vae.model import VideoVAE
 
