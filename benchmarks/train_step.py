@@ -6,10 +6,10 @@
     python -m benchmarks.train_step --latent_frames 121 --context 2 --fsdp 1   # on two devices
     python -m benchmarks.train_step --tiny                       # seconds on a CPU
 
-What `train.py` compiles for `configs/stage1_bidirectional.py`, by default on one device: noise, loss,
-and gradients in bfloat16 over float32 masters with rematerialisation, clipping, optimizer and guard,
-the state donated. One clip of random latents of 704x1280, camera and 300 text tokens lies on the
-device. Weights are random and nowhere zero, since zeros would save a card power and so time.
+What `train.py` compiles for `configs/stage1_bidirectional.py`, by default on one device: noise,
+loss and gradients in bfloat16 over float32 masters with rematerialisation, clipping, optimizer and
+guard; the state is donated. One clip of random latents of 704x1280, camera and 300 text tokens lies
+on the device. Weights are random and nowhere zero, since zeros would save a card power and time.
 
 Every length has a process of its own, shortest first; one that does not fit prints a line with
 `error` and what it `needs_gib` by the compiler's plan. `mfu` is that of a run's log, over the data
