@@ -16,6 +16,7 @@ class Mutation:
       new: what it becomes.
       tests: files or tests that have to fail, as pytest takes them.
       survives: why the tests may pass all the same; empty if they must not.
+      jax: the first version of JAX whose interpreter the tests need.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Mutation:
     new: str
     tests: tuple[str, ...]
     survives: str = ""
+    jax: tuple[int, int] = (0, 10)
 
 
 _CAMERA_PARITY = "tests/parity/test_dit_camera.py"
@@ -49,7 +51,7 @@ _DIT = (
         DIT,
         "beta = beta / jnp.maximum(inflation, 1.0)[:, :, None]",
         "beta = beta / inflation[:, :, None]",
-        (_DISCOUNT,),
+        (f"{_CAMERA_PARITY}::test_beta_is_not_raised_where_keys_shrink",),
     ),
     Mutation(
         "dit: the camera's softmax scales by the unpadded head",
@@ -71,7 +73,6 @@ _DIT = (
         "beta = beta * real[..., None]",
         "beta = beta * jnp.ones_like(real)[..., None]",
         (_dit("padding_in_the_middle_of_gdn"),),
-        survives="keys and values of padding are zero, so that beta changes nothing they write",
     ),
     Mutation(
         "dit: the camera's softmax sees padding",
@@ -270,6 +271,42 @@ _GDN = (
         'dw += reference.einsum("bfnvd,bfnve->bfnde"',
         'dw += jnp.einsum("bfnvd,bfnve->bfnde"',
         ("tests/kernels/test_gdn_precision.py::test_api",),
+    ),
+)
+
+_HOPPER_TESTS = "tests/kernels/test_gdn_hopper.py"
+_HOPPER = (
+    Mutation(
+        "hopper: the state times the low part of a map is left out",
+        "kernels_pallas/gdn/gpu_scan_hopper.py",
+        "        plgpu.wgmma(sums, parts[0], low)\n",
+        "",
+        (f"{_HOPPER_TESTS}::test_recurrence",),
+        jax=(0, 12),
+    ),
+    Mutation(
+        "hopper: the adjoint multiplies with the map itself",
+        "kernels_pallas/gdn/gpu_scan_hopper.py",
+        "high, low = high.transpose((1, 0)), low.transpose((1, 0))",
+        "high, low = high, low",
+        (f"{_HOPPER_TESTS}::test_recurrence",),
+        jax=(0, 12),
+    ),
+    Mutation(
+        "hopper: a block signals itself",
+        "kernels_pallas/gdn/gpu_states_hopper.py",
+        "plgpu.semaphore_signal(told.at[following, chain, group]",
+        "plgpu.semaphore_signal(told.at[turn, chain, group]",
+        (f"{_HOPPER_TESTS}::test_states_of_tokens",),
+        jax=(0, 12),
+    ),
+    Mutation(
+        "hopper: a warpgroup does not wait for the other one's rows",
+        "kernels_pallas/gdn/gpu_maps_hopper.py",
+        "    plgpu.barrier_wait(ready)\n    decay",
+        "    decay",
+        (f"{_HOPPER_TESTS}::test_maps",),
+        jax=(0, 12),
     ),
 )
 
@@ -919,6 +956,7 @@ MUTATIONS = (
     *_DIT,
     *_UCPE,
     *_GDN,
+    *_HOPPER,
     *_CORE,
     *_SAMPLING,
     *_VAE,
