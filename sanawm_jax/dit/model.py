@@ -190,7 +190,6 @@ class DiT(nnx.Module):
         frame_mask: jax.Array | None = None,
         *,
         chunk_starts: tuple[int, ...] | None = None,
-        key_scale: str = "1/sqrt(D*S)",
         remat: str = "none",
         unroll: bool = False,
     ) -> jax.Array:
@@ -207,7 +206,6 @@ class DiT(nnx.Module):
           frame_mask: (B, F), 0 for padded frames.
           chunk_starts: first frame of every chunk of the chunk-causal model, see
             `core.frames.chunk_starts`; None is the bidirectional model.
-          key_scale: of the recurrence; the others of `dit.attention.KEY_SCALES` do not train.
           remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
@@ -259,7 +257,6 @@ class DiT(nnx.Module):
             key_mask=key_mask,
             grid=grid,
             layout=layout,
-            key_scale=key_scale,
             remat=remat,
         )
         for segment in self.segments:
