@@ -97,10 +97,10 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
     update: Any = recipe.update
     run = attention.recurrent_states
 
-    def watched(*args: Any) -> jax.Array:
-        states = run(*args)
+    def watched(*args: Any, **named: Any) -> Any:
+        states, last = run(*args, **named)
         jax.debug.callback(lambda a: found.append(float(a)), jnp.max(jnp.abs(states)))
-        return states
+        return states, last
 
     with mock.patch.object(attention, "recurrent_states", watched):
         # a new function, so that JAX uses no earlier trace without the watch
@@ -124,11 +124,9 @@ def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]
             indices = loader.next(min(_PER_CALL, config.steps - step))
             watched = indices[0] if watched is None else watched
             is_shown = step % (20 * _PER_CALL) == 0
-            size = (
-                largest_state(recipe, state.model.params, resident, watched, key)
-                if is_shown
-                else None
-            )
+            size = None
+            if is_shown:
+                size = largest_state(recipe, state.model.params, resident, watched, key)
             batches = place_batches(indices, mesh, config.batch_size)
             state, metrics = steps(state, resident, batches, key, signals)
             values = [np.asarray(metrics[n], np.float64) for n in ("loss", "grad_norm")]

@@ -18,7 +18,6 @@ sheet's peak; `of_achievable` divides by what large products reach, as `benchmar
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 def run_config(given: argparse.Namespace) -> Any:
     """The configuration of a run on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
+    from sanawm_jax.checkpoints.files import published_fields
     from sanawm_jax.checkpoints.random_weights import TINY
 
     recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
@@ -46,7 +46,7 @@ def run_config(given: argparse.Namespace) -> Any:
     config.lora.rank = given.lora
     if given.tiny:
         config.dtype = "float32"
-        config.dit.update(dataclasses.asdict(TINY.dit))
+        config.dit.update(published_fields(TINY.dit))
     if given.lora:
         config.init_weights = "random"  # a name: `build_recipe` makes the base
     return config

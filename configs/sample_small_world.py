@@ -1,19 +1,16 @@
 """Sampling defaults of the small world, 49 frames of 128x128, refined: `python sample.py` alone."""
 
-from pathlib import Path
-
 import ml_collections
 
 from configs import sample_sana_wm
-
-_IMAGE = Path(__file__).parents[1] / "sanawm_jax/small_world/assets/small_world.png"
+from sanawm_jax.runtime.shipped import ASSETS, SMALL_WORLD, SMALL_WORLD_REFINER
 
 
 def get_config() -> ml_collections.ConfigDict:
     config = sample_sana_wm.get_config()
-    config.weights = "small_world"
-    config.refiner_weights = "small_world_refiner"  # of these weights alone, see `sample.py`
-    config.image = str(_IMAGE)
+    config.weights = SMALL_WORLD
+    config.refiner_weights = SMALL_WORLD_REFINER  # not used with other weights
+    config.image = str(ASSETS / "small_world.png")
     config.prompt = (
         "An outdoor scene with a green house, a teal house, a yellow house and a teal tree on "
         "cream marbled ground under a blue sky."

@@ -1,4 +1,4 @@
-"""Norm, ReLU, rotary embedding and UCPE ray transforms of heads, in one pass over the tokens."""
+"""Norm, ReLU, rotary embedding and UCPE ray transform of heads, in one pass over the tokens."""
 
 from kernels_pallas.ucpe.api import apply_ucpe, plain_and_rotated, rotate, to_ray_space
 from kernels_pallas.ucpe.gpu import Tiles

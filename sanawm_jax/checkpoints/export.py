@@ -18,7 +18,12 @@ import numpy as np
 
 from sanawm_jax.checkpoints import upstream
 from sanawm_jax.checkpoints.adapters import is_adapter_folder
-from sanawm_jax.checkpoints.files import SafetensorsFolder, class_name, read_config
+from sanawm_jax.checkpoints.files import (
+    SafetensorsFolder,
+    class_name,
+    published_fields,
+    read_config,
+)
 from sanawm_jax.checkpoints.folder import Stage1Folder, find_weights
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import (
@@ -170,7 +175,7 @@ def _to_diffusers(folder: Stage1Folder, out: Path) -> None:
     specs, read = _dit_tensors(folder, lambda name: name)
     specs.pop(upstream.DROPPED_CAPTION, None)  # diffusers' class has none
     write_folder(out / "transformer", specs, read)
-    config = dataclasses.asdict(folder.dit_config())
+    config = published_fields(folder.dit_config())
     write_json(
         out / "transformer" / "config.json", {"_class_name": "SanaWMTransformer3DModel", **config}
     )
@@ -243,7 +248,7 @@ def upstream_config(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
     }
     if (config.hidden_size, config.num_layers, config.num_attention_heads) != (2240, 20, 20):
         model |= {"model": "custom", "num_heads": config.num_attention_heads}
-    fields = dataclasses.asdict(config)
+    fields = published_fields(config)
     for name in (
         *("softmax_every_n", "linear_head_dim", "conv_kernel_size", "k_conv_only", "ffn_type"),
         *("t_kernel_size", "mlp_ratio", "use_pe", "pos_embed_type", "qk_norm", "cross_norm"),

@@ -14,16 +14,22 @@ import numpy as np
 from sanawm_jax.runtime.errors import InputError
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-# of a safetensors header
+# names of a safetensors header; its formats of 4 and 6 bits have no NumPy dtype
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -96,6 +102,12 @@ def _header(path: Path) -> dict[str, _Stored]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(
+                f"{path}: tensor {key} is stored as {entry['dtype']}, which cannot be read here; "
+                f"use one of {', '.join(DTYPES)}"
+            )
     return {
         key: _Stored(
             path,
@@ -181,13 +193,18 @@ def config_fields(cls: type, raw: dict[str, Any], *, what: str) -> dict[str, Any
     Raises:
       InputError: keys that the dataclass does not have.
     """
-    import dataclasses
-
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls) if f.metadata.get("published", True)}
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise InputError(f"{what} has unknown fields {', '.join(unknown)}")
     return {k: _tuples(v) for k, v in raw.items()}
+
+
+def published_fields(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that a published `config.json` has; see `config_fields`."""
+    fields = dataclasses.fields(config)
+    values = dataclasses.asdict(config)
+    return {f.name: values[f.name] for f in fields if f.metadata.get("published", True)}
 
 
 def _tuples(value: Any) -> Any:

@@ -228,7 +228,7 @@ def load(
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float8"))
 
 
 def export(

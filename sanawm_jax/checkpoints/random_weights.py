@@ -30,6 +30,7 @@ from sanawm_jax.checkpoints.export import (
     write_scheduler,
     write_yaml,
 )
+from sanawm_jax.checkpoints.files import published_fields
 from sanawm_jax.checkpoints.keymap import Entry, shapes
 from sanawm_jax.checkpoints.unread import audio_connector_shapes, audio_shapes
 from sanawm_jax.checkpoints.writer import Spec, write_file, write_folder, write_json
@@ -200,7 +201,7 @@ def _reader(
 
 
 def _json(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(published_fields(config)))
 
 
 def dit_specs(config: DiTConfig) -> dict[str, Spec]:

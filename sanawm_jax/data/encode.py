@@ -41,7 +41,7 @@ from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.command_line import fail, show_notes
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.failures import INTERRUPTED
-from sanawm_jax.sampling.generate import resolve_dtype
+from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, tiled_encode
 
 Encoder = Callable[[np.ndarray], np.ndarray]
@@ -65,7 +65,7 @@ def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, i
 
     Args:
       weights: see `pipeline.upstream_folder.open_stage1`.
-      dtype: see `pipeline.generate.resolve_dtype`.
+      dtype: see `sampling.precision.resolve_dtype`.
       tiling: one of `TILINGS`.
 
     Returns:
@@ -89,8 +89,10 @@ def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, i
     def encode(video: np.ndarray) -> np.ndarray:
         # the film stays on the host, and windows of it go to the device
         film: Any = video[None]
-        mean, _ = tiled_encode(functools.partial(moments, params), film, config, TILINGS[tiling])
-        return np.asarray(normalise(params, mean)[0], np.float16)
+        with matmul_precision(resolve_dtype(dtype)):
+            tile = functools.partial(moments, params)
+            mean, _ = tiled_encode(tile, film, config, TILINGS[tiling])
+            return np.asarray(normalise(params, mean)[0], np.float16)
 
     return encode, config.temporal_ratio, config.spatial_ratio
 

@@ -6,7 +6,6 @@ channels, L text tokens, C text width.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax import lax
 
-from sanawm_jax.core.params import Params, apply
+from sanawm_jax.core.params import Params
 from sanawm_jax.runtime.atomic import atomic_write
-from sanawm_jax.sampling.schedule import euler_step, frame_timesteps, guide
-from sanawm_jax.sampling.stage1 import Conditions, next_sigmas
+from sanawm_jax.sampling.schedule import next_sigmas
+from sanawm_jax.sampling.stage1 import Conditions, denoise_batch
 
 SAVE_EVERY = 16  # batches between notes of progress
 # (clips (B,), seeds (B,)) -> latents (B, F, H, W, c)
@@ -153,7 +151,6 @@ def stage1_sampler(
         if guidance > 1:
             shown = jnp.concatenate([jnp.broadcast_to(text[-1:], shown.shape), shown])
             mask = jnp.concatenate([jnp.broadcast_to(text_mask[-1:], mask.shape), mask])
-            camera, plucker = (jnp.concatenate([a, a]) for a in (camera, plucker))
         return denoise_batch(
             graphdef,
             params,
@@ -167,39 +164,3 @@ def stage1_sampler(
         )
 
     return sample
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "chunk_starts"))
-def denoise_batch(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    noise: jax.Array,
-    first_latent: jax.Array,
-    conditions: Conditions,
-    sigmas: jax.Array,
-    nexts: jax.Array,
-    guidance: jax.Array,
-    dtype: Any,
-    chunk_starts: tuple[int, ...] | None = None,
-) -> jax.Array:
-    """`pipeline.stage1.denoise` of a batch: conditions have its size, or twice with guidance."""
-    conditioned = jnp.arange(noise.shape[1]) == 0
-    copies = len(conditions.text) // len(noise)
-
-    def step(latents: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        sigma, next_sigma = pair
-        x = jnp.concatenate([latents] * copies).astype(dtype)
-        velocity = apply(
-            graphdef,
-            params,
-            x,
-            frame_timesteps(sigma, conditioned, len(x)),
-            *conditions,
-            chunk_starts=chunk_starts,
-        )
-        if copies == 2:
-            velocity = guide(velocity, guidance)
-        return euler_step(latents, velocity, sigma, next_sigma, conditioned), None
-
-    start = jnp.concatenate([first_latent, noise[:, 1:]], 1)
-    return lax.scan(step, start, (sigmas, nexts))[0]

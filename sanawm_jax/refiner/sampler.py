@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.streaming import Runner, call
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow, append_block, open_window
 from sanawm_jax.refiner.model import without_text_layers
 from sanawm_jax.refiner.rope import VideoRope, frame_window
-from sanawm_jax.runtime.kept_programs import kept
+from sanawm_jax.sampling.schedule import add_noise, euler_rollout
 
 # noise levels of the distilled release, 3 steps
 SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
@@ -55,7 +54,7 @@ def read_text(
     return without_text_layers(params), text._replace(keys=keys)
 
 
-@kept(static_argnames=("graphdef", "dtype"))
+@jax.jit(static_argnames=("graphdef", "dtype"))
 def _text_keys(
     graphdef: nnx.GraphDef, params: Params, embeddings: jax.Array, *, dtype: Any
 ) -> KeyValue | None:
@@ -74,12 +73,7 @@ def block_noise(key: jax.Array, first: int, frames: int, shape: tuple[int, ...])
     return jnp.moveaxis(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), 0, 1)
 
 
-def _start(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The flow's point at a noise level, float32."""
-    return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
-
-
-@kept(static_argnames=("graphdef", "history_slots", "dtype"))
+@jax.jit(static_argnames=("graphdef", "history_slots", "dtype"))
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -90,7 +84,7 @@ def capture_sink(
     history_slots: int,
     dtype: Any,
 ) -> KVWindow:
-    """An empty window whose sink are raw stage-1 frames (B, F, H, W, c), read at noise level 0.
+    """An empty window whose sink holds raw stage-1 frames (B, F, H, W, c), read at noise level 0.
 
     Args:
       rope: tables of the clip from frame 0 on.
@@ -116,7 +110,7 @@ def capture_sink(
     )
 
 
-@kept(static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
+@jax.jit(static_argnames=("graphdef", "dtype"), donate_argnames=("window",))
 def refine_block(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -131,8 +125,8 @@ def refine_block(
 ) -> tuple[jax.Array, KVWindow]:
     """Refines the frames that follow the window, and moves the window past them.
 
-    One program serves every block of one length, however full the window is: the frames' position
-    and the window's fill are numbers in its state.
+    One program serves all blocks of one length, because the frames' position and the number of
+    frames in the window are numbers in the window's state.
 
     Args:
       window: donated.
@@ -163,14 +157,10 @@ def refine_block(
             capture=capture,
         )
 
-    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        sigma, next_sigma = pair
-        velocity, _ = forward(x, sigma)
-        return x + (next_sigma - sigma) * velocity.astype(jnp.float32), None
-
-    x, _ = lax.scan(step, _start(clean, noise, sigmas[0]), (sigmas[:-1], sigmas[1:]))
-    # The refined frames' keys and values come from one more pass at noise level 0. It is not a turn
-    # of the loop, where every step would have to hold a block's keys in all layers.
+    start = add_noise(clean, noise, sigmas[0])
+    x = euler_rollout(lambda x, sigma: forward(x, sigma)[0], start, sigmas[:-1], sigmas[1:])
+    # The refined frames' keys and values come from one more pass at noise level 0. It is not
+    # part of the loop, where every step would have to hold a block's keys in all layers.
     _, written = forward(x, 0.0, capture=True)
 
     def turn(k: jax.Array, start: jax.Array) -> jax.Array:
@@ -181,7 +171,7 @@ def refine_block(
     return x, append_block(window, written, frames, turn)
 
 
-@kept(static_argnames=("graphdef", "sink_frames", "dtype"))
+@jax.jit(static_argnames=("graphdef", "sink_frames", "dtype"))
 def refine_at_once(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -207,10 +197,9 @@ def refine_at_once(
     sink = clean[:, :sink_frames].astype(jnp.float32)
     is_sink = (jnp.arange(clean.shape[1]) < sink_frames)[None, :, None]
 
-    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        sigma, next_sigma = pair
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         timesteps = jnp.where(is_sink, 0.0, sigma * scale)
-        velocity, _ = apply(
+        out, _ = apply(
             graphdef,
             params,
             jnp.concatenate([sink, x], 1).astype(dtype),
@@ -221,11 +210,10 @@ def refine_at_once(
             text_keys=text.keys,
             sink_frames=sink_frames,
         )
-        velocity = velocity[:, sink_frames:].astype(jnp.float32)
-        return x + (next_sigma - sigma) * velocity, None
+        return out[:, sink_frames:]
 
-    x = _start(clean[:, sink_frames:], noise, sigmas[0])
-    return lax.scan(step, x, (sigmas[:-1], sigmas[1:]))[0]
+    start = add_noise(clean[:, sink_frames:], noise, sigmas[0])
+    return euler_rollout(velocity, start, sigmas[:-1], sigmas[1:])
 
 
 def blocks(frames: int, sink_frames: int, block_frames: int) -> Iterator[tuple[int, int]]:
@@ -260,12 +248,12 @@ def refine(
       rope: `rope.video_rope` of these frames and this grid.
       noise: (B, F - sink_frames, H, W, c); drawn from `key` if None.
       sink_frames: the first frames, kept as they are.
-      block_frames: frames a block; 0 refines the clip at once, without a window.
-      window_frames: frames that a block attends to beside its own: sink and history.
+      block_frames: frames of a block; 0 refines the clip at once, without a window.
+      window_frames: frames that a block attends to in addition to its own: sink and history.
       sigmas: falling noise levels down to 0.
       dtype: compute dtype of the network.
       progress: show a progress bar.
-      run: how the compiled functions are called, see `core.streaming`.
+      run: how the compiled functions are called, see `memory.streaming`.
 
     Returns:
       (B, F, H, W, c) float32; the sink frames are the given ones.

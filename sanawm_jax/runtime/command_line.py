@@ -1,4 +1,4 @@
-"""What `sample.py` and `train.py` share: flags, notes, and one clear line on bad input."""
+"""What the command lines share: flags, notes, and one clear line on bad input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from sanawm_jax.runtime.shipped import SHIPPED
+from sanawm_jax.runtime.shipped import use_shipped_configs, with_config_path
 
-flags.disclaim_key_flags()  # flags defined here belong to the script that asks for them
+flags.disclaim_key_flags()  # flags that are defined here belong to the script that asks for them
 
 
 def fail(message: str) -> NoReturn:
@@ -28,9 +28,9 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Imports inside are no garbage: the collector looks at them neither now nor later.
+    """Keeps the garbage collector away from what is imported inside, now and later.
 
-    JAX and Flax are more than 100,000 objects, which it would scan again and again.
+    JAX and Flax make more than 100,000 objects, which it would scan again and again.
     """
     gc.disable()
     try:
@@ -40,42 +40,48 @@ def lasting_imports() -> Iterator[None]:
         gc.enable()
 
 
-def define_config(default: Path, text: str) -> flags.FlagHolder[ConfigDict]:
+def define_config(
+    default: Path, text: str, argv: list[str], values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
     """Defines `--config FILE` and, for every field of that file, `--config.field=value`.
 
     Args:
       default: the file that is taken without the flag.
       text: what the help says.
+      argv: the command line. `--config` takes a path, or the name of a file in `configs/`.
+      values: where the flags are defined.
+
+    Returns:
+      The command line with that name as a path.
     """
+    use_shipped_configs()
+    argv = with_config_path(argv)
     try:
-        return config_flags.DEFINE_config_file("config", str(default), text, lock_config=True)
+        config_flags.DEFINE_config_file(
+            "config", str(default), text, flag_values=values, sys_argv=argv, lock_config=True
+        )
     except (AttributeError, KeyError) as error:  # overrides are looked up right here
         name = str(error).strip("\"'")
         fail(f"the configuration has no field {name!r}; --config.FIELD=VALUE takes existing ones")
+    return argv
 
 
-def is_released(argv: list[str]) -> bool:
-    """Whether a command line names a model other than the small world.
-
-    That is stage 1's, and the refiner's where stage 1 is not named. Looked up before the flags are
-    parsed: it decides which configuration they override.
-    """
-    named = {"weights": "", "refiner_weights": ""}
+def flag_values_in(argv: list[str]) -> dict[str, str]:
+    """Flags of a command line and their values as text, before anything is parsed."""
+    found = {}
     for i, word in enumerate(argv):
         flag, is_assigned, value = word.partition("=")
-        name = flag.lstrip("-")
-        if name in named and flag.startswith("-"):
-            named[name] = value if is_assigned else "".join(argv[i + 1 : i + 2])
-    decides = named["weights"] or named["refiner_weights"]
-    return decides not in ("", *SHIPPED)
+        if flag.startswith("-"):
+            found[flag.lstrip("-")] = value if is_assigned else "".join(argv[i + 1 : i + 2])
+    return found
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parses the command line and loads the configuration; a `flags_parser` of absl."""
     try:
-        rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS:
-            dict(flags.FLAGS.config)  # a file that is absent raises here
+        rest = values(argv)
+        if "config" in values:
+            dict(values.config)  # a file that is absent raises here
     except flags.Error as error:
         fail(str(error).splitlines()[0])
     # a configuration is a program and can raise anything
@@ -89,8 +95,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def show_notes() -> None:
-    """From here on this package's warnings are lines that begin with `note:`."""
-    # jax reports every kind of accelerator that is not there
+    """From here on, warnings of this package are printed as lines that begin with `note:`."""
+    # jax reports every kind of accelerator that it does not find
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     show = warnings.showwarning
 
@@ -104,11 +110,11 @@ def show_notes() -> None:
 
 
 def show_progress() -> None:
-    """The log from INFO on, a line an entry; of Orbax only what it does not raise anyway."""
+    """Shows the log from level INFO on, without errors of Orbax that also raise an exception."""
     absl_logging.set_verbosity(absl_logging.INFO)
 
     def is_shown(record: logging.LogRecord) -> bool:
-        # a hundred lines a checkpoint, and tracebacks of errors that reach us as exceptions
+        # Orbax writes a hundred lines per checkpoint, and tracebacks of what it raises as well
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return not is_orbax or (record.levelno >= logging.WARNING and not record.exc_info)
 

@@ -1,7 +1,9 @@
-"""The weights that belong to this repository, by the names that stand for their folders."""
+"""The weights and configurations that belong to this repository, by their names."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 from sanawm_jax.runtime.errors import InputError
@@ -9,7 +11,10 @@ from sanawm_jax.runtime.errors import InputError
 SMALL_WORLD = "small_world"
 SMALL_WORLD_REFINER = "small_world_refiner"
 SHIPPED = (SMALL_WORLD, SMALL_WORLD_REFINER)
-_ASSETS = Path(__file__).parents[1] / "small_world/assets"
+_PACKAGE = Path(__file__).parents[1]
+ASSETS = _PACKAGE / "small_world/assets"
+# a wheel holds the repository's `configs/` inside the package
+CONFIGS = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir())
 
 
 def find_shipped(name: str) -> Path:
@@ -18,7 +23,41 @@ def find_shipped(name: str) -> Path:
     Raises:
       InputError: it has no weights here.
     """
-    folder = _ASSETS / name
+    folder = ASSETS / name
     if not (folder / "model_index.json").is_file():
         raise InputError(f"the weights of {name} are not in this checkout; give a folder instead")
     return folder
+
+
+def with_config_path(argv: list[str]) -> list[str]:
+    """A command line whose `--config NAME` is the path of a file in `CONFIGS`, if NAME is one.
+
+    A file of the user's with the same name goes first.
+    """
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        flag, is_assigned, name = word.partition("=")
+        if flag not in ("-config", "--config"):
+            continue
+        place, before = (i, f"{flag}=") if is_assigned else (i + 1, "")
+        name = name if is_assigned else "".join(argv[place : place + 1])
+        file = CONFIGS / f"{name}.py"
+        if name.isidentifier() and file.is_file() and not Path(name).is_file():
+            argv[place] = f"{before}{file}"
+    return argv
+
+
+def use_shipped_configs() -> None:
+    """Makes `from configs import common`, as our configurations have it, mean `CONFIGS`.
+
+    A console script does not have the repository on its path, and a wheel holds the folder under
+    another name; another project's `configs` may be on the path instead.
+    """
+    if "configs" in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(
+        "configs", CONFIGS / "__init__.py", submodule_search_locations=[str(CONFIGS)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["configs"])

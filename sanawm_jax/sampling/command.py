@@ -19,182 +19,137 @@ from sanawm_jax.memory.plan import Need, check_fits
 from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.generate import SanaWM, channels_last, read_latents
-from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
+from sanawm_jax.sampling.options import SampleOptions
+from sanawm_jax.sampling.refine import LTX2Refiner
 from sanawm_jax.sampling.request import Request
 from sanawm_jax.text.prompts import read_prompt
 
 
-def sample(
-    *,
-    weights: str | None,
-    image: str | None,
-    prompt: str | None,
-    negative_prompt: str | None,
-    camera: str | None,
-    action: str | None,
-    action_mapping: str,
-    intrinsics: str | None,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: float,
-    step: int,
-    cfg_scale: float,
-    flow_shift: float | None,
-    seed: int,
-    text_length: int,
-    dtype: str,
-    latents: str | None,
-    stage1_latents: str | None,
-    save_latents: str | None,
-    save_frames: str | None,
-    latents_only: bool,
-    output_dir: str,
-    name: str,
-    overlay: bool,
-    vae_tiling: str = "auto",
-    refiner_weights: str | None = None,
-    refiner_latents: str | None = None,
-    refine_options: dict[str, int] | None = None,
-    offload: str = "none",
-    devices: int = 1,
-    precision: str = "bf16",
-    allow_pickle: bool = False,
-) -> Path:
-    """Runs one command line; the flags are described in `sample.py`.
-
-    Args:
-      vae_tiling: see `generate.decode_tiling`.
-      refiner_weights: stage 2; None decodes stage 1.
-      refine_options: fields of `RefineOptions`.
-      offload: what stays on the accelerator, see `pipeline.offload`.
-      devices: that share stage 1's frames out.
-      precision: of stage 1's large matrix products, see `pipeline.precision`.
-      allow_pickle: also read upstream's `model.pt`.
+def sample(options: SampleOptions) -> Path:
+    """Runs one command line.
 
     Returns:
-      The video's path, or with `latents_only` the latents'.
+      The path of the video, or with `latents_only` that of the latents.
 
     Raises:
-      InputError: one line on what is wrong.
+      InputError: one line on what is wrong, before anything is compiled.
     """
-    if latents_only and not save_latents:
+    o = options
+    if o.latents_only and not o.save_latents:
         raise InputError("--latents_only writes nothing without --save_latents FILE.npy")
-    needs_stage1 = not (stage1_latents and latents_only)
-    if not weights and needs_stage1:
+    needs_stage1 = not (o.stage1_latents and o.latents_only)
+    if not o.weights and needs_stage1:
         raise InputError("no weights: give --weights with a folder or a hub name")
-    folder = None if latents_only else check_writable(output_dir)
-    for file in (save_latents, save_frames):
+    folder = None if o.latents_only else check_writable(o.output_dir)
+    for file in (o.save_latents, o.save_frames):
         if file:
             check_writable(Path(file).parent)
-    prompt = read_prompt(prompt) if prompt else None
+    prompt = read_prompt(o.prompt) if o.prompt else None
     refiner, dropped = None, 0
-    if refiner_weights:
+    if o.refiner_weights and not o.no_refiner:
         refiner = LTX2Refiner.from_pretrained(
-            refiner_weights,
-            dtype=dtype,
-            options=RefineOptions(**refine_options or {}),
-            offload=offload,
+            o.refiner_weights, dtype=o.dtype, options=o.refine, offload=o.offload
         )
-        dropped = refiner.options.sink_size  # pixel frames before the first refined one
+        dropped = o.sink_size  # latent frames, and so pixel frames, before the first refined one
     model = None
     if needs_stage1:
         model = SanaWM.from_pretrained(
-            str(weights),
-            dtype=dtype,
-            tiling=vae_tiling,
-            offload=offload,
-            devices=devices,
-            precision=precision,
-            allow_pickle=allow_pickle,
+            str(o.weights),
+            dtype=o.dtype,
+            tiling=o.vae_tiling,
+            offload=o.offload,
+            devices=o.devices,
+            precision=o.precision,
+            allow_pickle=o.allow_pickle,
         )
-    refiner_noise = c2w = held_keys = kept = None
-    if stage1_latents:
-        final = read_latents(stage1_latents, None)
+    request = noise = kept = None
+    if o.stage1_latents:
+        final = read_latents(o.stage1_latents, None)
         if model:
-            _check_channels(model, final, stage1_latents)
+            _check_channels(model, final, o.stage1_latents)
             model.check("decoder")
         if refiner:
-            refiner_noise = refiner.check(final.shape, prompt, refiner_latents)
-        decoded = None if latents_only else model
-        check_fits(lambda: _later_needs(refiner, decoded, final.shape), offload)
+            noise = refiner.check(final.shape, prompt, o.refiner_latents)
+        decoded = None if o.latents_only else model
+        check_fits(lambda: _later_needs(refiner, decoded, final.shape), o.offload)
     else:
         assert model is not None
-        if not image:
+        if not o.image:
             raise InputError("no image: give --image with the first frame")
         if not prompt:
             raise InputError("no prompt: give --prompt with a text or the path of a text file")
         request = model.request(
-            image,
-            camera=camera,
-            action=action,
-            action_mapping=action_mapping,
-            intrinsics=intrinsics,
-            num_frames=num_frames,
-            height=height,
-            width=width,
+            o.image,
+            camera=o.camera,
+            action=o.action,
+            action_mapping=o.action_mapping,
+            intrinsics=o.intrinsics,
+            num_frames=o.num_frames,
+            height=o.height,
+            width=o.width,
         )
         if refiner:
-            refiner_noise = refiner.check(model.latent_shape(request), prompt, refiner_latents)
-        if not latents_only:
+            noise = refiner.check(model.latent_shape(request), prompt, o.refiner_latents)
+        if not o.latents_only:
             model.check("decoder")
-        check_fits(
-            lambda: _needs(model, refiner, request, text_length, cfg_scale > 1, not latents_only),
-            offload,
-        )
+        check_fits(lambda: _needs(model, refiner, request, o), o.offload)
         final = model(
             request,
             prompt,
-            negative_prompt=read_prompt(negative_prompt) if negative_prompt else "",
-            steps=step,
-            cfg_scale=cfg_scale,
-            flow_shift=flow_shift or None,
-            seed=seed,
-            latents=latents,
-            text_length=text_length,
+            negative_prompt=read_prompt(o.negative_prompt) if o.negative_prompt else "",
+            steps=o.step,
+            cfg_scale=o.cfg_scale,
+            flow_shift=o.flow_shift or None,
+            seed=o.seed,
+            latents=o.latents,
+            text_length=o.text_length,
             decode=False,
         ).latents
-        c2w, held_keys = request.c2w, request.held_keys
-        if refiner or not latents_only:
-            kept = (folder or Path(str(save_latents)).parent) / f"{name}_stage1_latents.npy"
+        if refiner or not o.latents_only:
+            kept = (folder or Path(str(o.save_latents)).parent) / f"{o.name}_stage1_latents.npy"
             kept = _keep(kept, final)
     with _going_on_from(kept):
         if refiner:
             if model:
                 model.release()
-            final = refiner(final, str(prompt), fps=fps, noise=refiner_noise)
-        if save_latents:
-            write_npy(save_latents, final)
+            final = refiner(final, str(prompt), fps=o.fps, noise=noise)
+        if o.save_latents:
+            write_npy(o.save_latents, final)
         if folder is None or model is None:
-            return Path(str(save_latents))
+            return Path(str(o.save_latents))
         # the sink stays unrefined: it steers the refiner and is not part of the video
         windows = model.decode_stream(jnp.asarray(channels_last(final)))
         windows = _drop_frames(windows, dropped)
-        if save_frames:
+        if o.save_frames:
             frames = np.concatenate(list(windows))
-            write_npy(save_frames, frames)
+            write_npy(o.save_frames, frames)
             windows = iter([frames])
-        # frame by frame from here on: the video is never whole in memory
+        # from here on frame by frame: the whole video is never in memory
         pictures = itertools.chain.from_iterable(map(to_uint8, windows))
-        if overlay and c2w is not None:
-            held_keys = held_keys[dropped:] if held_keys else held_keys
-            painter = OverlayPainter(c2w[dropped:], held_keys, height, width, action_mapping)
-            pictures = painter.paint_all(pictures)
-        return write_mp4(folder / f"{name}_generated.mp4", pictures, fps)
+        if request and not o.no_action_overlay:
+            pictures = _painted(pictures, request, dropped, o.action_mapping)
+        return write_mp4(folder / f"{o.name}_generated.mp4", pictures, o.fps)
+
+
+def _painted(
+    pictures: Iterable[np.ndarray], request: Request, dropped: int, mapping: str
+) -> Iterator[np.ndarray]:
+    """The pictures with keys and camera path drawn on them."""
+    held = request.held_keys[dropped:] if request.held_keys else request.held_keys
+    painter = OverlayPainter(request.c2w[dropped:], held, request.height, request.width, mapping)
+    return painter.paint_all(pictures)
 
 
 def _needs(
-    model: SanaWM,
-    refiner: LTX2Refiner | None,
-    request: Request,
-    text_length: int,
-    has_guidance: bool,
-    decode: bool,
+    model: SanaWM, refiner: LTX2Refiner | None, request: Request, options: SampleOptions
 ) -> list[list[Need]]:
-    """What a run from an image needs; a refiner finds stage 1's networks gone."""
-    shape = model.latent_shape(request)
+    """What a run from an image needs; when the refiner runs, stage 1's networks are released."""
+    shape, decode = model.latent_shape(request), not options.latents_only
     needs = model.needs(
-        shape, text_length=text_length, has_guidance=has_guidance, decode=decode and not refiner
+        shape,
+        text_length=options.text_length,
+        has_guidance=options.cfg_scale > 1,
+        decode=decode and not refiner,
     )
     return [needs, *_later_needs(refiner, model if decode else None, shape)]
 
@@ -202,13 +157,13 @@ def _needs(
 def _later_needs(
     refiner: LTX2Refiner | None, model: SanaWM | None, shape: tuple[int, ...]
 ) -> list[list[Need]]:
-    """What comes after stage 1, each network alone on the device."""
+    """What the stages after stage 1 need; each of their networks is alone on the device."""
     needs = refiner.needs(shape) if refiner else []
     return [[need] for need in (*needs, *([model.decoder_need(shape)] if model else []))]
 
 
 def _keep(file: Path, latents: np.ndarray) -> Path | None:
-    """Writes stage 1's latents for a run that fails later; not being able to is no failure."""
+    """Writes stage 1's latents in case the run fails later; a run goes on if that is impossible."""
     try:
         write_npy(file, latents)
     except OSError as error:
@@ -222,7 +177,7 @@ def _keep(file: Path, latents: np.ndarray) -> Path | None:
 
 @contextlib.contextmanager
 def _going_on_from(kept: Path | None) -> Iterator[None]:
-    """Adds to whatever fails how to go on."""
+    """Adds a note to whatever error ends the block: how to continue from stage 1's latents."""
     try:
         yield
     except BaseException as error:
@@ -232,7 +187,7 @@ def _going_on_from(kept: Path | None) -> Iterator[None]:
 
 
 def _drop_frames(windows: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The windows without the first `count` frames of them all."""
+    """The windows without the first `count` frames."""
     for window in windows:
         if len(window) > count:
             yield window[count:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,28 +23,12 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.offload import check_offload, frame_mesh, on_all_devices, streaming_of
 from sanawm_jax.memory.plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.kept_programs import kept
-from sanawm_jax.sampling.precision import check_precision
+from sanawm_jax.sampling.precision import check_precision, matmul_precision, resolve_dtype
 from sanawm_jax.sampling.request import Request, make_request
 from sanawm_jax.sampling.stage1 import Conditions, denoise
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def resolve_dtype(name: str) -> Any:
-    """A dtype by name; float32 also lifts matrix products out of TF32 and bfloat16.
-
-    Raises:
-      InputError: unknown name.
-    """
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
-    if name == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    return DTYPES[name]
 
 
 @dataclasses.dataclass
@@ -280,19 +263,20 @@ class SanaWM:
         if self.mesh is not None:
             place = on_all_devices(self.mesh)
         _, graphdef, params = self._part("transformer", self.folder.load_dit, place, self.precision)
-        sampled = denoise(
-            graphdef,
-            params,
-            noise,
-            first_latent,
-            conditions,
-            sigmas,
-            guidance=cfg_scale,
-            dtype=self.dtype,
-            progress=progress,
-            run=run,
-            mesh=self.mesh,
-        )
+        with matmul_precision(self.dtype):
+            sampled = denoise(
+                graphdef,
+                params,
+                noise,
+                first_latent,
+                conditions,
+                sigmas,
+                guidance=cfg_scale,
+                dtype=self.dtype,
+                progress=progress,
+                run=run,
+                mesh=self.mesh,
+            )
         if self.offload != "none":
             del params, run  # which may have layers on the device
             self.release()
@@ -305,9 +289,10 @@ class SanaWM:
     ) -> Conditions:
         how = streaming_of(self.offload, stays=False)
         tower, tokenizer = self._part("text", self.folder.load_text, *how)
-        cond, cond_mask, neg, neg_mask = encode_prompt(
-            tower, tokenizer, prompt, negative, max_length=length
-        )
+        with matmul_precision(self.dtype):
+            cond, cond_mask, neg, neg_mask = encode_prompt(
+                tower, tokenizer, prompt, negative, max_length=length
+            )
         if has_guidance:
             cond = jnp.concatenate([neg, cond])
             cond_mask = jnp.concatenate([neg_mask, cond_mask])
@@ -328,7 +313,8 @@ class SanaWM:
     def encode(self, video: jax.Array) -> jax.Array:
         """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
         _, graphdef, params = self._part("encoder", self.folder.load_encoder)
-        return _encode(graphdef, params, video.astype(self.dtype))
+        with matmul_precision(self.dtype):
+            return _encode(graphdef, params, video.astype(self.dtype))
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """Latents (1, F, h, w, C) to frames (N, H, W, 3) float32 in [0, 1]."""
@@ -352,7 +338,12 @@ class SanaWM:
         """
         _, graphdef, params = self._part("decoder", self.folder.load_decoder)
         tiling = decode_tiling(self.tiling, self.vae_config.video_shape(*latents.shape[1:4])[0])
-        tile = functools.partial(_decode, graphdef, params)
+
+        # around each tile, since a context around the loop would last while the caller works
+        def tile(latents: jax.Array) -> jax.Array:
+            with matmul_precision(self.dtype):
+                return _decode(graphdef, params, latents)
+
         for window in decode_windows(tile, latents.astype(self.dtype), self.vae_config, tiling):
             yield np.asarray(_to_unit(window))
 
@@ -386,23 +377,23 @@ def channels_last(latents: Any) -> Any:
     return rearrange(latents, "B C F H W -> B F H W C")
 
 
-@kept(static_argnames="shape")
+@jax.jit(static_argnames="shape")
 def _noise(seed: np.uint32 | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal (B, F, H, W, C) of a seed, drawn as (B, C, F, H, W): `shape`."""
     return channels_last(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
 
 
-@kept(static_argnames="graphdef")
+@jax.jit(static_argnames="graphdef")
 def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
     return apply(graphdef, params, video, method="encode_normalised")
 
 
-@kept(static_argnames="graphdef")
+@jax.jit(static_argnames="graphdef")
 def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
     plain = apply(graphdef, params, latents, method="denormalise")
     return apply(graphdef, params, plain, method="decode")
 
 
-@kept()
+@jax.jit
 def _to_unit(video: jax.Array) -> jax.Array:
     return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

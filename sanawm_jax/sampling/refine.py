@@ -8,7 +8,6 @@ Reference: diffusers `SanaWMLTX2Refiner`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -28,40 +27,9 @@ from sanawm_jax.refiner.connectors import pack_states
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.kept_programs import kept
-from sanawm_jax.sampling.generate import channels_last, read_latents, resolve_dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class RefineOptions:
-    """How a clip is cut; the names are the command line's.
-
-    Attributes:
-      sink_size: leading frames that stay as they are and that every block sees.
-      refiner_block_size: latent frames refined together; 0 takes the whole clip at once.
-      refiner_kv_max_frames: frames that a block sees beside its own, the sink included.
-      refiner_seed: of the noise.
-
-    Raises:
-      InputError: sizes that leave no room.
-    """
-
-    sink_size: int = 1
-    refiner_block_size: int = 3
-    refiner_kv_max_frames: int = 11
-    refiner_seed: int = 42
-
-    def __post_init__(self) -> None:
-        sink, block, window = self.sink_size, self.refiner_block_size, self.refiner_kv_max_frames
-        if sink < 1:
-            raise InputError(f"--sink_size={sink} must be at least 1")
-        if block < 0:
-            raise InputError(f"--refiner_block_size={block} must be at least 1, or 0 for one block")
-        if block and window < sink + block:
-            raise InputError(
-                f"--refiner_kv_max_frames={window} cannot hold the sink of {sink} and a block of "
-                f"{block}; use {sink + block} or more"
-            )
+from sanawm_jax.sampling.generate import channels_last, read_latents
+from sanawm_jax.sampling.options import RefineOptions
+from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 
 
 class LTX2Refiner:
@@ -202,23 +170,24 @@ class LTX2Refiner:
         text = self.encode_prompt(prompt)
         place, run = streaming_of(self.offload, separate=True)
         graphdef, params = self._part("transformer", place)
-        params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
-        refined = refine(
-            graphdef,
-            params,
-            jnp.asarray(channels_last(latents), jnp.float32),
-            text,
-            video_rope(self.folder.config, frames, height, width, fps),
-            noise=None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
-            key=jax.random.key(options.refiner_seed),
-            sink_frames=options.sink_size,
-            block_frames=options.refiner_block_size,
-            window_frames=options.refiner_kv_max_frames,
-            sigmas=self.folder.sigmas,
-            dtype=self.dtype,
-            progress=progress,
-            run=run,
-        )
+        with matmul_precision(self.dtype):
+            params, text = read_text(graphdef, params, text, dtype=self.dtype, run=run)
+            refined = refine(
+                graphdef,
+                params,
+                jnp.asarray(channels_last(latents), jnp.float32),
+                text,
+                video_rope(self.folder.config, frames, height, width, fps),
+                noise=None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
+                key=jax.random.key(options.refiner_seed),
+                sink_frames=options.sink_size,
+                block_frames=options.refiner_block_size,
+                window_frames=options.refiner_kv_max_frames,
+                sigmas=self.folder.sigmas,
+                dtype=self.dtype,
+                progress=progress,
+                run=run,
+            )
         return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
 
     def encode_prompt(self, prompt: str) -> RefinerText:
@@ -226,14 +195,16 @@ class LTX2Refiner:
         tokenizer = self.folder.load_tokenizer()
         ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
         tower = self._part("text", *streaming_of(self.offload, stays=False))
-        states = tower(ids, mask).block_until_ready()
-        del tower
-        graphdef, params = self._part("connectors")
-        # the connectors' mask shows everything: registers stand where padding was
-        return RefinerText(connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype))
+        with matmul_precision(self.dtype):
+            states = tower(ids, mask).block_until_ready()
+            del tower
+            graphdef, params = self._part("connectors")
+            # the connectors' mask shows everything: registers stand where padding was
+            text = connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype)
+        return RefinerText(text)
 
 
-@kept(static_argnames=("graphdef", "dtype"))
+@jax.jit(static_argnames=("graphdef", "dtype"))
 def connect_text(
     graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
 ) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Flow-matching Euler sampling with a timestep a latent frame.
+"""Flow-matching Euler sampling with one timestep per latent frame.
 
 Axis letters: B batch, F latent frames, H W rows and columns, C channels.
 Reference: diffusers `FlowMatchEulerDiscreteScheduler` and the loop of `SanaWMPipeline`.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sanawm_jax.runtime.errors import InputError
 
@@ -41,8 +42,8 @@ class Schedule:
     """Fields of a published `scheduler_config.json` that change the flow-matching schedule.
 
     Attributes:
-      distilled_sigmas: ours: a refiner's noise levels, falling to 0, where they are not those of
-        the release; diffusers ignores them and takes them as the refiner's `sigmas=`.
+      distilled_sigmas: noise levels of a refiner, falling to 0, that are not those of the release.
+        This field is our own: diffusers ignores it, and its refiner takes them as `sigmas=`.
     """
 
     shift: float = 1.0
@@ -96,18 +97,31 @@ class Schedule:
         return np.append(shifted, 0.0).astype(np.float32)
 
 
-def frame_timesteps(sigma: jax.Array, conditioned: jax.Array, batch: int) -> jax.Array:
+def next_sigmas(sigmas: np.ndarray) -> np.ndarray:
+    """For every level but the last, the largest level below it, as per-token stepping finds it."""
+    return np.array(
+        [max((s for s in sigmas if s < now - 1e-6), default=0.0) for now in sigmas[:-1]],
+        np.float32,
+    )
+
+
+def frame_timesteps(sigma: jax.Array | float, conditioned: jax.Array, batch: int) -> jax.Array:
     """Timestep of every frame (B, F): 1000 sigma, and 0 where `conditioned` (F,) bool."""
     timesteps = jnp.where(conditioned, 0.0, sigma * 1000.0)
     return jnp.broadcast_to(timesteps, (batch, *timesteps.shape))
 
 
+def add_noise(clean: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The point (1 - sigma) clean + sigma noise of the flow at a noise level, float32."""
+    return (1.0 - sigma) * clean.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+
+
 def euler_step(
     latents: jax.Array,
     velocity: jax.Array,
-    sigma: jax.Array,
-    next_sigma: jax.Array,
-    conditioned: jax.Array,
+    sigma: jax.Array | float,
+    next_sigma: jax.Array | float,
+    conditioned: jax.Array | None = None,
 ) -> jax.Array:
     """One step towards the data, x + (sigma' - sigma) v, in float32.
 
@@ -115,10 +129,34 @@ def euler_step(
       latents: (B, F, H, W, C) float32 at noise level sigma.
       velocity: predicted noise - clean, the same shape.
       sigma: noise level now; next_sigma: after the step.
-      conditioned: (F,) bool, frames that stay as they are.
+      conditioned: (F,) bool, frames that stay as they are; None moves all.
     """
     moved = latents + (next_sigma - sigma) * velocity.astype(jnp.float32)
+    if conditioned is None:
+        return moved
     return jnp.where(conditioned[:, None, None, None], latents, moved)
+
+
+def euler_rollout(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    start: jax.Array,
+    sigmas: jax.Array,
+    next_sigmas: jax.Array,
+    conditioned: jax.Array | None = None,
+) -> jax.Array:
+    """All steps of a sampler in one program.
+
+    Args:
+      velocity: (latents, sigma) -> velocity of the same shape.
+      start: (B, F, H, W, C) float32 at noise level sigmas[0].
+      sigmas, next_sigmas: (steps,) noise levels before and after each step.
+      conditioned: see `euler_step`.
+    """
+
+    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return euler_step(x, velocity(x, pair[0]), *pair, conditioned), None
+
+    return lax.scan(step, start, (sigmas, next_sigmas))[0]
 
 
 def guide(velocity: jax.Array, scale: jax.Array) -> jax.Array:

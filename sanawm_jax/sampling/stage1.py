@@ -20,20 +20,97 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.memory.programs import INDEX_LIMIT
 from sanawm_jax.memory.streaming import Runner, call
-from sanawm_jax.runtime.kept_programs import kept
-from sanawm_jax.sampling.schedule import euler_step, frame_timesteps, guide
+from sanawm_jax.sampling.schedule import (
+    euler_rollout,
+    euler_step,
+    frame_timesteps,
+    guide,
+    next_sigmas,
+)
 
 
 class Conditions(NamedTuple):
-    """What steers the video; batch B is 2 with guidance [negative, prompt], else 1."""
+    """What steers B videos; with guidance the text has batch 2 B, [negative, prompt]."""
 
     text: jax.Array  # B L C
     text_mask: jax.Array  # B L
-    camera: jax.Array  # 1 F 20
-    plucker: jax.Array  # 1 F H W 48
+    camera: jax.Array | None  # B F 20; None runs the network without cameras
+    plucker: jax.Array | None  # B F H W 48
 
 
-@kept(static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
+def network_inputs(
+    latents: jax.Array,
+    conditions: Conditions,
+    sigma: jax.Array | float,
+    conditioned: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array | None, ...]:
+    """The six positional arguments of `DiT.__call__`, latents and cameras repeated for the text.
+
+    Args:
+      latents: (B, F, H, W, C).
+      conditions: see `Conditions`.
+      sigma: noise level of the frames that are not `conditioned` (F,) bool; those are at 0.
+      dtype: compute dtype of the network.
+    """
+    text, text_mask, *cameras = conditions
+    batch = len(text)
+
+    def repeat(a: jax.Array) -> jax.Array:  # all rows, and then all rows again
+        copies = jnp.broadcast_to(a, (batch // len(a), *a.shape))
+        return copies.reshape(batch, *a.shape[1:])
+
+    return (
+        repeat(latents).astype(dtype),
+        frame_timesteps(sigma, conditioned, batch),
+        text,
+        text_mask,
+        *[None if a is None else repeat(a) for a in cameras],
+    )
+
+
+def guided_velocity(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    latents: jax.Array,
+    conditions: Conditions,
+    sigma: jax.Array,
+    guidance: jax.Array,
+    dtype: Any,
+    chunk_starts: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """The network's velocity (B, F, H, W, C) at a noise level, with classifier-free guidance.
+
+    Args:
+      latents: (B, F, H, W, C); frame 0 is the condition, at timestep 0.
+      conditions: see `Conditions`; with guidance the text has batch 2 B [negative, prompt].
+      guidance: read only with such a text.
+      dtype: compute dtype of the network.
+      chunk_starts: see `DiT.__call__`.
+    """
+    conditioned = is_condition(latents)
+    text, text_mask, *cameras = conditions
+
+    def predict(*texts: jax.Array) -> jax.Array:
+        inputs = network_inputs(latents, Conditions(*texts, *cameras), sigma, conditioned, dtype)
+        return apply(graphdef, params, *inputs, chunk_starts=chunk_starts)
+
+    copies = len(text) // len(latents)
+    if len(latents) == 1 and copies * widest_elements(params, latents) > INDEX_LIMIT:
+        # a long clip fills the device alone, and its widest layer would outgrow 32-bit indices
+        pairs = (text[:, None], text_mask[:, None])
+        velocity = lax.map(lambda pair: predict(*pair)[0], pairs)
+    else:
+        velocity = predict(text, text_mask)
+    return guide(velocity, guidance) if copies == 2 else velocity
+
+
+def is_condition(latents: jax.Array) -> jax.Array:
+    """(F,) bool: frame 0 of (B, F, H, W, C) is given and never changes."""
+    return jnp.arange(latents.shape[1]) == 0
+
+
+@jax.jit(static_argnames=("graphdef", "dtype"), donate_argnames=("latents",))
 def denoise_step(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -51,56 +128,47 @@ def denoise_step(
       sigma, next_sigma, guidance: scalars, traced, so every step runs the same program.
       dtype: compute dtype of the network.
     """
-    batch = conditions.text.shape[0]
-    conditioned = jnp.arange(latents.shape[1]) == 0
+    velocity = guided_velocity(graphdef, params, latents, conditions, sigma, guidance, dtype)
+    # On a mesh the network shares the frames out. The latents are small and stay whole on every
+    # device, so that every step finds them where the first step did.
+    moved = euler_step(latents, velocity, sigma, next_sigma, is_condition(latents))
+    return shard(moved, "one t h w C")
 
-    def predict(text: jax.Array, text_mask: jax.Array) -> jax.Array:
-        def repeat(a: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(a, (len(text), *a.shape[1:]))
 
-        return apply(
-            graphdef,
-            params,
-            repeat(latents).astype(dtype),
-            frame_timesteps(sigma, conditioned, len(text)),
-            text,
-            text_mask,
-            repeat(conditions.camera),
-            repeat(conditions.plucker),
+@jax.jit(static_argnames=("graphdef", "dtype", "chunk_starts"))
+def denoise_batch(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    noise: jax.Array,
+    first_latent: jax.Array,
+    conditions: Conditions,
+    sigmas: jax.Array,
+    nexts: jax.Array,
+    guidance: jax.Array,
+    dtype: Any,
+    chunk_starts: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """`denoise` of a batch (B, F, H, W, C) in one program; see there and `guided_velocity`."""
+
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return guided_velocity(
+            graphdef, params, x, conditions, sigma, guidance, dtype, chunk_starts
         )
 
-    text, text_mask = conditions.text, conditions.text_mask
-    if batch * widest_elements(params, latents) > INDEX_LIMIT:
-        # a long clip fills the device alone, and its widest layer would outgrow 32-bit indices
-        pairs = (text[:, None], text_mask[:, None])
-        velocity = lax.map(lambda pair: predict(*pair)[0], pairs)
-    else:
-        velocity = predict(text, text_mask)
-    if batch == 2:
-        velocity = guide(velocity, guidance)
-    # on a mesh the network shares the frames out; latents are small and whole on every device, so
-    # that each step finds them where the first one did
-    return shard(euler_step(latents, velocity, sigma, next_sigma, conditioned), "one t h w C")
+    start = _start(first_latent, noise)
+    return euler_rollout(velocity, start, sigmas, nexts, is_condition(start))
 
 
 def widest_elements(params: Params, latents: jax.Array) -> int:
-    """Elements of the widest layer's output for one clip (1, F, H, W, C)."""
+    """Elements of the widest layer's output for latents (B, F, H, W, C)."""
     width = max(a.shape[-1] for a in jax.tree.leaves(params) if a.ndim > 1)
     return latents.size // latents.shape[-1] * width
 
 
-@kept()
+@jax.jit
 def _start(first_latent: jax.Array, noise: jax.Array) -> jax.Array:
-    """Noise (1, F, H, W, C) behind the first frame, float32."""
+    """The first frame, then noise (B, F, H, W, C), float32."""
     return jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
-
-
-def next_sigmas(sigmas: np.ndarray) -> np.ndarray:
-    """For every level but the last the largest one below it, as per-token stepping finds it."""
-    return np.array(
-        [max((s for s in sigmas if s < now - 1e-6), default=0.0) for now in sigmas[:-1]],
-        np.float32,
-    )
 
 
 def denoise(
@@ -128,8 +196,8 @@ def denoise(
       guidance: classifier-free guidance scale; read only when the conditions have batch 2.
       dtype: compute dtype of the network; the latents stay float32 between steps.
       progress: show a progress bar.
-      run: how the compiled step is called, see `core.streaming`.
-      mesh: its `context` ranks share the latent frames out; `params` are whole on all of them.
+      run: how the compiled step is called, see `memory.streaming`.
+      mesh: the ranks of its `context` axis share the latent frames; `params` are whole on all.
 
     Returns:
       (1, F, H, W, C) float32.

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling import command
 from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
 from tests.parity.refiner_reference import CHANNELS, make_refiner
+from tests.sample_tiny import sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,22 +170,12 @@ def test_no_refiner_wins(tmp_path: Path) -> None:
     assert done.returncode == 2 and "weights no/such/w is neither" in done.stderr, done.stderr
 
 
-def sample(**over: Any) -> None:
-    """`command.sample` with every flag at rest."""
-    rest: dict[str, Any] = dict.fromkeys(
-        "weights image prompt negative_prompt camera action intrinsics flow_shift latents "
-        "stage1_latents save_latents save_frames refiner_weights refiner_latents".split()
-    )
-    rest |= dict(action_mapping="sana", num_frames=9, height=64, width=96, fps=16.0, step=1)
-    rest |= dict(cfg_scale=1.0, seed=0, text_length=8, dtype="float32", latents_only=True)
-    rest |= dict(output_dir="outputs", name="x", overlay=True, refine_options={})
-    command.sample(**{**rest, **over})
-
-
 def test_the_refiner_alone_needs_a_prompt_and_no_weights(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "latents.npy", clip())
     given: dict[str, Any] = dict(
-        stage1_latents=str(tmp_path / "latents.npy"), save_latents=str(tmp_path / "out.npy")
+        stage1_latents=str(tmp_path / "latents.npy"),
+        save_latents=str(tmp_path / "out.npy"),
+        latents_only=True,
     )
     with pytest.raises(InputError, match="no prompt"):
         sample(**given, refiner_weights=str(folder))

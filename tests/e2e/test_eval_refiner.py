@@ -12,6 +12,8 @@ from PIL import Image
 
 from sanawm_jax.core.params import init
 from sanawm_jax.eval import refiner as evaluation
+from sanawm_jax.eval.__main__ import main as dispatch
+from sanawm_jax.eval.runner import summary
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.training.recipes.export import export_refiner, write_refiner_index
 from sanawm_jax.training.recipes.refiner import make_text_path, new_model
@@ -35,9 +37,17 @@ def test_table_json_and_sheet(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage1, refiner = folders
-    evaluation.main(
+    dispatch(
         [
-            *("--weights", str(stage1), "--refiner_weights", str(refiner), "--scenes", "2"),
+            *(
+                "refiner",
+                "--weights",
+                str(stage1),
+                "--refiner_weights",
+                str(refiner),
+                "--scenes",
+                "2",
+            ),
             *("--num_frames", "17", "--size", "32", "--steps", "1", "--text_length", "48"),
             *("--json", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "sheet.png")),
         ]
@@ -69,12 +79,45 @@ def test_table_json_and_sheet(
 
 def test_drift_is_first_minus_last_quarter() -> None:
     quarters = [np.array([30.0, 28.0, 26.0, 24.0]), np.array([20.0, 20.0, 20.0, 18.0])]
-    found = {"followed": [True, False], "psnr": quarters, "ssim": [q / 100 for q in quarters]}
+    found = {
+        "nearest": [("w", "w"), ("a", "s")],
+        "psnr": quarters,
+        "ssim": [q / 100 for q in quarters],
+    }
     found["detail"] = [q / 20 for q in quarters]
-    out = evaluation.summary(found)
+    out = summary(found)
     assert out["psnr_by_quarter"] == [25.0, 24.0, 23.0, 21.0]
     assert out["psnr_drift"] == 4.0 and out["psnr"] == 23.25
     assert out["ssim_drift"] == 0.04 and out["camera_following"] == 0.5
+    assert out["confused"] == ["a->s"]
+
+
+def test_stage_1_alone(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dispatch(
+        [
+            *("small_world", "--weights", str(folders[0]), "--scenes", "2", "--num_frames", "17"),
+            *("--size", "32", "--steps", "1", "--text_length", "48"),
+            *("--json", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "sheet.png")),
+        ]
+    )
+    table = json.loads((tmp_path / "out.json").read_text())
+    assert table["clips"] == 2 and 0 < table["vae_psnr"] < 100
+    assert len(table["confused"]) == 2 * (1 - table["camera_following"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["clips", "2"]
+    shown = next(line for line in lines if line.startswith("PSNR to truth"))
+    assert shown.split()[-4:] == [f"{v:.2f}" for v in table["psnr_by_quarter"]]
+    assert Image.open(tmp_path / "sheet.png").size == (7 * 32, 2 * 2 * 32)
+
+
+def test_an_unknown_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["nothing"]):
+        with pytest.raises(SystemExit) as caught:
+            dispatch(argv)
+        assert caught.value.code == 2
+        assert "one of small_world, refiner" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sanawm_jax.checkpoints.random_weights import TINY, write_random
 from sanawm_jax.media.video import read_mp4
 from sanawm_jax.runtime.failures import explain
 from sanawm_jax.sampling import command
-from tests.e2e.test_what_is_read import DEFAULTS
+from tests.sample_tiny import sample
 
 ROOT = Path(__file__).parents[2]
 # runs sample.py with a painter that fails at the third picture
@@ -86,8 +86,7 @@ def test_half_way(failure: str, status: int, line: str, weights: Path, tmp_path:
     assert "Traceback" not in done.stderr
     assert f"note: stage 1 is kept: --stage1_latents={kept}" in done.stderr
     assert [file.name for file in out.iterdir()] == [kept.name]  # no half of a video
-    given = {**DEFAULTS, "weights": str(weights / "w"), "output_dir": str(out)}
-    video = command.sample(**{**given, "stage1_latents": str(kept)})
+    video = sample(weights=str(weights / "w"), output_dir=str(out), stage1_latents=str(kept))
     assert read_mp4(video).shape == (17, 64, 64, 3)
 
 
@@ -127,7 +126,7 @@ def test_latents_that_cannot_be_kept_end_no_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(command, "write_npy", full)
-    given = {**DEFAULTS, "weights": str(weights / "w"), "image": str(weights / "image.png")}
+    given = {"weights": str(weights / "w"), "image": str(weights / "image.png")}
     given |= {"prompt": "a", "action": "w-8", "output_dir": str(tmp_path)}
     with pytest.warns(UserWarning, match="stage 1 is not kept"):
-        assert command.sample(**given).is_file()
+        assert sample(**given).is_file()

@@ -17,8 +17,7 @@ from sanawm_jax.checkpoints.random_weights import TINY, dit_specs, random_tensor
 from sanawm_jax.checkpoints.writer import write_folder
 from sanawm_jax.media.video import read_mp4
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.command import sample
-from tests.e2e.test_what_is_read import DEFAULTS
+from tests.sample_tiny import sample
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,17 +32,14 @@ def test_the_folder_makes_a_refined_video(layout: str, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "image.png")
     latents = tmp_path / "latents.npy"
     video = sample(
-        **{
-            **DEFAULTS,
-            "weights": folders[0],
-            "refiner_weights": folders[-1],
-            "image": str(tmp_path / "image.png"),
-            "prompt": "a room",
-            "action": "w-24",
-            "num_frames": 25,
-            "save_latents": str(latents),
-            "output_dir": str(tmp_path / "out"),
-        }
+        weights=folders[0],
+        refiner_weights=folders[-1],
+        image=str(tmp_path / "image.png"),
+        prompt="a room",
+        action="w-24",
+        num_frames=25,
+        save_latents=str(latents),
+        output_dir=str(tmp_path / "out"),
     )
     assert read_mp4(video).shape == (24, 64, 64, 3)  # the sink's frame is left out
     assert np.isfinite(np.load(latents)).all()

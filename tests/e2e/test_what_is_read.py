@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,37 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from sanawm_jax.media.video import read_mp4
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.command import sample
 from tests.parity.stage1_reference import make_folder
+from tests.sample_tiny import sample
 
 ROOT = Path(__file__).parents[2]
-DEFAULTS: dict[str, Any] = dict(
-    weights=None,
-    image=None,
-    prompt=None,
-    negative_prompt=None,
-    camera=None,
-    action=None,
-    action_mapping="sana",
-    intrinsics="60,60,32,32",
-    num_frames=9,
-    height=64,
-    width=64,
-    fps=16,
-    step=1,
-    cfg_scale=1.0,
-    flow_shift=None,
-    seed=0,
-    text_length=12,
-    dtype="float32",
-    latents=None,
-    stage1_latents=None,
-    save_latents=None,
-    save_frames=None,
-    latents_only=False,
-    name="a",
-    overlay=True,
-)
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +59,26 @@ def test_copying_latents_needs_no_weights(tmp_path: Path) -> None:
 
 def test_decoding_latents_needs_the_decoder_alone(whole: Path, tmp_path: Path) -> None:
     weights = without(whole, tmp_path / "w", "encoder.", "transformer", "text_encoder")
-    given = {**DEFAULTS, "output_dir": str(tmp_path), "stage1_latents": latents_file(tmp_path)}
+    given = {"output_dir": str(tmp_path), "stage1_latents": latents_file(tmp_path)}
     frames = tmp_path / "frames.npy"
-    video = sample(**{**given, "weights": weights, "save_frames": str(frames)})
+    video = sample(**given, weights=weights, save_frames=str(frames))
     assert read_mp4(video).shape == np.load(frames).shape == (9, 64, 64, 3)
     with pytest.raises(InputError, match="no weights"):
         sample(**given)
     with pytest.raises(InputError, match=r"vae.*missing.*decoder\."):
-        sample(**{**given, "weights": without(whole, tmp_path / "x", "decoder.")})
+        sample(**given, weights=without(whole, tmp_path / "x", "decoder."))
 
 
 def test_latents_of_an_image_need_no_decoder(whole: Path, tmp_path: Path) -> None:
     weights = without(whole, tmp_path / "w", "decoder.")
-    given = {**DEFAULTS, "image": str(whole / "image.png"), "prompt": "a red room"}
+    given = {"image": str(whole / "image.png"), "prompt": "a red room"}
     given |= {"action": "w-8", "output_dir": str(tmp_path / "out")}
     given["save_latents"] = str(tmp_path / "latents.npy")
-    path = sample(**{**given, "weights": weights, "latents_only": True})
+    path = sample(**given, weights=weights, latents_only=True)
     assert np.load(path).shape == (1, 8, 2, 2, 2)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"vae.*missing.*decoder\."):
-        sample(**{**given, "weights": weights})
+        sample(**given, weights=weights)
     with pytest.raises(InputError, match=r"vae.*missing.*encoder\."):
         broken = without(whole, tmp_path / "x", "encoder.")
-        sample(**{**given, "weights": broken, "latents_only": True})
+        sample(**given, weights=broken, latents_only=True)

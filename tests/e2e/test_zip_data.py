@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from PIL import Image
 
 from sanawm_jax.camera.intrinsics import default_intrinsics
 from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.checkpoints.files import published_fields
 from sanawm_jax.checkpoints.folder import Stage1Folder
 from sanawm_jax.checkpoints.random_weights import TINY, write_random
 from sanawm_jax.core.params import apply
@@ -256,7 +256,7 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
 def test_adapters_are_trained_on_them_too(encoded: Path, weights: Path, tmp_path: Path) -> None:
     """Their base is with the data, and the export has them alone beside the whole."""
     config = config_of(encoded, weights)
-    config.dit = ConfigDict(dataclasses.asdict(TINY.dit), convert_dict=False)
+    config.dit = ConfigDict(published_fields(TINY.dit), convert_dict=False)
     config.init_weights = str(weights)
     config.lora.rank = 2
     recipe = make_recipe(config, tmp_path)

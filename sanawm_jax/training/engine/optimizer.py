@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params, from_leaves, leaves
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.runtime.errors import InputError
 
 SCHEDULES = ("constant", "cosine")
@@ -25,8 +26,9 @@ def decay_mask(params: Params) -> Params:
 def matrix_axes(params: Params) -> Any:
     """Which axes of a leaf make the matrix that Muon orthogonalises; None leaves it to AdamW.
 
-    A kernel maps all its axes but the last to the last; the axes along which layers are stacked
-    are none of it. Depthwise kernels are no matrices.
+    A kernel maps all its axes but the last to the last one. The axes along which layers are
+    stacked do not belong to the matrix: each layer is orthogonalised alone. Depthwise kernels are
+    not matrices.
     """
     from optax.contrib import MuonDimensionNumbers
 
@@ -34,8 +36,8 @@ def matrix_axes(params: Params) -> Any:
         # optax also asks about trees from which AdamW's leaves are taken out
         if not path.endswith("kernel") or not hasattr(leaf, "shape") or leaf.shape[-2] == 1:
             return None
-        stacked = 2 if ".layers." in path else 0  # see `core.stack.scan_runs`
-        return MuonDimensionNumbers(tuple(range(stacked, leaf.ndim - 1)), (leaf.ndim - 1,))
+        inputs = range(stacked_axes(path), leaf.ndim - 1)
+        return MuonDimensionNumbers(tuple(inputs), (leaf.ndim - 1,))
 
     return from_leaves({path: one(path, leaf) for path, leaf in leaves(params)})
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import euler_step
 from sanawm_jax.training.objectives.refiner_flow import START_SIGMA
 
 CLEAN, AUGMENTED, ROLLOUT = range(3)
@@ -151,8 +152,8 @@ def euler_rollout(
 
     def body(i: jax.Array, x: jax.Array) -> jax.Array:
         sigma = level * (1.0 - i / steps)
-        v = velocity(x, jnp.full((len(x),), sigma)).astype(jnp.float32)
-        return x - level / steps * v
+        v = velocity(x, jnp.full((len(x),), sigma))
+        return euler_step(x, v, sigma, sigma - level / steps)
 
     x = lax.fori_loop(0, steps, body, lax.stop_gradient(start.astype(jnp.float32)))
     return lax.stop_gradient(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.files import published_fields
 from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors
@@ -125,7 +125,7 @@ def _write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    _write_json(folder / "config.json", {"_class_name": name, **dataclasses.asdict(config)})
+    _write_json(folder / "config.json", {"_class_name": name, **published_fields(config)})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -19,11 +19,10 @@ from sanawm_jax.core.lora import combine
 from sanawm_jax.core.params import Params, cast
 from sanawm_jax.core.sharding import axis_size, place
 from sanawm_jax.data.latent_cache import read_rows
-from sanawm_jax.data.pair_cache import denoise_batch
 from sanawm_jax.media.video import write_mp4
 from sanawm_jax.runtime.processes import is_first
-from sanawm_jax.sampling.schedule import Schedule
-from sanawm_jax.sampling.stage1 import Conditions, next_sigmas
+from sanawm_jax.sampling.schedule import Schedule, next_sigmas
+from sanawm_jax.sampling.stage1 import Conditions, denoise_batch
 from sanawm_jax.training.engine.precision import compute_dtype
 
 _ENLARGED = 8  # pixels that a latent is shown as, if there is no decoder

@@ -12,7 +12,7 @@ from sanawm_jax.checkpoints.random_weights import RELEASED, TINY, write_random
 from sanawm_jax.memory import plan as memory_plan
 from sanawm_jax.memory.plan import check_fits, dit_need, peak, refiner_need, text_need
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.command import sample
+from tests.sample_tiny import sample
 
 GIB = 2**30
 BF16 = np.dtype(jnp.bfloat16)
@@ -63,10 +63,8 @@ def test_the_flag_that_makes_it_fit() -> None:
 def test_a_run_that_cannot_fit_ends_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.e2e.test_what_is_read import DEFAULTS
-
     stage1, refiner = write_random(tmp_path / "w", part="all", sizes=TINY)
-    given = {**DEFAULTS, "prompt": "a", "output_dir": str(tmp_path / "out"), "weights": str(stage1)}
+    given = {"prompt": "a", "output_dir": str(tmp_path / "out"), "weights": str(stage1)}
     np.save(tmp_path / "latents.npy", np.zeros((1, 8, 4, 2, 2), np.float32))
     given |= {"stage1_latents": str(tmp_path / "latents.npy"), "refiner_weights": str(refiner)}
     monkeypatch.setattr(memory_plan, "device_bytes", lambda: 1000)
@@ -76,7 +74,7 @@ def test_a_run_that_cannot_fit_ends_before_it_starts(
 
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     del given["stage1_latents"]
-    given |= {"stage1_latents": None, "image": str(tmp_path / "image.png"), "action": "w-16"}
+    given |= {"image": str(tmp_path / "image.png"), "action": "w-16"}
     with pytest.raises(InputError, match=r"this run needs at least .* GiB of device memory"):
         sample(**given)
     assert not list((tmp_path / "out").iterdir())

@@ -198,5 +198,5 @@ def test_the_last_pass_moves_nothing() -> None:
         graphdef, params, window, clean, noise, text, VideoRope(*rope), jnp.asarray([0.5]),
         dtype=jnp.float32,
     )  # fmt: skip
-    start = jax.jit(sampler._start)(clean, noise, jnp.float32(0.5))
+    start = jax.jit(sampler.add_noise)(clean, noise, jnp.float32(0.5))
     np.testing.assert_array_equal(out, start)

@@ -14,7 +14,7 @@ from sanawm_jax.runtime.errors import InputError
 
 @pytest.mark.parametrize("name", shipped.SHIPPED)
 def test_a_name_is_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "_ASSETS", tmp_path)
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path)
     (tmp_path / name).mkdir()
     (tmp_path / name / "README.md").write_text("a card")  # which is no model yet
     for find in (find_weights, open_refiner):

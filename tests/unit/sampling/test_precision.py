@@ -23,6 +23,7 @@ from sanawm_jax.memory.programs import num_bytes
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.precision import build_dit, check_precision
 from tests import tiny_dit
+from tests.sample_tiny import sample
 
 ROUNDING = 2.0**-4  # of e4m3, relative
 
@@ -140,20 +141,16 @@ def test_a_network() -> None:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from tests.e2e.test_what_is_read import DEFAULTS
-
     folder = tmp_path_factory.mktemp("precision")
     (weights,) = write_random(folder / "w", part="stage1", sizes=TINY)
     Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / "image.png")
     rest = {"image": str(folder / "image.png"), "prompt": "a", "action": "w-8", "dtype": "bfloat16"}
     rest |= {"save_latents": str(folder / "latents.npy"), "latents_only": True, "step": 2}
     rest |= {"weights": str(weights), "output_dir": str(folder), "cfg_scale": 3.0}
-    return {**DEFAULTS, **rest}
+    return rest
 
 
 def test_sampling(given: dict[str, Any]) -> None:
-    from sanawm_jax.sampling.command import sample
-
     def latents(**options: str) -> np.ndarray:
         return np.load(sample(**{**given, **options}))
 
@@ -171,8 +168,6 @@ def test_sampling(given: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from sanawm_jax.sampling.command import sample
-
     for options, words in (
         ({"precision": "fp4"}, "--precision=fp4 is unknown; use one of bf16, fp8"),
         ({"precision": "fp8", "dtype": "float32"}, "--precision=fp8 needs --dtype=bfloat16"),

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from sanawm_jax.core.params import leaves
+from sanawm_jax.core.params import build, leaves
+from sanawm_jax.core.stack import stacked_axes
+from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.optimizer import (
@@ -23,6 +25,7 @@ from sanawm_jax.training.engine.optimizer import (
 from sanawm_jax.training.engine.state import create_state
 from sanawm_jax.training.engine.step import GradientUpdate, compile_steps
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, edge_loss, vae_loss
+from tests import tiny_refiner
 
 
 def _prepare(resident, batch, key):
@@ -165,6 +168,34 @@ def test_muon_takes_matrices_of_every_layer_alone() -> None:
         # five Newton-Schulz steps bring all singular values near one another
         assert singular.max() / singular.min() < 2.0
         assert 0.1 < np.sqrt(np.mean(matrix**2)) < 0.3  # as large as an update of AdamW
+
+
+def test_muon_update_of_a_refiner_layer_is_the_update_of_that_layer_alone() -> None:
+    abstract = build(Refiner, tiny_refiner.CONFIG)[1]
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(jax.tree.leaves(abstract))))
+
+    def draw(tree):
+        return jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape), tree)
+
+    params, gradients = draw(abstract), draw(abstract)
+    optimizer = make_optimizer(name="muon", clip_norm=1e9, weight_decay=0.1)
+
+    def update(params, gradients):
+        return dict(leaves(optimizer.update(gradients, optimizer.init(params), params)[0]))
+
+    together = update(params, gradients)
+    stacked = {path for path in together if stacked_axes(path)}
+    assert stacked == {path for path in together if path.startswith("blocks.")}
+    for i in range(tiny_refiner.CONFIG.num_layers):
+        one_layer = (
+            {"layer": jax.tree.map(lambda a, i=i: a[i], t["blocks"])} for t in (params, gradients)
+        )
+        alone = update(*one_layer)
+        for path in stacked:
+            expected = alone[path.replace("blocks.", "layer.", 1)]
+            np.testing.assert_allclose(
+                together[path][i], expected, rtol=2e-4, atol=2e-5, err_msg=path
+            )
 
 
 def test_unknown_optimizer() -> None:
