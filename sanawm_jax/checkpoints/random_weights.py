@@ -7,30 +7,33 @@ multiply, and norms are near one, so activations stay finite in bfloat16 at full
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from sanawm_jax.checkpoints import upstream
 from sanawm_jax.checkpoints.copies import copy_into
-from sanawm_jax.checkpoints.export import (
+from sanawm_jax.checkpoints.export import complete_folder
+from sanawm_jax.checkpoints.keymap import Entry, shapes
+from sanawm_jax.checkpoints.layouts import (
+    CONNECTORS_CLASS,
+    DIT_CLASS,
     DIT_FILE,
+    LATENT_STATISTICS,
+    LTX2_CLASS,
     REFINER_CLASS,
-    REFINER_INDEX,
-    STAGE1_INDEX,
     TEXT_TOKENS,
-    complete_folder,
+    VAE_CLASS,
     upstream_config,
-    write_scheduler,
+    write_config,
+    write_index,
+    write_refiner_index,
     write_yaml,
 )
-from sanawm_jax.checkpoints.keymap import Entry, shapes
 from sanawm_jax.checkpoints.unread import audio_connector_shapes, audio_shapes
 from sanawm_jax.checkpoints.writer import Spec, write_file, write_folder, write_json
 from sanawm_jax.core.params import Params, build, leaves
@@ -199,10 +202,6 @@ def _reader(
     return lambda name: random_tensor(name, specs[name], seed, norm_mean=norm_mean)
 
 
-def _json(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def dit_specs(config: DiTConfig) -> dict[str, Spec]:
     """Shapes and dtypes of `transformer/` by diffusers' names: float32, as released."""
     specs = _specs(dit_keys.key_table(config), build(DiT, config)[1], F32)
@@ -213,9 +212,7 @@ def dit_specs(config: DiTConfig) -> dict[str, Spec]:
 def vae_specs(config: VAEConfig) -> dict[str, Spec]:
     """Shapes and dtypes of `vae/`: bfloat16, its statistics float32."""
     specs = _specs(vae_keys.key_table(config), build(VideoVAE, config)[1], BF16)
-    return {
-        n: (s, F32 if n in ("latents_mean", "latents_std") else d) for n, (s, d) in specs.items()
-    }
+    return {n: (s, F32 if n in LATENT_STATISTICS else d) for n, (s, d) in specs.items()}
 
 
 def refiner_specs(config: RefinerConfig) -> dict[str, Spec]:
@@ -266,10 +263,7 @@ def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
     specs, schedule = dit_specs(sizes.dit), Schedule(shift=9.8)
     if layout == "diffusers":
         write_folder(out / "transformer", specs, _reader(specs, seed), workers=_WORKERS)
-        raw = {"_class_name": "SanaWMTransformer3DModel", **_json(sizes.dit)}
-        write_json(out / "transformer" / "config.json", raw)
-        write_scheduler(out, schedule)
-        write_json(out / "model_index.json", STAGE1_INDEX)
+        write_config(out / "transformer", DIT_CLASS, sizes.dit)
     else:
         read = _reader(specs, seed)
         renamed = {upstream.to_upstream(n): s for n, s in specs.items()}
@@ -289,28 +283,25 @@ def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
         write_yaml(out / "config.yaml", upstream_config(sizes.dit, schedule))
     vae = vae_specs(sizes.vae)
     write_folder(out / "vae", vae, _reader(vae, seed), workers=_WORKERS)
-    write_json(
-        out / "vae" / "config.json", {"_class_name": "AutoencoderKLLTX2Video", **_json(sizes.vae)}
-    )
+    write_config(out / "vae", VAE_CLASS, sizes.vae)
     _write_text(sizes.text, out / "text_encoder", out / "tokenizer", seed)
+    if layout == "diffusers":
+        write_index(out, schedule)
 
 
 def _write_refiner(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
     is_diffusers = layout == "diffusers"
-    # upstream's folder names LTX-2's own class and keeps the tokenizer beside the text encoder
-    name = REFINER_CLASS if is_diffusers else "LTX2VideoTransformer3DModel"
+    name = REFINER_CLASS if is_diffusers else LTX2_CLASS
     for part, specs, config, cls in (
         ("transformer", refiner_specs(sizes.refiner), sizes.refiner, name),
-        ("connectors", connectors_specs(sizes.connectors), sizes.connectors, "LTX2TextConnectors"),
+        ("connectors", connectors_specs(sizes.connectors), sizes.connectors, CONNECTORS_CLASS),
     ):
         write_folder(out / part, specs, _reader(specs, seed), workers=_WORKERS)
-        write_json(out / part / "config.json", {"_class_name": cls, **_json(config)})
+        write_config(out / part, cls, config)
     tokenizer = out / ("tokenizer" if is_diffusers else "text_encoder")
     _write_text(sizes.refiner_text, out / "text_encoder", tokenizer, seed)
     if is_diffusers:
-        write_scheduler(out, Schedule(shift=1.0))
-        index = {**REFINER_INDEX, "text_max_sequence_length": sizes.text_length}
-        write_json(out / "model_index.json", index)
+        write_refiner_index(out, sizes.text_length)
 
 
 def write_random(

@@ -183,7 +183,7 @@ class RefinerFolder(ModelFolder):
 
     def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
         """Graph definition and parameters of the video connector."""
-        return self._load(self._connectors_parts(), dtype)
+        return load_connectors(self.part("connectors"), self.connectors, dtype)
 
     def load_text(self, dtype: Any, place: Place | None = None, run: Runner = call) -> Tower:
         """The compiled text tower, called by `run`; it gives all hidden states."""
@@ -192,6 +192,22 @@ class RefinerFolder(ModelFolder):
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.part("tokenizer"))
+
+
+def load_connectors(
+    folder: Path, config: ConnectorsConfig, dtype: Any
+) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and parameters of the video connector in `connectors/`."""
+    graphdef, abstract = build(TextConnectors, config)
+    params = keymap.load(
+        keys.connectors_table(config),
+        abstract,
+        SafetensorsFolder(folder),
+        what=str(folder),
+        dtype=dtype,
+        ignore=keys.is_audio_connector,
+    )
+    return graphdef, params
 
 
 def _split_adapters(folder: Path) -> tuple[Path, Path | None]:

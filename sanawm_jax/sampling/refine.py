@@ -16,14 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import nnx
 
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import open_refiner
-from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.offload import check_offload, streaming_of
 from sanawm_jax.memory.plan import Need, refiner_need, text_need
-from sanawm_jax.refiner.connectors import pack_states
+from sanawm_jax.refiner.connectors import encode_texts
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
@@ -191,22 +189,15 @@ class LTX2Refiner:
         return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
 
     def encode_prompt(self, prompt: str) -> RefinerText:
-        """The prompt as the transformer reads it; each network is dropped after its turn."""
-        tokenizer = self.folder.load_tokenizer()
-        ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
-        tower = self._part("text", *streaming_of(self.offload, stays=False))
+        """The prompt as the transformer reads it; each network is dropped after it has run."""
+        how = streaming_of(self.offload, stays=False)
         with matmul_precision(self.dtype):
-            states = tower(ids, mask).block_until_ready()
-            del tower
-            graphdef, params = self._part("connectors")
-            # the connectors' mask shows everything: registers stand where padding was
-            text = connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype)
+            text = encode_texts(
+                [prompt],
+                self.folder.load_tokenizer(),
+                self.folder.text_length,
+                lambda: self._part("text", *how),
+                lambda: self._part("connectors"),
+                self.dtype,
+            )
         return RefinerText(text)
-
-
-@jax.jit(static_argnames=("graphdef", "dtype"))
-def connect_text(
-    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
-) -> jax.Array:
-    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
-    return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

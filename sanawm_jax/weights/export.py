@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sanawm_jax.checkpoints.export import LAYOUTS, export_weights
+from sanawm_jax.checkpoints.export import export_weights
+from sanawm_jax.checkpoints.layouts import LAYOUTS
 from sanawm_jax.runtime.command_line import fail
 from sanawm_jax.runtime.errors import InputError
 

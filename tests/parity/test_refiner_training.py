@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.adapters import load_adapters, save_adapters
-from sanawm_jax.checkpoints.export import export_weights
+from sanawm_jax.checkpoints.export import export_refiner, export_weights
+from sanawm_jax.checkpoints.layouts import write_refiner_index
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.core.lora import LoraConfig, build_adapted, combine, init_adapters
 from sanawm_jax.core.params import Params, apply, build, init
@@ -28,7 +29,6 @@ from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.refine import LTX2Refiner
-from sanawm_jax.training.export import export_refiner, write_refiner_index
 from sanawm_jax.training.objectives import refiner_flow as flow
 from sanawm_jax.training.recipes.refiner import make_text_path, new_model
 from tests.e2e.tiny_config import get_config

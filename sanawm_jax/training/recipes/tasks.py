@@ -18,6 +18,8 @@ from absl import logging
 from jax import lax
 
 from sanawm_jax.checkpoints.adapters import save_adapters
+from sanawm_jax.checkpoints.export import export_transformer, export_vae
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.data.latent_cache import (
     TextEncoder,
@@ -31,6 +33,7 @@ from sanawm_jax.data.views import ALL_VIEWS
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import load_text_encoder
@@ -38,7 +41,6 @@ from sanawm_jax.text.prompts import CHI_PROMPT, encode_texts
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.engine.precision import compute_dtype
 from sanawm_jax.training.engine.step import Loss, Metrics, Prepare
-from sanawm_jax.training.export import export_transformer, export_vae, write_index
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.training.samples import first_rows, stage1_samples
@@ -261,7 +263,7 @@ def task_of_cache(
                 shutil.copytree(
                     _text_folder(config, workdir) / part, folder / part, dirs_exist_ok=True
                 )
-        write_index(folder, config.flow_shift)
+        write_index(folder, Schedule(shift=config.flow_shift))
 
     resident.update(objective.frozen())
     return Task(

@@ -20,7 +20,7 @@ from sanawm_jax.sampling.refine import LTX2Refiner
 
 CALLS = {
     generate: ("denoise", "encode_prompt", "_encode", "_decode"),
-    refine: ("refine", "read_text", "connect_text"),
+    refine: ("refine", "read_text", "encode_texts"),
 }
 
 
