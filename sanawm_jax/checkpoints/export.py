@@ -71,7 +71,7 @@ def export_weights(
       layout: `diffusers` or `upstream`. In diffusers layout a refiner is a folder of its own, so
         one inside upstream's folder goes to `OUT-refiner`; in upstream's it goes to `OUT/refiner`.
       out: a folder that does not exist or is empty; it appears when it is complete.
-      allow_pickle: see `upstream_folder.open_stage1`.
+      allow_pickle: see `checkpoints.upstream_folder.open_stage1`.
 
     Returns:
       The folders written.

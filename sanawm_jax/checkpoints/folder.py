@@ -126,7 +126,7 @@ class Stage1Folder(ModelFolder):
     """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
 
     Raises:
-      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+      InputError: on construction, if a part is absent; see `checkpoints.files` for the rest.
     """
 
     kind = "stage-1"
@@ -182,7 +182,7 @@ class Stage1Folder(ModelFolder):
 
         Args:
           place: as `keymap.load`.
-          precision: a checked one, see `pipeline.precision`.
+          precision: a checked one, see `sampling.precision`.
 
         Raises:
           InputError: fp8, and no layer of this network can run in it.

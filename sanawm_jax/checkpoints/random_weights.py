@@ -6,7 +6,6 @@ multiply, and norms are near one, so activations stay finite in bfloat16 at full
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import zlib
 from collections.abc import Callable
@@ -34,26 +33,21 @@ from sanawm_jax.checkpoints.layouts import (
     write_refiner_index,
     write_yaml,
 )
+from sanawm_jax.checkpoints.sizes import RELEASED, Sizes
 from sanawm_jax.checkpoints.unread import audio_connector_shapes, audio_shapes
 from sanawm_jax.checkpoints.writer import Spec, write_file, write_folder, write_json
 from sanawm_jax.core.params import Params, build, leaves
 from sanawm_jax.dit import keys as dit_keys
-from sanawm_jax.dit.config import SANA_WM_2B, DiTConfig
+from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.refiner import keys as refiner_keys
-from sanawm_jax.refiner.config import (
-    LTX_2_19B,
-    LTX_2_19B_CONNECTORS,
-    SPLIT,
-    ConnectorsConfig,
-    RefinerConfig,
-)
+from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.small_world.text_encoder import write_tokenizer
 from sanawm_jax.text import keys as text_keys
-from sanawm_jax.text.config import GEMMA2, GEMMA3, GEMMA_2_2B, GEMMA_3_12B, GemmaConfig
+from sanawm_jax.text.config import GEMMA2, GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower
 from sanawm_jax.text.prompts import CHI_PROMPT
 from sanawm_jax.vae import keys as vae_keys
@@ -65,93 +59,6 @@ F32, BF16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 _TEXT_SHARD_BYTES = 5 * 10**9
 _CHUNK = 1 << 24
 _WORKERS = min(32, os.cpu_count() or 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Configurations of all networks."""
-
-    dit: DiTConfig
-    vae: VAEConfig
-    text: GemmaConfig
-    refiner: RefinerConfig
-    connectors: ConnectorsConfig
-    refiner_text: GemmaConfig
-    text_length: int = 1024  # of the refiner's prompt
-
-
-RELEASED = Sizes(
-    dit=SANA_WM_2B,
-    vae=VAEConfig(decoder_causal=False, spatial_compression_ratio=32, temporal_compression_ratio=8),
-    text=GEMMA_2_2B,
-    refiner=LTX_2_19B,
-    connectors=LTX_2_19B_CONNECTORS,
-    refiner_text=GEMMA_3_12B,
-)
-_TINY_TEXT = GemmaConfig(
-    vocab_size=1024,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    query_pre_attn_scalar=16,
-    sliding_window=16,
-)
-TINY = Sizes(
-    dit=DiTConfig(
-        num_layers=4,
-        hidden_size=48,
-        num_attention_heads=2,
-        linear_head_dim=24,
-        in_channels=8,
-        caption_channels=32,
-        chunk_plucker_post_attn_blocks=4,
-    ),
-    vae=VAEConfig(
-        decoder_causal=False,
-        latent_channels=8,
-        block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 16, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-        spatial_compression_ratio=32,
-        temporal_compression_ratio=8,
-    ),
-    text=_TINY_TEXT,
-    refiner=RefinerConfig(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=32,
-        num_layers=3,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=8,
-        audio_cross_attention_dim=16,
-        rope_type=SPLIT,
-    ),
-    connectors=ConnectorsConfig(
-        caption_channels=32,
-        text_proj_in_factor=3,
-        video_connector_num_attention_heads=2,
-        video_connector_attention_head_dim=16,
-        video_connector_num_learnable_registers=4,
-        audio_connector_num_attention_heads=2,
-        audio_connector_attention_head_dim=16,
-        audio_connector_num_learnable_registers=4,
-        connector_rope_base_seq_len=64,
-        rope_type=SPLIT,
-    ),
-    refiner_text=dataclasses.replace(
-        _TINY_TEXT, model_type=GEMMA3, attn_logit_softcapping=None, rope_factor=8.0
-    ),
-    text_length=16,
-)
 
 
 def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -> np.ndarray:

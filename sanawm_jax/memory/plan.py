@@ -89,7 +89,7 @@ def dit_need(
     Args:
       latents: (1, C, F, h, w).
       batch: 2 with guidance.
-      precision: see `pipeline.precision`.
+      precision: see `sampling.precision`.
     """
     graphdef, params = build_dit(config, precision)
     params = _abstract(params, dtype)

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import open_refiner
@@ -25,7 +24,7 @@ from sanawm_jax.refiner.connectors import encode_texts
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.generate import channels_last, read_latents
+from sanawm_jax.sampling.latents import channels_first, channels_last, read_latents
 from sanawm_jax.sampling.options import RefineOptions
 from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 
@@ -35,7 +34,7 @@ class LTX2Refiner:
 
     Its networks are on the device one after the other and are dropped after each call, unless
     `keep` is set: then they stay, for many clips of a small model. `offload` block also keeps their
-    layers in host memory, see `pipeline.offload`.
+    layers in host memory, see `memory.offload`.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class LTX2Refiner:
         return noise
 
     def needs(self, shape: tuple[int, ...]) -> list[Need]:
-        """What refining latents (1, C, F, h, w) needs, network by network; see `memory_plan`.
+        """What refining latents (1, C, F, h, w) needs, network by network; see `memory.plan`.
 
         They never share the device, so each is a stage of its own.
         """
@@ -186,7 +185,7 @@ class LTX2Refiner:
                 progress=progress,
                 run=run,
             )
-        return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
+        return np.asarray(channels_first(refined), np.float32)
 
     def encode_prompt(self, prompt: str) -> RefinerText:
         """The prompt as the transformer reads it; each network is dropped after it has run."""

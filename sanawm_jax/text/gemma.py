@@ -279,7 +279,7 @@ def text_tower(
       params: of `GemmaTower`, as `keys.load_text_encoder` returns them.
       dtype: compute dtype; the parameters' by default.
       all_states: give every hidden state, (layers + 1, B, L, C).
-      run: how the compiled function is called, see `core.streaming`.
+      run: how the compiled function is called, see `memory.streaming`.
 
     The function raises InputError for ids that the embedding does not have, which means that
     tokenizer and text encoder are not of one model.

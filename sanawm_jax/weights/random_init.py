@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Sequence
 
 from sanawm_jax.checkpoints.layouts import LAYOUTS
-from sanawm_jax.checkpoints.random_weights import PARTS, RELEASED, TINY, write_random
+from sanawm_jax.checkpoints.random_weights import PARTS, write_random
+from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 from sanawm_jax.runtime.command_line import fail
 from sanawm_jax.runtime.errors import InputError
 
