@@ -123,7 +123,7 @@ def _open_refiner(source: Path) -> RefinerFolder | None:
 
 @contextlib.contextmanager
 def complete_folder(out: Path) -> Iterator[Path]:
-    """Yields another folder beside `out`, which becomes `out` if the block ends well.
+    """Yields a temporary folder next to `out`, which becomes `out` if the block ends well.
 
     Raises:
       InputError: `out` exists and is not an empty folder.
@@ -145,7 +145,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
 def _dit_tensors(
     folder: Stage1Folder, rename: Callable[[str], str]
 ) -> tuple[dict[str, Spec], Callable[[str], np.ndarray]]:
-    """The DiT's tensors by the names that `rename` makes of diffusers'."""
+    """The DiT's tensors under the names that `rename` gives to diffusers' names."""
     source = folder.dit_weights().source
     prefix = upstream.find_prefix(source.keys())
     names = {}
@@ -176,7 +176,7 @@ def _to_diffusers(folder: Stage1Folder, out: Path) -> None:
 
 
 def _copy_text(text_encoder: Path, tokenizer: Path, out: Path) -> None:
-    """Copies a text encoder and its tokenizer, which may share a folder, to two folders."""
+    """Copies a text encoder and its tokenizer, which may be in one folder, to two folders."""
     copy_folder(text_encoder, out / "text_encoder")
     copy_folder(tokenizer, out / "tokenizer")
     if text_encoder == tokenizer:
@@ -188,7 +188,7 @@ def _copy_text(text_encoder: Path, tokenizer: Path, out: Path) -> None:
 def _to_upstream(folder: Stage1Folder, out: Path) -> None:
     config = folder.dit_config()
     specs, read = _dit_tensors(folder, upstream.to_upstream)
-    # only training with dropped captions reads it; zeros stand where the source has none
+    # only training with dropped captions reads it; zeros if the source does not have it
     shape = (TEXT_TOKENS, config.caption_channels)
     has_captions = upstream.DROPPED_CAPTION in specs
     specs.setdefault(upstream.DROPPED_CAPTION, (shape, np.dtype(np.float32)))
@@ -239,7 +239,7 @@ def _convert_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
 
 
 def _write_merged(folder: RefinerFolder, out: Path) -> None:
-    """The transformer with its adapters in its kernels, a tensor at a time; dtypes stay."""
+    """Writes the transformer with its adapters merged, one tensor at a time; dtypes stay."""
     part = folder.part("transformer")
     source, (lora, adapters) = SafetensorsFolder(part), folder.load_lora()
     factors = dict(leaves(adapters))

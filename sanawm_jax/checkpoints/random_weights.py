@@ -1,7 +1,8 @@
 """Random weights with the released names, shapes and dtypes, for runs without the released ones.
 
-Every value depends on its tensor's name and the seed alone. Matrices keep the size of what they
-multiply, and norms are near one, so activations stay finite in bfloat16 at full depth.
+A value depends only on the name of its tensor and on the seed. Matrices keep the magnitude of their
+inputs, and scales of norms are close to one, so that activations stay finite in bfloat16 at full
+depth.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -
     """One tensor by its published name.
 
     Args:
-      name: decides what the tensor is for.
+      name: shows what the tensor is for.
       spec: its shape and dtype.
-      norm_mean: what a norm's scale is near; Gemma adds one itself and takes 0.
+      norm_mean: mean of the scales of norms; 0 for Gemma, which adds one itself.
     """
     shape, dtype = spec
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -90,7 +91,7 @@ def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -
         scale = float(np.prod(shape[1:])) ** -0.5
     out = np.empty(shape, dtype)
     flat = out.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):  # no float32 copy of the largest ones
+    for start in range(0, flat.size, _CHUNK):  # so that the largest tensors have no float32 copy
         part = rng.standard_normal(min(_CHUNK, flat.size - start), np.float32)
         part *= np.float32(scale)
         part += np.float32(mean)
@@ -162,7 +163,7 @@ def _write_text(config: GemmaConfig, folder: Path, tokenizer: Path, seed: int) -
         name = "Gemma3ForConditionalGeneration"
         raw = {"architectures": [name], "model_type": "gemma3", "text_config": fields}
     write_json(folder / "config.json", raw)
-    # trained on little text: the released tokenizers have as many tokens as the table has rows
+    # this tokenizer is trained on little text; the released ones use all rows of the table
     write_tokenizer(["\n".join(CHI_PROMPT)], tokenizer, min(1024, config.vocab_size))
 
 
@@ -219,7 +220,7 @@ def write_random(
     sizes: Sizes = RELEASED,
     seed: int = 0,
 ) -> list[Path]:
-    """Writes random weights; no more than a tensor a processor is in memory, and 32 at most.
+    """Writes random weights, with at most one tensor per processor and 32 in all in memory.
 
     Args:
       out: a new folder. With `all` in diffusers layout the refiner goes to `OUT-refiner`, in

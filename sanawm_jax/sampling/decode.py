@@ -25,9 +25,10 @@ def decode_tiling(tiling: str | Tiling, num_frames: int) -> Tiling:
     """The VAE tiles in which a video is decoded.
 
     Args:
-      tiling: `none` decodes all at once. `always` takes the tiles of `LONG_VIDEO`, by the
-        reference's rule: along what is larger than a tile. `auto` does too, but leaves up to 97
-        frames, the length of one window, in one. A `Tiling` is taken as it is.
+      tiling: `none` decodes everything at once. `always` takes the tiles of `LONG_VIDEO` along
+        each axis that is longer than a tile, as the reference does. `auto` does so too, but decodes
+        up to 97 frames, the length of one window, without cutting them in time. A `Tiling` is taken
+        as it is.
       num_frames: pixel frames of the video.
 
     Raises:

@@ -53,8 +53,8 @@ class SanaWM:
       dtype: `bfloat16` or `float32`.
       tiling: how videos are decoded, see `decode_tiling`.
       offload: what stays on the device, see `memory.offload`.
-      devices: local devices that share the latent frames of stage 1 out; all else runs on one.
-      precision: of the DiT's large matrix products, see `sampling.precision`.
+      devices: local devices that divide the latent frames of stage 1; all else runs on one.
+      precision: number format of the DiT's large matrix products, see `sampling.precision`.
 
     Raises:
       InputError: an unknown dtype, tiling or offload, too few devices, a precision that this device
@@ -85,37 +85,21 @@ class SanaWM:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: str = "bfloat16",
-        tiling: str | Tiling = "auto",
-        offload: str = "none",
-        devices: int = 1,
-        precision: str = "bf16",
-        allow_pickle: bool = False,
+        cls, name: str | Path, *, allow_pickle: bool = False, **options: Any
     ) -> SanaWM:
         """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
-          dtype, tiling, offload, devices, precision: see the class.
           allow_pickle: see `checkpoints.upstream_folder.open_stage1`.
+          options: arguments of the class.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
-        folder = open_stage1(name, allow_pickle=allow_pickle)
-        return cls(
-            folder,
-            dtype=dtype,
-            tiling=tiling,
-            offload=offload,
-            devices=devices,
-            precision=precision,
-        )
+        return cls(open_stage1(name, allow_pickle=allow_pickle), **options)
 
     def check(self, *parts: str) -> None:
-        """Compares tensor names and shapes of `parts` with the file headers, each once.
+        """Compares tensor names and shapes of `parts` with the file headers, once per part.
 
         Args:
           parts: of `transformer`, `text_encoder`, `encoder` and `decoder`.
@@ -136,7 +120,7 @@ class SanaWM:
         return self._parts[name]
 
     def release(self) -> None:
-        """Forgets the networks, so that the device's memory is free for another stage."""
+        """Drops the networks, so that the device's memory is free for another stage."""
         self._parts.clear()
 
     def request(self, image: Any, **options: Any) -> Request:
@@ -158,7 +142,7 @@ class SanaWM:
     def needs(
         self, shape: tuple[int, ...], *, text_length: int, has_guidance: bool, decode: bool
     ) -> list[Need]:
-        """What a call needs of the device's memory, network by network; see `memory.plan`.
+        """The device memory that a call needs, network by network; see `memory.plan`.
 
         Args:
           shape: (1, C, F, h, w) of the latents.
@@ -175,7 +159,7 @@ class SanaWM:
         return [*found, self.decoder_need(shape)] if decode else found
 
     def decoder_need(self, shape: tuple[int, ...]) -> Need:
-        """What decoding latents (1, C, F, h, w) needs of the device's memory."""
+        """The device memory that decoding latents (1, C, F, h, w) needs."""
         frames, *size = self.vae_config.video_shape(*shape[2:])
         tiling = decode_tiling(self.tiling, frames)
         if tiling.use_framewise:
@@ -206,10 +190,11 @@ class SanaWM:
           prompt: what is in the scene.
           negative_prompt: what to steer away from, read without the chi prompt.
           steps: Euler steps.
-          cfg_scale: guidance; 1 or less switches it off and halves the work.
+          cfg_scale: scale of classifier-free guidance; 1 or less switches it off and halves the
+            work.
           flow_shift: shift of the schedule; the folder's by default.
-          seed: of the initial noise.
-          latents: initial noise (1, C, F, h, w) in place of the seed's.
+          seed: seed of the initial noise.
+          latents: initial noise (1, C, F, h, w) that replaces the seed's.
           text_length: text tokens L.
           decode: also decode the latents to frames; False needs no decoder.
           progress: show a progress bar.
@@ -254,7 +239,7 @@ class SanaWM:
                 mesh=self.mesh,
             )
         if self.offload != "none":
-            del params, run  # which may have layers on the device
+            del params, run  # they may hold layers on the device
             self.release()
         frames = self.decode(sampled) if decode else None
         out = np.asarray(channels_first(sampled), np.float32)

@@ -26,11 +26,11 @@ def read_latents(
 
     Args:
       value: the array or the file.
-      shape: what it must be; None takes any single clip.
-      name: what the array is, for messages.
+      shape: the shape that it must have; None accepts one clip of any size.
+      name: what messages call the array.
 
     Raises:
-      InputError: unreadable, not finite, or not of `shape` (None takes any with one clip).
+      InputError: the array cannot be read, is not finite, or has another shape.
     """
     array = load_array(value, name)
     if shape is None and (array.ndim != 5 or array.shape[0] != 1):
@@ -52,7 +52,7 @@ def write_npy(file: str | os.PathLike, array: Any) -> Path:
 
 
 def channels_last(latents: Any) -> Any:
-    """Latents or noise of files, (B, C, F, H, W), as networks take them, (B, F, H, W, C)."""
+    """Latents or noise as files have them, (B, C, F, H, W), to the networks' (B, F, H, W, C)."""
     return rearrange(latents, "B C F H W -> B F H W C")
 
 

@@ -3,7 +3,7 @@
     python -m sanawm_jax.weights.export --weights DIR --layout diffusers --out OUT
     python -m sanawm_jax.weights.export --weights DIR --layout upstream --out OUT
 
-Prints the folders that it wrote, one a line.
+Prints the folders that it wrote, one per line.
 """
 
 from __future__ import annotations

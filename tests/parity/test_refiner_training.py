@@ -279,7 +279,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, to
 BROKEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     "rank": (None, dict(r=4), "does not fit rank 4"),
     "dora": (None, dict(use_dora=True), "use_dora=True is not supported"),
-    "layer": (lambda t: rename(t, "attn1.to_q", "attn3.to_q"), {}, "layers that the base has not"),
+    "layer": (lambda t: rename(t, "attn1.to_q", "attn3.to_q"), {}, "layers that the base lacks"),
     "half": (
         lambda t: {k: v for k, v in t.items() if "blocks.1.attn1.to_q.lora_A" not in k},
         {},
