@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # exact pins of the Python at hand; a newer Python falls back to the newest list
 PIN = $(shell $(PYTHON) -c "import sys; print('constraints/py311.txt' if sys.version_info < (3, 12) else 'constraints/py312.txt')")
 
-.PHONY: sample test clean
+.PHONY: sample test test-hopper clean
 
 sample: $(VENV)/.core
 	$(BIN)/python sample.py $(ARGS)
@@ -17,6 +17,19 @@ test: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 tests/multi_device $(ARGS)
+
+# The kernels for Hopper run in Pallas' interpreter, which only JAX for Python 3.12 has. They need
+# nothing but JAX, so this environment is small.
+PYTHON312 ?= python3.12
+HOPPER := .venv-hopper
+
+test-hopper: $(HOPPER)/.done
+	$(HOPPER)/bin/python -m pytest -n 2 tests/kernels/test_gdn_hopper.py $(ARGS)
+
+$(HOPPER)/.done: constraints/py312.txt
+	$(PYTHON312) -m venv $(HOPPER)
+	$(HOPPER)/bin/python -m pip install --quiet --constraint $< jax pytest pytest-xdist
+	touch $@
 
 $(VENV)/.core: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sanawm_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
@@ -32,4 +45,4 @@ $(VENV)/.test: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(HOPPER) build *.egg-info

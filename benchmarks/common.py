@@ -178,7 +178,7 @@ def random_layers(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> An
     """`random_leaf`, its layers separate if it has any; see `core.stack.over_layers`."""
     import jax
 
-    from sanawm_jax.memory.streaming import stacked_axes
+    from sanawm_jax.core.stack import stacked_axes
 
     if not stacked_axes(path):
         return random_leaf(path, key, shape, dtype)

@@ -37,7 +37,10 @@ from sanawm_jax.dit.attention import KEY_SCALES
 from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 from sanawm_jax.training.curves import panels, smooth
 from sanawm_jax.training.engine.loop import start_run
-from sanawm_jax.training.recipes.tasks import Task, cached_clips, open_source, task_of_cache
+from sanawm_jax.training.engine.recipe import Recipe
+from sanawm_jax.training.recipes.cached_clips import cached_clips
+from sanawm_jax.training.recipes.clips import open_source
+from sanawm_jax.training.recipes.stage1 import recipe_of_cache
 
 _SMALL_WORLD = Path(attention.__file__).parents[1] / "small_world/assets/small_world"
 _PER_CALL = 10  # steps, and the distance of the printed lines
@@ -76,7 +79,7 @@ def run_config(given: argparse.Namespace) -> ConfigDict:
     return config
 
 
-def largest_state(task: Task, params: Any, resident: Any, batch: Any, key: jax.Array) -> float:
+def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: jax.Array) -> float:
     """Largest magnitude in the states of all layers, in one forward pass; NaN stays NaN.
 
     Args:
@@ -84,6 +87,7 @@ def largest_state(task: Task, params: Any, resident: Any, batch: Any, key: jax.A
       key: of their noise.
     """
     found: list[float] = []
+    update: Any = recipe.update
     run = attention.recurrent_states
 
     def watched(*args: Any) -> jax.Array:
@@ -93,19 +97,19 @@ def largest_state(task: Task, params: Any, resident: Any, batch: Any, key: jax.A
 
     with mock.patch.object(attention, "recurrent_states", watched):
         # a new function, so that no earlier trace without the watch is taken
-        loss = jax.jit(lambda p, r, b, k: task.loss(p, task.prepare(r, b, k))[0])
+        loss = jax.jit(lambda p, r, b, k: update.loss(p, update.prepare(r, b, k))[0])
         jax.block_until_ready(loss(params, resident, batch, key))
     jax.effects_barrier()
     return float(np.max(found))
 
 
-def train(config: ConfigDict, task: Task, name: str) -> list[dict[str, Any]]:
+def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]:
     """Trains and prints, and returns all steps' rows until the run ends or is no number."""
     mesh = make_mesh(**config.mesh.to_dict())
     rows: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
-        state, resident, steps = start_run(mesh, config, task)
-        loader = Loader(range(task.size), config.batch_size, seed=config.seed)
+        state, resident, steps = start_run(mesh, config, recipe)
+        loader = Loader(range(recipe.size), config.batch_size, seed=config.seed)
         key = jax.random.key(config.seed)
         signals = place_signals(mesh, 0.0, 0.0)
         begun, watched = time.perf_counter(), None
@@ -113,7 +117,11 @@ def train(config: ConfigDict, task: Task, name: str) -> list[dict[str, Any]]:
             indices = loader.next(min(_PER_CALL, config.steps - step))
             watched = indices[0] if watched is None else watched
             is_shown = step % (20 * _PER_CALL) == 0
-            size = largest_state(task, state.params, resident, watched, key) if is_shown else None
+            size = (
+                largest_state(recipe, state.model.params, resident, watched, key)
+                if is_shown
+                else None
+            )
             batches = place_batches(indices, mesh, config.batch_size)
             state, metrics = steps(state, resident, batches, key, signals)
             values = [np.asarray(metrics[n], np.float64) for n in ("loss", "grad_norm")]
@@ -187,7 +195,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         workdir = given.workdir or Path(folder)
         cache = cached_clips(config, workdir, open_source(config))
         runs = {
-            name: train(config, task_of_cache(config, workdir, cache, key_scale=name), name)
+            name: train(config, recipe_of_cache(config, workdir, cache, key_scale=name), name)
             for name in given.key_scales
         }
         lines = [json.dumps(_json(row)) + "\n" for rows in runs.values() for row in rows]

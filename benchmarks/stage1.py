@@ -14,7 +14,6 @@ relative errors of the latents and of their change, which is the velocity.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,12 @@ def reference(given: argparse.Namespace) -> None:
     from diffusers import SanaWMTransformer3DModel
     from diffusers.models.transformers.transformer_sana_wm import SanaWMRotaryPosEmbed
 
+    from sanawm_jax.checkpoints.files import published_fields
+
     config, lengths, grid, text = sizes(given)
     device, dtype = common.torch_device(given.tiny)
     with torch.device("meta"):
-        model = SanaWMTransformer3DModel(**dataclasses.asdict(config))
+        model = SanaWMTransformer3DModel(**published_fields(config))
     model = common.fill_reference(model, device, dtype)
     # a plain attribute, made on the meta device too
     model.rope = SanaWMRotaryPosEmbed(

@@ -18,7 +18,6 @@ sheet's peak; `of_achievable` divides by what large products reach, as `benchmar
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 def run_config(given: argparse.Namespace) -> Any:
     """The configuration of a run on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
+    from sanawm_jax.checkpoints.files import published_fields
     from sanawm_jax.checkpoints.sizes import TINY
 
     recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
@@ -46,14 +46,14 @@ def run_config(given: argparse.Namespace) -> Any:
     config.lora.rank = given.lora
     if given.tiny:
         config.dtype = "float32"
-        config.dit.update(dataclasses.asdict(TINY.dit))
+        config.dit.update(published_fields(TINY.dit))
     if given.lora:
-        config.init_weights = "random"  # a name: `build_task` makes the base
+        config.init_weights = "random"  # a name: `build_recipe` makes the base
     return config
 
 
-def build_task(config: Any, frames: int, grid: tuple[int, int], text: int) -> tuple[Any, Any]:
-    """The task of a run with random weights, and a batch (1, 1, ...) of each of its arrays.
+def build_recipe(config: Any, frames: int, grid: tuple[int, int], text: int) -> tuple[Any, Any]:
+    """The recipe of a run with random weights, and a batch (1, 1, ...) of each of its arrays.
 
     Args:
       frames, grid: latent frames, rows and columns.
@@ -69,7 +69,8 @@ def build_task(config: Any, frames: int, grid: tuple[int, int], text: int) -> tu
     from sanawm_jax.dit.model import DiT
     from sanawm_jax.training.engine.precision import compute_dtype
     from sanawm_jax.training.objectives.stage1 import Stage1Objective
-    from sanawm_jax.training.recipes.stage1 import dit_config, task_of_latents
+    from sanawm_jax.training.recipes.latent_source import LatentSource
+    from sanawm_jax.training.recipes.stage1 import dit_config, recipe_of_latents
 
     model, dtype = dit_config(config), compute_dtype(config.dtype)
 
@@ -97,16 +98,11 @@ def build_task(config: Any, frames: int, grid: tuple[int, int], text: int) -> tu
         "text_mask": conditions.text_mask,
     }
     batch = {name: np.asarray(a)[None] for name, a in rows.items()}
-    task = task_of_latents(
-        config,
-        Path(tempfile.gettempdir()),  # nothing is exported
-        model,
-        Objective(config, model, frames),
-        null=(np.zeros(rows["text"].shape[1:], np.float32), np.ones((text,), np.int32)),
-        grid=grid,
-        size=1,
-    )
-    return task, batch
+    null = (np.zeros(rows["text"].shape[1:], np.float32), np.ones((text,), np.int32))
+    source = LatentSource(size=1, frames=frames, grid=grid, null=null)
+    workdir = Path(tempfile.gettempdir())  # nothing is exported
+    objective = Objective(config, model, frames)
+    return recipe_of_latents(config, workdir, model, objective, source), batch
 
 
 def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
@@ -132,8 +128,8 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
     device = mesh.devices.flat[0]
     with jax.set_mesh(mesh):
         try:
-            task, batch = build_task(config, frames, grid, text)
-            state, resident, steps = start_run(mesh, config, task)
+            recipe, batch = build_recipe(config, frames, grid, text)
+            state, resident, steps = start_run(mesh, config, recipe)
             arguments = (
                 resident,
                 place_batches(batch, mesh, config.batch_size),
@@ -158,13 +154,13 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
             return {**line, "error": "out of memory", "device": device.device_kind}
     peak = next((v["gemm"] * 1e12 for n, v in LIMITS.items() if n in device.device_kind), None)
     shares = {
-        "mfu": mfu(task.flops, line["seconds"], mesh.size, peak_flops(device)),
-        "of_achievable": mfu(task.flops, line["seconds"], mesh.size, peak),
+        "mfu": mfu(recipe.flops, line["seconds"], mesh.size, peak_flops(device)),
+        "of_achievable": mfu(recipe.flops, line["seconds"], mesh.size, peak),
     }
     return {
         **line,
         **{key: share and round(share, 4) for key, share in shares.items()},
-        "pflop": float(f"{task.flops / 1e15:.4g}"),
+        "pflop": float(f"{recipe.flops / 1e15:.4g}"),
         "loss": float(jnp.ravel(metrics["loss"])[0]),
         **common.memory("ours"),
     }

@@ -25,6 +25,7 @@ def training(task: str) -> ConfigDict:
     config.optimizer = ConfigDict(
         dict(
             name="adamw",  # or muon
+            moments_dtype="float32",  # of the first moments; or bfloat16
             learning_rate=6e-4,
             betas=(0.9, 0.99),
             eps=1e-8,

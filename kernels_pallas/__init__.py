@@ -1,4 +1,4 @@
-"""Kernels as functions of arrays: an XLA reference each, and GPU or TPU versions of it.
+"""Kernels as functions of arrays: each one has an XLA reference and GPU or TPU versions.
 
-Imports jax, never sanawm_jax.
+This package imports jax and never sanawm_jax. `README.md` says what is tested where.
 """

@@ -1,10 +1,12 @@
-"""Which implementation of a kernel runs; the one place to change after a measurement.
+"""Chooses the implementation of a kernel. After a measurement, this is the only file to change.
 
-In this order: the call's own `impl`, `with choose(gdn="pallas"):`, the environment variable
-`SANAWM_KERNELS=gdn=pallas,conv_glu=xla`, and `AUTO` on an NVIDIA GPU of Ampere's generation or
-newer, else XLA. Everything that is not a GPU, and a program whose arrays are shared out over
-several devices, runs XLA whatever is asked for: a Pallas call is a black box to the partitioner.
-(Inside `jax.shard_map` each device runs its own.)
+The choice is made in this order: the `impl` argument of the call; the context manager
+`with choose(gdn="pallas"):`; the environment variable `SANAWM_KERNELS=gdn=pallas,conv_glu=xla`;
+and the table `AUTO` on an NVIDIA GPU of the Ampere generation or newer. Otherwise XLA runs.
+
+Without an `impl` argument, XLA always runs on devices that are not GPUs, and in programs whose
+arrays the compiler divides over several devices, because the partitioner cannot see into a Pallas
+call. (Inside `jax.shard_map` each device runs its own call, so this limit does not apply there.)
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 VARIABLE = "SANAWM_KERNELS"
-# What "auto" is where matrix units take bfloat16, the fastest of `benchmarks.kernels` on an H100.
+# What "auto" means on a GPU whose tensor cores take bfloat16. These implementations were the
+# fastest ones of `benchmarks.kernels` on an H100.
 AUTO: dict[str, str] = {
     "attention": "mosaic",
     "conv_glu": "pallas",
     "gdn": "pallas",
     "ucpe": "pallas",
 }
-AMPERE, HOPPER = 8.0, 9.0  # compute capabilities: the first with bfloat16, and the one with wgmma
-# lowest and highest that the default needs
+# Compute capabilities: Ampere is the first with bfloat16, and Hopper is the one with wgmma.
+AMPERE, HOPPER = 8.0, 9.0
+# The lowest and the highest compute capability for which `AUTO` is used.
 _CAPABILITIES = {"attention": (HOPPER, HOPPER)}
 _BFLOAT16 = (AMPERE, float("inf"))
-# Every kernel's implementations, its portable one first.
+# The implementations of every kernel. The first one is portable.
 IMPLS: dict[str, tuple[str, ...]] = {
     "attention": ("cudnn", "mosaic"),
     "conv_glu": ("xla", "xla_split", "pallas"),
@@ -38,7 +42,7 @@ IMPLS: dict[str, tuple[str, ...]] = {
     "ucpe": ("xla", "pallas"),
 }
 
-# part of the key of jit's cache: a change traces anew
+# This context is part of the key of jit's cache, so a change leads to a new trace.
 _chosen = jax.make_user_context(default_value=())
 
 
@@ -52,10 +56,10 @@ def _checked(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def parse(text: str) -> dict[str, str]:
-    """`"gdn=pallas,conv_glu=xla"` as a dictionary.
+    """Parses a text such as `"gdn=pallas,conv_glu=xla"` into a dictionary.
 
     Raises:
-      ValueError: not of this form, or an unknown kernel or implementation.
+      ValueError: the text does not have this form, or names an unknown kernel or implementation.
     """
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     return _checked({name.strip(): value.strip() for name, _, value in pairs})
@@ -63,7 +67,7 @@ def parse(text: str) -> dict[str, str]:
 
 @contextmanager
 def choose(**impls: str) -> Iterator[None]:
-    """Overrides the choice for what is traced inside: `with choose(gdn="pallas"): ...`.
+    """Overrides the choice for everything that is traced inside `with choose(gdn="pallas"): ...`.
 
     Raises:
       ValueError: an unknown kernel or implementation.
@@ -74,23 +78,23 @@ def choose(**impls: str) -> Iterator[None]:
 
 
 def in_force() -> str:
-    """What the environment and `choose` ask for here, as part of a program's name."""
+    """Returns what the environment and `choose` request here, as part of a program's name."""
     return repr((os.environ.get(VARIABLE, ""), _chosen.value))
 
 
 def is_partitioned() -> bool:
-    """Whether the partitioner, and not the program, shares arrays out over devices here."""
+    """Whether the compiler's partitioner, and not the program, divides arrays over devices here."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
 
 
 def pick(kernel: str, impl: str | None = None) -> str:
-    """The implementation to run.
+    """Returns the implementation to run.
 
     Args:
       kernel: a key of `IMPLS`.
-      impl: what the caller wants, even off a GPU (a Pallas kernel is then interpreted: for
-        tests); None or auto to go on to the other sources.
+      impl: the implementation that the caller wants. It is used even without a GPU, where a Pallas
+        kernel runs in the interpreter; tests do this. With None or "auto" the other sources decide.
 
     Raises:
       ValueError: an unknown kernel or implementation.
@@ -108,24 +112,24 @@ def pick(kernel: str, impl: str | None = None) -> str:
 
 
 def is_pallas(kernel: str, impl: str | None = None, dtype: Any = None) -> bool:
-    """Whether the Triton form of a kernel of tokens is to run, see `pick`.
+    """Whether the Pallas implementation of a kernel that reads tokens should run; see `pick`.
 
     Args:
-      dtype: of the tokens. float32 ones fit neither a GPU's matrix units nor, as tiles, its shared
-        memory, and go through XLA there whatever is chosen.
+      dtype: dtype of the tokens. float32 tokens do not fit the tensor cores of a GPU, and their
+        tiles do not fit its shared memory. There they always go through XLA.
     """
     is_too_wide = dtype == jnp.float32 and not interpret()
     return not is_too_wide and pick(kernel, impl) == "pallas"
 
 
 def capability() -> float:
-    """The first device's compute capability, 9.0 for Hopper; 0 where it is no NVIDIA GPU."""
+    """Returns the compute capability of the first device, 9.0 for Hopper; 0 if it is not NVIDIA."""
     try:
         return float(getattr(jax.local_devices()[0], "compute_capability", 0.0))
-    except ValueError:  # AMD names an architecture
+    except ValueError:  # on AMD it is the name of an architecture
         return 0.0
 
 
 def interpret() -> bool:
-    """Whether Pallas kernels have to be interpreted: there is no GPU to compile them for."""
+    """Whether Pallas kernels must run in the interpreter, because there is no GPU."""
     return jax.default_backend() != "gpu"

@@ -1,4 +1,4 @@
-"""Instructions that Triton kernels ask for by name."""
+"""GPU instructions that Triton kernels request by name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from jax.experimental.pallas import triton as plgpu
 
 
 def fma(a: jax.Array, b: jax.Array, c: jax.Array, *, plain: bool = False) -> jax.Array:
-    """a * b + c of float32 vectors of one shape, rounded once.
+    """Computes a * b + c of float32 vectors of one shape, with one rounding.
 
-    Pallas's compiler for Triton fuses no product with a sum: kernels bound by instructions, not by
-    memory, would take twice as many.
+    Pallas's Triton compiler does not fuse a product with a sum. A kernel that is limited by
+    instructions, and not by memory, would otherwise need twice as many of them.
 
     Args:
-      plain: as a product and a sum; an interpreter has no such instruction.
+      plain: use a product and a sum instead. The interpreter does not have the instruction.
     """
     if plain:
         return a * b + c

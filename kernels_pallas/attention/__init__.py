@@ -1,4 +1,4 @@
-"""Softmax attention over long sequences: cuDNN's, or JAX's own kernels for Hopper and TPUs."""
+"""Softmax attention over long sequences, by cuDNN or by JAX's own kernels for Hopper and TPUs."""
 
 from kernels_pallas.attention.api import fits_cudnn, flash_attention, flash_attention_to_both
 

@@ -1,11 +1,11 @@
-"""Flash attention of any length and head size through kernels of libraries.
+"""Flash attention for any length and head size, with kernels that ship with JAX or cuDNN.
 
-On a TPU it is splash attention, see `attention.tpu`. On a GPU `cudnn` is
+On a TPU this is splash attention, see `attention.tpu`. On a GPU, `cudnn` is
 `jax.nn.dot_product_attention`, and `mosaic` is the FlashAttention-3 kernel that JAX ships in
-`jax.experimental.pallas.ops.gpu`: it runs on Hopper alone, in float16, on sequences that are whole
-numbers of tiles and heads of 64, 128, ... channels, without a scale or a mask. What the DiT has is
-none of that (heads of 112, 106,480 tokens), so tokens and channels are padded; a channel of the
-padding hides the tokens of the padding.
+`jax.experimental.pallas.ops.gpu`. That kernel runs only on Hopper and in float16. It needs sequence
+lengths that are multiples of its tile and head sizes of 64, 128, ..., and it has no scale and no
+mask. The DiT meets none of these conditions (heads of size 112, 106,480 tokens). Tokens and
+channels are therefore padded, and one of the padding channels hides the padding tokens.
 Axis letters: B batch, T queries, S keys, N heads, D head size.
 """
 
@@ -24,10 +24,10 @@ from kernels_pallas.attention.tpu import splash_attention
 
 # (q, k, v), each (B, T, N, D) -> (B, T, N, D), softmax(q k^T) v
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-_QUERIES, _KEYS, _CHANNELS = 128, 128, 64  # what the kernel takes whole numbers of
-_SHORTEST = 8192  # tokens from which padding is worth it
+_QUERIES, _KEYS, _CHANNELS = 128, 128, 64  # the kernel needs multiples of these
+_SHORTEST = 8192  # tokens; for shorter sequences the padding costs more than the kernel saves
 _SHORTEST_ON_TPU = 1024
-_HIDDEN = -1e4  # a logit whose exponential is 0 in float32
+_HIDDEN = -1e4  # the exponential of this logit is 0 in float32
 
 
 def flash_attention(
@@ -39,14 +39,14 @@ def flash_attention(
     key_count: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
-    """softmax(scale q k^T) v on a GPU or TPU, without the logits of long sequences in memory.
+    """Computes softmax(scale q k^T) v on a GPU or TPU and never writes all logits to memory.
 
     Args:
       q: (B, T, N, D) bfloat16.
       k, v: (B, S, N, D) bfloat16.
-      scale: of the logits.
-      key_count: (B,) int32, hides every key from that one on.
-      impl: cudnn, mosaic or None, see `kernels_pallas.choice`.
+      scale: factor of the logits.
+      key_count: (B,) int32; keys at this index and later are hidden.
+      impl: cudnn, mosaic or None; see `kernels_pallas.choice`.
 
     Returns:
       (B, T, N, D) in q's dtype.
@@ -62,7 +62,7 @@ def flash_attention(
 
 
 def fits_cudnn(q: jax.Array) -> bool:
-    """Whether this device's cuDNN takes heads like those of q (B, T, N, D)."""
+    """Whether cuDNN supports the head size of q (B, T, N, D) on this device."""
     return choice.capability() >= choice.AMPERE and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
@@ -74,31 +74,35 @@ def flash_attention_to_both(
     *,
     key_count: jax.Array,
 ) -> jax.Array:
-    """`flash_attention` to two sets of keys as if they were one, on a GPU; not differentiable.
+    """Computes attention to two sets of keys as if they were one set, on a GPU.
+
+    The result cannot be differentiated.
 
     Args:
-      q: (B, T, N, D) bfloat16 that `fits_cudnn`.
+      q: (B, T, N, D) bfloat16, of a head size for which `fits_cudnn` is true.
       first, second: keys and values, (B, S, N, D) each.
-      key_count: (B,) int32, hides every key of the second set from that one on; at least 1.
+      key_count: (B,) int32, at least 1; keys of the second set at this index and later are hidden.
     """
     return merged(_with_sums(q, *first, scale), _with_sums(q, *second, scale, key_count))
 
 
 def merged(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Attention to two sets of keys, of the attention to each.
+    """Merges the attention to two sets of keys into the attention to both.
 
     Args:
-      first, second: the result (B, T, N, D), and the logarithm of the sum of the logits'
-        exponentials (B, N, T) in float32.
+      first, second: for each set, the result (B, T, N, D), and the logarithm of the sum of the
+        logits' exponentials (B, N, T) in float32.
     """
-    share = jnp.swapaxes(jax.nn.sigmoid(first[1] - second[1]), 1, 2)[..., None]  # of the first
+    # the weight of the first set
+    share = jnp.swapaxes(jax.nn.sigmoid(first[1] - second[1]), 1, 2)[..., None]
     return (share * first[0] + (1 - share) * second[0]).astype(first[0].dtype)
 
 
 def _with_sums(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    # the public function rounds the sums to q's dtype, which is an error of percents in a share
+    # The public function rounds the sums to q's dtype. The weight of a set would then be wrong by
+    # several percent.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     options: dict[str, Any] = {}
@@ -125,7 +129,7 @@ def _library(
 def _on_tpu(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None
 ) -> jax.Array:
-    # short ones fit the memory; the partitioner cannot look into a kernel
+    # The logits of short sequences fit in memory. The partitioner cannot look into a kernel.
     if k.shape[1] < _SHORTEST_ON_TPU or q.shape[2] != k.shape[2] or choice.is_partitioned():
         return _library("xla", q, k, v, scale, key_count)
     return splash_attention(q, k, v, scale, key_count=key_count)
@@ -141,7 +145,7 @@ def _mosaic(scale: float, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array
 
 
 def _mosaic_forward(scale: float, *inputs: jax.Array) -> tuple[jax.Array, Any]:
-    # what is differentiated runs forward in the library whose backward pass it takes
+    # The backward pass is cuDNN's, so a call that is differentiated also runs forward in cuDNN.
     return jax.vjp(functools.partial(_library, "cudnn", scale=scale), *inputs)
 
 
@@ -156,20 +160,20 @@ _mosaic.defvjp(_mosaic_forward, _mosaic_backward)
 def padded_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, attend: Attend, dtype: Any = jnp.float16
 ) -> jax.Array:
-    """Attention through a kernel that takes only whole tiles and neither scale nor mask.
+    """Computes attention with a kernel that needs whole tiles and has neither a scale nor a mask.
 
     Args:
-      q, k, v, scale: as of `flash_attention`.
+      q, k, v, scale: as in `flash_attention`.
       attend: the kernel.
-      dtype: that it runs in.
+      dtype: dtype in which the kernel runs.
     """
     queries, keys, size = q.shape[1], k.shape[1], q.shape[-1]
-    wide = -(size + 1) % _CHANNELS + size + 1  # one channel to spare at least
+    wide = -(size + 1) % _CHANNELS + size + 1  # at least one extra channel
     more_keys = -keys % _KEYS
     limit = float(jnp.finfo(dtype).max)
 
     def fit(a: jax.Array, rows: int, extra: np.ndarray) -> jax.Array:
-        """(B, T, N, D) with more tokens, and `extra` (T or 1, channels) in the new channels."""
+        """Pads (B, T, N, D) with `rows` tokens, and writes `extra` into the new channels."""
         a = jnp.clip(a.astype(jnp.float32), -limit, limit).astype(dtype)
         a = jnp.pad(a, ((0, 0), (0, rows), (0, 0), (0, 0)))
         shape = (*a.shape[:3], wide - size)

@@ -1,7 +1,8 @@
-"""Splash attention, JAX's flash kernel for TPUs, on sequences and heads of any size.
+"""Splash attention, JAX's flash attention kernel for TPUs, for any sequence length and head size.
 
-The kernel takes whole blocks of tokens and heads of whole lanes, (N, T, D) a clip, and no scale;
-tokens of the padding are of another segment than the rest, which hides them.
+The kernel takes arrays (N, T, D) per clip. It needs sequence lengths that are multiples of its
+block and head sizes that are multiples of 128, and it has no scale. Tokens and channels are
+therefore padded. Padding tokens get another segment id than the real ones, which hides them.
 Axis letters: B batch, T queries, S keys, N heads, D head size.
 """
 
@@ -25,15 +26,15 @@ def splash_attention(
     block: int = 512,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(scale q k^T) v, differentiable.
+    """Computes softmax(scale q k^T) v. The result can be differentiated.
 
     Args:
       q: (B, T, N, D).
       k, v: (B, S, N, D).
-      scale: of the logits.
-      key_count: (B,) int32, hides every key from that one on.
-      block: tokens of a tile, a multiple of 128.
-      interpret: run it on a machine that has no TPU.
+      scale: factor of the logits.
+      key_count: (B,) int32; keys at this index and later are hidden.
+      block: tokens per tile, a multiple of 128.
+      interpret: run in the interpreter, on a machine that has no TPU.
 
     Returns:
       (B, T, N, D) in q's dtype.
@@ -47,7 +48,7 @@ def splash_attention(
     keys = k.shape[1]
 
     def fit(a: jax.Array) -> jax.Array:
-        """(B, T, N, D) -> (B, N, T', D')."""
+        """Pads and transposes (B, T, N, D) to (B, N, T', D')."""
         more = ((0, 0), (0, -a.shape[1] % block), (0, 0), (0, -size % _LANES))
         return jnp.pad(a, more).transpose(0, 2, 1, 3)
 

@@ -1,4 +1,4 @@
-"""SiLU, depthwise 3x3 convolution and SiLU gate in one pass."""
+"""Bias, SiLU, depthwise 3x3 convolution and SiLU gate in one pass over the data."""
 
 from kernels_pallas.conv_glu.api import conv_glu
 from kernels_pallas.conv_glu.gpu import Tiles

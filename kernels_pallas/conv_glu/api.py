@@ -1,4 +1,4 @@
-"""Bias, SiLU, depthwise 3x3 convolution, SiLU gate: the middle of the DiT's feed-forward."""
+"""Bias, SiLU, depthwise 3x3 convolution and SiLU gate: the middle of the DiT's feed-forward."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ def conv_glu(
     impl: str | None = None,
     tiles: gpu.Tiles | None = None,
 ) -> jax.Array:
-    """`value * silu(gate)` of the two halves of `conv(silu(x + x_bias)) + bias`, zero padding.
+    """Computes `value * silu(gate)` of the two halves of `conv(silu(x + x_bias)) + bias`.
+
+    The convolution pads with zeros.
 
     Args:
-      x: (..., H, W, 2C), the product before its bias; float32 or bfloat16, sums in float32.
+      x: (..., H, W, 2C), the matrix product before its bias is added; float32 or bfloat16. Sums
+        are computed in float32.
       x_bias: (2C,).
       kernel: (3, 3, 1, 2C).
       bias: (2C,).
-      impl: xla, xla_split, pallas or None, see `kernels_pallas.choice`.
-      tiles: of the Pallas kernels.
+      impl: xla, xla_split, pallas or None; see `kernels_pallas.choice`.
+      tiles: tile sizes of the Pallas kernels.
 
     Returns:
       (..., H, W, C) in x's dtype.
 
     Raises:
-      ValueError: an unknown implementation, or for pallas a kernel that is not 3x3.
+      ValueError: the implementation is unknown, or pallas was asked for a kernel that is not 3x3.
     """
     impl = choice.pick("conv_glu", impl)
     if impl != "pallas":
@@ -45,7 +48,7 @@ def conv_glu(
         raise ValueError(f"kernel {kernel.shape}: the Pallas kernel is 3x3 and depthwise")
     *lead, height, width, channels = x.shape
     halves = x.reshape(-1, height, width, 2, channels // 2)
-    # weights round to the compute dtype, as a convolution's would
+    # the weights are rounded to the compute dtype, as in an XLA convolution
     taps = kernel.astype(x.dtype).astype(jnp.float32).reshape(3, 3, 2, channels // 2)
     biases = jnp.stack([x_bias, bias]).astype(jnp.float32).reshape(2, 2, channels // 2)
     y: Any = _pallas(tiles or gpu.Tiles(), choice.interpret(), halves, taps, biases)

@@ -1,12 +1,13 @@
 """The gated convolution as Triton kernels.
 
-A program owns a band of rows and a block of channels of one frame and walks over the columns. Both
-axes of the convolution are plain indices (rows unrolled, columns looped), so the vectors that
-Triton sees hold channels only: no shifted loads, no shared memory, and every element of a band
-is read once. Biases, SiLU and the products run in float32; rounding is where the XLA form rounds,
-or rarer.
-Axis letters: F frames, H W rows and columns, C channels of a half; x and its gradient hold
-2 halves, value and gate. Biases (2, 2, C) are those of x, then those of the convolution.
+A program works on a band of rows and a block of channels of one frame, and loops over the columns.
+Both axes of the convolution are plain indices: rows are unrolled and columns are a loop. Triton's
+vectors therefore hold only channels. There are no shifted loads and there is no shared memory, and
+every element of a band is read once. Biases, SiLU and products run in float32. Values are rounded
+only where the XLA implementation also rounds, or less often.
+
+Axis letters: F frames, H W rows and columns, C channels per half. x and its gradient have two
+halves, value and gate. Biases (2, 2, C) are first those of x and then those of the convolution.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas.triton import fma
 
-Rows = tuple[jax.Array, ...]  # one vector of channels a row
-_OUTSIDE = -9984.0  # in place of x outside the frame: whatever bias is added, its SiLU is 0
+Rows = tuple[jax.Array, ...]  # one vector of channels per row
+_OUTSIDE = -9984.0  # stands for x outside the frame: its SiLU is 0 whatever bias is added
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of a program: forward, recomputation in the backward pass, and transposed convolution.
+    """Sizes of a program.
 
     Attributes:
-      rows: of a band, which reads two more. Triton's compiler takes about their cube: seconds
-        for 4, half a minute for 6, minutes for 11.
-      channels: of a block, a power of two.
-      warps: of 32 threads that share the block's channels.
+      rows: rows of a band in the forward pass; the program reads two more. The time of Triton's
+        compiler grows with about the cube of this number: seconds for 4, half a minute for 6,
+        minutes for 11.
+      channels: channels of a block, a power of two.
+      warps: groups of 32 threads; they divide the channels of the block.
+      gate_rows: rows of a band where the backward pass recomputes the convolution.
+      dx_rows: rows of a band of the transposed convolution.
     """
 
     rows: int = 4
@@ -46,9 +50,9 @@ class Tiles:
 
 
 class _Band:
-    """What a program of a kernel may read and write.
+    """The part of the arrays that one program reads and writes.
 
-    Refs are flat, and an index is one scalar, so that addresses cost few vector instructions.
+    Refs are flat and an index is one scalar, so that addresses need few vector instructions.
     """
 
     def __init__(self, size: tuple[int, int, int], rows: int, block: int, is_exact: bool):
@@ -59,7 +63,7 @@ class _Band:
         self.block = block
         self.first = pl.program_id(1) * rows
         self.channel = pl.program_id(0) * block
-        # None where every block is full
+        # None if every block is full
         at = self.channel + jnp.arange(block)
         self.real = at < self.channels if self.channels % block else None
 
@@ -75,7 +79,10 @@ class _Band:
     def load(
         self, ref: Any, row: int, column: Any, halves: int = 1, half: int = 0, other: float = 0.0
     ) -> jax.Array:
-        """Channels at a row counted from the band's first and a column; `other` outside."""
+        """Loads the channels at a row, counted from the band's first row, and a column.
+
+        Outside the frame the result is `other`.
+        """
         y = self.first + row
         inside = (y >= 0) & (y < self.height) & (column < self.width)
         y, column = jnp.clip(y, 0, self.height - 1), jnp.minimum(column, self.width - 1)
@@ -91,7 +98,7 @@ class _Band:
         plgpu.store(ref.at[at], value.astype(ref.dtype), mask=mask)
 
     def parameter(self, ref: Any, place: int) -> jax.Array:
-        """Channels of row `place` of a table that is C wide."""
+        """Loads the channels of row `place` of a table of width C."""
         at = pl.ds(place * self.channels + self.channel, self.block)
         return plgpu.load(ref.at[at], mask=self.real, other=None if self.real is None else 0.0)
 
@@ -107,8 +114,9 @@ class _Band:
         if self.is_exact:
             sigmoid = 1.0 / (1.0 + jnp.exp(-x))
             return x * sigmoid, sigmoid
-        # One instruction, good to 2^-11, where exp and a division are twenty and bound the kernel;
-        # bfloat16 rounds what comes of it to 2^-9.
+        # This is one instruction with an error of 2^-11. An exponential and a division would be
+        # twenty instructions and would limit the kernel. The result is rounded to bfloat16, with
+        # an error of 2^-9.
         half = 0.5 * x
         turn = plgpu.approx_tanh(half)
         return fma(half, turn, half), 0.5 + 0.5 * turn
@@ -120,7 +128,7 @@ class _Band:
     def window(
         self, columns: tuple[Rows, Rows, Rows], row: int, taps: list[list[jax.Array]], start: Any
     ) -> jax.Array:
-        """`start` and the correlation at a row; above and below it are `row` and `row + 2`."""
+        """`start` plus the correlation at a row; `columns` has it at `row + 1`."""
         total = start
         for i in range(3):
             for j in range(3):
@@ -131,10 +139,10 @@ class _Band:
         """Calls `use(column, (left, centre, right), own, carry)` for every column.
 
         Args:
-          fetch: column -> (vectors, own), loaded and nothing else; zeros right of the frame. They
-            are asked for a column early, so that memory's delay hides behind a column's work.
-          prepare: vectors of a column -> what its neighbours see.
-          use: -> the next carry; `own` is the column's, not its neighbours'.
+          fetch: column -> (vectors, own). It only loads, and gives zeros right of the frame. The
+            loads start one column early, so that their latency is hidden by the work of a column.
+          prepare: vectors of a column -> what the neighbouring columns read.
+          use: returns the next carry; `own` belongs to the column and not to its neighbours.
         """
         vectors, own = fetch(0)
         centre = prepare(vectors)
@@ -155,7 +163,7 @@ def _gated(band: _Band, x_ref: Any, w_ref: Any, b_ref: Any, use: Any, own: Any =
     """Calls `use(column, row, value, gate, own)` with both halves of the convolution's result.
 
     Args:
-      own: column -> a vector a row, handed on to `use`.
+      own: column -> one vector per row, which `use` receives.
     """
     taps = [band.taps(w_ref, 2, half) for half in range(2)]
     x_bias, bias = ([band.parameter(b_ref, i + half) for half in range(2)] for i in (0, 2))
@@ -194,7 +202,7 @@ def _forward_kernel(x_ref: Any, w_ref: Any, b_ref: Any, y_ref: Any, *, band: Any
 
 
 def _gate_kernel(x_ref: Any, w_ref: Any, b_ref: Any, dy_ref: Any, d_ref: Any, *, band: Any) -> None:
-    """Gradient of the convolution's result, which is computed again."""
+    """Gradient with respect to the convolution's result, which is recomputed."""
     tile = band()
 
     def own(column: Any) -> Rows:
@@ -212,7 +220,10 @@ def _gate_kernel(x_ref: Any, w_ref: Any, b_ref: Any, dy_ref: Any, d_ref: Any, *,
 def _dx_kernel(
     x_ref: Any, w_ref: Any, b_ref: Any, d_ref: Any, dx_ref: Any, dw_ref: Any, *, band: Any
 ) -> None:
-    """Gradients of x, and of taps and biases summed over this band; halves are alike here."""
+    """Gradients of x, and of taps and biases summed over this band.
+
+    Both halves are treated in the same way here.
+    """
     tile = band()
     taps, x_bias = tile.taps(w_ref), tile.parameter(b_ref, 0)
     turned = [row[::-1] for row in taps[::-1]]
@@ -236,7 +247,7 @@ def _dx_kernel(
                 for j in range(3):
                     known = found[3 * i + j]
                     found[3 * i + j] = tile.fma(activated, seen[2 - j][row + 2 - i], known)
-            # a band's last rows may lie below the frame, where slope and d are zero
+            # the last rows of a band may be below the frame, where slope and d are zero
             found[9] += dx
             found[10] += seen[1][row + 1]
         return tuple(found)
@@ -255,9 +266,9 @@ def _call(
     tiles: Tiles,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Runs `body` on flat arrays: (N,) is shared, (F, N) a frame's, (F, bands, N) a band's."""
+    """Runs `body` on flat arrays: (N,) for all, (F, N) per frame, (F, bands, N) per band."""
     block = tiles.channels
-    # an interpreter has no approximate instructions
+    # the interpreter has no approximate instructions
     is_exact = interpret or inputs[0].dtype == jnp.float32
 
     def spec(a: Any) -> pl.BlockSpec:
@@ -269,7 +280,7 @@ def _call(
 
     return pl.pallas_call(
         functools.partial(body, band=lambda: _Band(size, rows, block, is_exact)),
-        # the first axis runs fastest: neighbouring blocks of channels share lines of memory
+        # the first axis runs fastest, because neighbouring blocks of channels share cache lines
         grid=(pl.cdiv(size[2], block), pl.cdiv(size[0], rows), outputs[0].shape[0]),
         in_specs=[spec(a) for a in inputs],
         out_specs=[spec(a) for a in outputs],
@@ -283,7 +294,10 @@ def _call(
 def forward(
     x: jax.Array, w: jax.Array, b: jax.Array, tiles: Tiles, *, interpret: bool
 ) -> jax.Array:
-    """y (F, H, W, C) of x (F, H, W, 2, C), w (3, 3, 2, C) and b (2, 2, C), these two float32."""
+    """Computes y (F, H, W, C) from x (F, H, W, 2, C).
+
+    w (3, 3, 2, C) and b (2, 2, C) are float32.
+    """
     frames, height, width, _, channels = x.shape
     size = (height, width, channels)
     inputs = [x.reshape(frames, -1), w.reshape(-1), b.reshape(-1)]
@@ -295,14 +309,14 @@ def forward(
 def backward(
     x: jax.Array, w: jax.Array, b: jax.Array, dy: jax.Array, tiles: Tiles, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of x, w and b, shaped like them; those of w and b in float32."""
+    """Gradients of x, w and b, with their shapes; those of w and b are float32."""
     frames, height, width, _, channels = x.shape
     size = (height, width, channels)
     flat, taps = x.reshape(frames, -1), w.reshape(-1)
     inputs = [flat, taps, b.reshape(-1), dy.reshape(frames, -1)]
     wide = jax.ShapeDtypeStruct(flat.shape, x.dtype)
     (d,) = _call(_gate_kernel, inputs, [wide], size, tiles.gate_rows, tiles, interpret)
-    # value and gate are alike from here on
+    # from here on, value and gate are treated in the same way
     size = (height, width, 2 * channels)
     bands = pl.cdiv(height, tiles.dx_rows)
     outputs = [wide, jax.ShapeDtypeStruct((frames, bands, 22 * channels), jnp.float32)]

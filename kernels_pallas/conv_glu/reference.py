@@ -1,4 +1,4 @@
-"""The gated convolution by shifts, for XLA on any device.
+"""The gated convolution as a sum of shifted arrays, for XLA on any device.
 
 Axis letters: H W rows and columns of a frame, C channels.
 Reference: the middle of diffusers' `GLUMBConvTemp`.
@@ -12,7 +12,7 @@ from jax import lax
 
 
 def _taps(x: jax.Array, kernel: jax.Array) -> list[tuple[tuple[int, int], jax.Array]]:
-    """What each tap of a depthwise kernel sees: pairs of its index and x shifted, as x in size."""
+    """For each tap of a depthwise kernel: its index, and x shifted to that tap, of x's shape."""
     rows, columns = x.shape[-3:-1]
     kh, kw = kernel.shape[:2]
     pad = [(0, 0)] * (x.ndim - 3) + [(kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)]
@@ -26,17 +26,17 @@ def _taps(x: jax.Array, kernel: jax.Array) -> list[tuple[tuple[int, int], jax.Ar
 
 @jax.custom_vjp
 def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Depthwise 2-D convolution as shifted multiply-adds, zero padding.
+    """Depthwise 2-D convolution as shifted multiply-adds, with zero padding.
 
-    XLA fuses the shifts into one pass; a grouped convolution of this width is several times
-    slower both on a GPU and on a CPU.
+    XLA fuses the shifts into one pass. A grouped convolution of this width is several times
+    slower, both on a GPU and on a CPU.
 
     Args:
       x: (..., H, W, C).
-      kernel: (kh, kw, 1, C), odd sizes.
+      kernel: (kh, kw, 1, C), with odd kh and kw.
       bias: (C,).
     """
-    # sums in float32 as a convolution's are; inside the fusion that costs no memory traffic
+    # Sums are in float32, as in an XLA convolution. Inside the fusion this costs no memory traffic.
     weights = kernel.astype(x.dtype).astype(jnp.float32)
     y = bias.astype(jnp.float32)
     for (i, j), seen in _taps(x, kernel):
@@ -53,8 +53,8 @@ def _depthwise_forward(
 def _depthwise_backward(
     saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The transpose of a shift is a shift: dx is the same fused pass with the kernel turned round,
-    # where the derivative of nine slices would write nine padded arrays.
+    # The transpose of a shift is a shift, so dx is the same fused pass with the kernel reversed.
+    # The derivative of nine slices would write nine padded arrays.
     x, kernel, bias = saved
     dx = depthwise_conv(dy, kernel[::-1, ::-1], jnp.zeros_like(bias))
     wide = dy.astype(jnp.float32)
@@ -70,11 +70,11 @@ depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 def reference(
     x: jax.Array, x_bias: jax.Array, kernel: jax.Array, bias: jax.Array, *, is_split: bool = False
 ) -> jax.Array:
-    """`conv_glu` in XLA; shapes as there.
+    """`conv_glu` in XLA; the shapes are the same.
 
     Args:
-      is_split: write the activated input to memory. XLA otherwise fuses it into the convolution,
-        which then computes it anew for every tap.
+      is_split: write the activated input to memory. Otherwise XLA fuses the activation into the
+        convolution, which then computes it again for every tap.
     """
     wide = x.astype(jnp.float32) + x_bias.astype(jnp.float32)
     activated = jax.nn.silu(wide).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Frame-wise gated delta rule (Gated DeltaNet over whole frames)."""
+"""Frame-wise gated delta rule: Gated DeltaNet (GDN) whose recurrence step is a whole frame."""
 
 from kernels_pallas.gdn.api import (
     bidirectional_states,

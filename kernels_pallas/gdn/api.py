@@ -1,8 +1,8 @@
-"""The frame recurrence, its implementation chosen by `kernels_pallas.choice`.
+"""The frame recurrence; `kernels_pallas.choice` chooses the implementation.
 
-Shapes and meanings are those of the functions of the same names in `gdn.reference`. Tokens come
-in the compute dtype; maps and states are float32 in every implementation. On a GPU the Pallas
-kernels of tokens take bfloat16; float32 tokens go through XLA whatever is chosen.
+Shapes and meanings are those of the functions with the same names in `gdn.reference`. Tokens have
+the compute dtype. Maps and states are float32 in every implementation. On a GPU, the Pallas kernels
+that read tokens take bfloat16, and float32 tokens always go through XLA.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BOTH = (Run(reverse=False, exclusive=False), Run(reverse=True, exclusive=True))
 
 
 def _is_hopper(kernel: str, tiles: Tiles, interpret: bool, tokens: jax.Array) -> bool:
-    """Whether a kernel of tokens (B, F, P, N, D) runs in its form for Hopper."""
+    """Whether a kernel that reads tokens (B, F, P, N, D) runs in its Mosaic GPU form for Hopper."""
     if interpret or kernel not in tiles.mosaic or tokens.dtype != jnp.bfloat16:
         return False
     is_fit = gpu_hopper.takes(tokens.shape[2], tokens.shape[-1])
@@ -51,7 +51,7 @@ def frame_transitions(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> Transition:
-    """See `reference.frame_transitions`; k and v (B, F, P, N, D) in one dtype."""
+    """See `reference.frame_transitions`; k and v (B, F, P, N, D) have the same dtype."""
     if not _is_pallas(impl, k.dtype):
         return reference.frame_transitions(k, v, beta, decay)
     maps: Any = _maps(tiles or Tiles(), choice.interpret(), k, v, beta, decay)
@@ -84,7 +84,7 @@ def scan_states(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.scan_states`; over ranks it always runs in XLA."""
+    """See `reference.scan_states`; with `axis_name` it always runs in XLA."""
     if not _is_pallas(impl, axis_name=axis_name):
         return reference.scan_states(
             transition,
@@ -106,7 +106,7 @@ def bidirectional_states(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.bidirectional_states`; Pallas runs both directions at once."""
+    """See `reference.bidirectional_states`; Pallas runs both directions at the same time."""
     if not _is_pallas(impl, axis_name=axis_name):
         return reference.bidirectional_states(
             transition, initial, chunk_ends=chunk_ends, axis_name=axis_name
@@ -128,7 +128,7 @@ def token_states(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`scan_states` of `frame_transitions`; on Hopper one kernel, whose maps stay on the chip."""
+    """`scan_states` of `frame_transitions`; one fused kernel on Hopper, with its maps on chip."""
     if _is_fused(impl, axis_name, tiles, k):
         runs = (Run(reverse, exclusive),)
         return _run_tokens((k, v, beta, decay), initial, [reset], runs, tiles)
@@ -151,7 +151,7 @@ def bidirectional_token_states(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`bidirectional_states` of `frame_transitions`; on Hopper the forward run makes the maps."""
+    """`bidirectional_states` of `frame_transitions`; on Hopper the forward run also makes maps."""
     is_wide = k.shape[0] * k.shape[3] >= gpu_states_hopper.CHAINS
     if is_wide and _is_fused(impl, axis_name, tiles, k):
         return _run_tokens((k, v, beta, decay), initial, [None, chunk_ends], _BOTH, tiles)
@@ -192,7 +192,7 @@ def _run_tokens(
 
 
 def _flags(resets: list[jax.Array | None], frames: int) -> jax.Array:
-    """(R, F) float32, 1 where a run drops the incoming state."""
+    """(R, F) float32: 1 where a run sets the incoming state to zero."""
     never = jnp.zeros((frames,), _F32)
     return jnp.stack([never if reset is None else reset.astype(_F32) for reset in resets])
 
@@ -200,7 +200,7 @@ def _flags(resets: list[jax.Array | None], frames: int) -> jax.Array:
 def read_out(
     states: jax.Array, q: jax.Array, *, impl: str | None = None, tiles: Tiles | None = None
 ) -> jax.Array:
-    """See `reference.read_out`; in q's dtype from Pallas, else float32."""
+    """See `reference.read_out`; the result has q's dtype with Pallas and is float32 otherwise."""
     if not _is_pallas(impl, q.dtype):
         return reference.read_out(states, q)
     return _read((tiles or Tiles(), choice.interpret(), None), states, q, None, None)
@@ -216,7 +216,7 @@ def normalised_read_out(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """See `reference.normalised_read_out`; in q's dtype from Pallas, else float32."""
+    """See `reference.normalised_read_out`; in q's dtype with Pallas, otherwise float32."""
     if not _is_pallas(impl, q.dtype):
         return reference.normalised_read_out(states, normaliser, q, plain_q, eps)
     return _read((tiles or Tiles(), choice.interpret(), eps), states, q, normaliser, plain_q)
@@ -273,7 +273,10 @@ def _states_of_all(
     initial: jax.Array,
     drop: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """States (R, B, F, N, V, D) of every run, and the first's last; others start from zero."""
+    """States (R, B, F, N, V, D) of every run, and the final state of the first run.
+
+    The first run starts from `initial`, the others from zero.
+    """
     tiles, interpret, runs = static
     start = _first_of(len(runs), initial)
     states, final = gpu_scan.scan(
@@ -283,13 +286,16 @@ def _states_of_all(
 
 
 def _first_of(count: int, a: jax.Array) -> jax.Array:
-    """`a` for the first of a number of runs, zeros for the others."""
+    """Stacks `a` for the first of `count` runs and zeros for the others."""
     return jnp.stack([a, *[jnp.zeros_like(a)] * (count - 1)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(static: tuple[Tiles, bool, tuple[Run, ...]], *args: jax.Array) -> Any:
-    """The sum of the runs' states, and the first's last; `args` as `_states_of_all`."""
+    """The sum of the states of all runs, and the final state of the first run.
+
+    `args` are those of `_states_of_all`.
+    """
     return _scan_forward(static, *args)[0]
 
 
@@ -308,7 +314,7 @@ def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
     tiles, interpret, runs = static
     w, initial, drop, states = saved
     d_states, d_final = gradients
-    # every run's states have the gradient of the sum
+    # the gradient of the sum is the gradient of the states of every run
     du, d_initial = gpu_scan.scan(
         w, d_states[None], _first_of(len(runs), d_final), drop, runs, tiles,
         adjoint=True, interpret=interpret,
@@ -317,7 +323,7 @@ def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
     dw = jnp.zeros_like(w)
     for i, run in enumerate(runs):
         before = states[i]
-        if not run.exclusive:  # a frame starts from what the frame before it reported
+        if not run.exclusive:  # a frame starts from the returned state of the previous frame
             parts = [starts[i, :, None], before[:, :-1]]
             if run.reverse:
                 parts = [before[:, 1:], starts[i, :, None]]
@@ -331,13 +337,13 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(static: tuple[Tiles, bool, tuple[Run, ...]], *args: jax.Array) -> Any:
-    """As `_scan`, from k, v, beta, decay, initial, drop."""
+    """As `_scan`, with the arguments k, v, beta, decay, initial, drop."""
     states, final, _ = _run_fused(static, args, keeps_maps=False)
     return _sum(states), final
 
 
 def _run_fused(static: Any, args: Any, *, keeps_maps: bool) -> tuple[list[jax.Array], Any, Any]:
-    """Every run's states, the first's last, and the maps."""
+    """The states of every run, the final state of the first run, and the maps."""
     tiles, interpret, (run, *others) = static
     k, v, beta, decay, initial, drop = args
     states, final, *maps = gpu_states_hopper.states(

@@ -1,10 +1,12 @@
 """The parallel parts of the frame recurrence as Triton kernels: frame maps and read-out.
 
-A program is one head of one frame and loops over tiles of its tokens, so keys, values and queries
-are read once, in their own dtype, and what is D x D stays on the chip. Matrix units take bfloat16:
-a float32 operand (a state, a map, beta k) is split into two bfloat16 parts, whose products leave
-an error of 2^-17, where the inputs' own rounding is 2^-9. float32 inputs are multiplied in float32.
-Axis letters: B batch, F frames, P tokens a frame, N heads, D key size, V value size.
+A program works on one head of one frame and loops over tiles of its tokens. Keys, values and
+queries are read once, in their own dtype, and D x D matrices stay on the chip. Tensor cores take
+bfloat16. A float32 operand (a state, a map, beta k) is split into two bfloat16 parts; the error of
+their products is 2^-17, while the rounding of the inputs is 2^-9. float32 inputs are multiplied in
+float32.
+
+Axis letters: B batch, F frames, P tokens per frame, N heads, D key size, V value size.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Tokens that a program reads at once, its threads / 32, and how deep it loads ahead."""
+    """Tokens that a program reads at once, its warps, and how many tiles it loads in advance."""
 
     tokens: int = 64
     warps: int = 8
@@ -34,12 +36,14 @@ class Tiles:
     """Sizes of the kernels' programs; the defaults are the fastest on an H100.
 
     Attributes:
-      maps, maps_gradient: of the numerator's maps.
-      rows, rows_gradient: of the normaliser's, whose u is a row.
-      read, read_gradient: of the read-out.
-      scan_rows, scan_warps: rows of the state that one program of the recurrence carries.
-      scan_exact: its products in float32, for tests; never on Hopper's own kernel.
-      mosaic: kernels of tokens that run in their form for Hopper there, `gdn.gpu_hopper`.
+      maps, maps_gradient: tiles for the maps of the numerator.
+      rows, rows_gradient: tiles for the maps of the normaliser, whose u is a row.
+      read, read_gradient: tiles for the read-out.
+      scan_rows, scan_warps: rows of the state that one program of the recurrence carries, and its
+        warps.
+      scan_exact: compute the products of the recurrence in float32, for tests; the Mosaic GPU
+        kernel for Hopper does not do this.
+      mosaic: kernels that read tokens and run in Mosaic GPU on Hopper; see `gdn.gpu_hopper`.
     """
 
     maps: Tile = Tile(stages=3)
@@ -69,16 +73,17 @@ class Tiles:
 
 
 class Run(NamedTuple):
-    """How one run of the recurrence goes over the frames, see `gdn.scan_states`."""
+    """In which way one run of the recurrence goes over the frames; see `gdn.scan_states`."""
 
     reverse: bool
     exclusive: bool
 
 
 def way_of(runs: tuple[Run, ...], index: Any, adjoint: bool) -> tuple[Any, jax.Array]:
-    """Of the `index`-th of one or two runs: 1 where it goes backwards, and where it is exclusive.
+    """Returns, for run number `index` of one or two: 1 if it runs backwards, and 1 if exclusive.
 
-    Numbers of the program, the second float32; the first is Python's where all runs agree.
+    Both are values inside the program and the second one is float32. The first one is a Python
+    number if all runs agree.
     """
 
     def of_run(field: str) -> Any:
@@ -90,12 +95,12 @@ def way_of(runs: tuple[Run, ...], index: Any, adjoint: bool) -> tuple[Any, jax.A
 
 
 def padded(size: int) -> int:
-    """The next power of two that a matrix unit takes."""
+    """Returns the next power of two that the tensor cores take."""
     return max(16, pl.next_power_of_2(size))
 
 
 def bfloat16_parts(a: jax.Array) -> list[jax.Array]:
-    """bfloat16 arrays that sum to a float32 one, to 2^-17."""
+    """Splits a float32 array into bfloat16 arrays whose sum has an error of 2^-17."""
     high = a.astype(jnp.bfloat16)
     return [high, (a - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
@@ -103,11 +108,12 @@ def bfloat16_parts(a: jax.Array) -> list[jax.Array]:
 def product(
     a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool, start: Any = 0.0
 ) -> jax.Array:
-    """`start` and the contraction of two matrices over one axis each, float32.
+    """`start` plus the contraction of two matrices over one axis each, in float32.
 
     Args:
-      exact: multiply in float32; else in bfloat16, float32 operands split in two.
-      start: what is added to; the matrix unit does it if products are added one by one.
+      exact: multiply in float32. Otherwise multiply in bfloat16, with float32 operands split into
+        two parts.
+      start: the sum to which products are added one by one, so that the tensor cores can add them.
     """
     dims = (((axes[0],), (axes[1],)), ((), ()))
 
@@ -118,7 +124,7 @@ def product(
         return start + dot(a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST)
     parts_a = bfloat16_parts(a) if a.dtype == jnp.float32 else [a]
     parts_b = bfloat16_parts(b) if b.dtype == jnp.float32 else [b]
-    # smallest first; low times low is below the rest's rounding
+    # The smallest products come first. Low times low is smaller than the rounding of the rest.
     pairs = [(i, j) for i in range(len(parts_a)) for j in range(len(parts_b)) if i + j < 2]
     for i, j in sorted(pairs, key=sum, reverse=True):
         start = start + dot(parts_a[i], parts_b[j])
@@ -126,7 +132,7 @@ def product(
 
 
 class Head:
-    """Tiles of one program's tokens and matrices; refs are padded, what is past the end reads 0."""
+    """Tiles of the tokens and matrices of one program; refs are padded, and the padding reads 0."""
 
     def __init__(self, tokens: int, tile: int, exact: bool):
         self.tokens, self.tile, self.exact = tokens, tile, exact
@@ -138,7 +144,7 @@ class Head:
         )
 
     def load(self, ref: Any, step: Any, size: int) -> jax.Array:
-        """(tile, padded size) tokens in their dtype."""
+        """Loads (tile, padded size) tokens in their dtype."""
         at, real = self.rows(step)
         mask = real[:, None] & (jnp.arange(ref.shape[1]) < size)[None]
         return plgpu.load(ref.at[at, :], mask=mask, other=0.0)
@@ -157,7 +163,7 @@ class Head:
 
 
 def matrix_mask(rows: int, columns: int, size: tuple[int, int]) -> jax.Array:
-    """(rows, columns) bool, true inside `size`."""
+    """Returns (rows, columns) bool, true inside `size`."""
     inside = jnp.arange(rows)[:, None] < size[0]
     return inside & (jnp.arange(columns)[None, :] < size[1])
 
@@ -171,12 +177,12 @@ def store_matrix(ref: Any, value: jax.Array, size: tuple[int, int]) -> None:
 
 
 def load_row(ref: Any, size: int) -> jax.Array:
-    """(D,) of a state that is a vector."""
+    """Loads (D,), a state that is a vector."""
     return plgpu.load(ref.at[:], mask=jnp.arange(ref.shape[0]) < size, other=0.0)
 
 
 def _maps_kernel(*refs: Any, head: Head, size: int) -> None:
-    """w and u of numerator maps (v given) or of the normaliser's (a vector u)."""
+    """Computes w and u of the numerator's maps (with v) or of the normaliser's (u is a vector)."""
     k_ref, *v_ref, beta_ref, decay_ref, w_ref, u_ref = refs
     wide = w_ref.shape[0]
 
@@ -184,8 +190,9 @@ def _maps_kernel(*refs: Any, head: Head, size: int) -> None:
         outer, u = sums
         k = head.load(k_ref, i, size)
         k_beta = k.astype(jnp.float32) * head.load_scalars(beta_ref, i)[:, None]
-        # Rounded like k: W is near the identity, and hundreds of tokens average the rounding out,
-        # so that states move by 1e-5. That of u, of values of either sign, they do not.
+        # k_beta is rounded like k here. W is near the identity, and hundreds of tokens average the
+        # rounding errors out, so that the states change by 1e-5. In u the values have both signs,
+        # and the errors do not average out.
         outer = head.dot(k, k_beta.astype(k.dtype), (0, 0), outer)
         if v_ref:
             return outer, head.dot(head.load(v_ref[0], i, size), k_beta, (0, 0), u)
@@ -203,7 +210,7 @@ def _maps_kernel(*refs: Any, head: Head, size: int) -> None:
 
 
 def _maps_gradient_kernel(*refs: Any, head: Head, size: int) -> None:
-    """With A = K^T diag(beta) K, w = g (I - A) and u = V^T diag(beta) K, token by token."""
+    """Gradient of w = g (I - A) and u = V^T diag(beta) K, where A = K^T diag(beta) K."""
     has_values = len(refs) == 10
     if has_values:
         k_ref, v_ref, beta_ref, decay_ref, dw_ref, du_ref, dk_ref, dv_ref, db_ref, dg_ref = refs
@@ -240,7 +247,7 @@ def _maps_gradient_kernel(*refs: Any, head: Head, size: int) -> None:
 
 
 def _read_kernel(*refs: Any, head: Head, size: int, eps: float | None) -> None:
-    """y = q S^T, divided by plain queries times the normaliser where there is one."""
+    """y = q S^T, divided by plain queries times the normaliser if there is one."""
     states_ref, q_ref, *normaliser, y_ref = refs
     states = load_matrix(states_ref, (size, size))
     z, eps = (load_row(normaliser[0], size) if normaliser else None), eps or 0.0
@@ -249,7 +256,7 @@ def _read_kernel(*refs: Any, head: Head, size: int, eps: float | None) -> None:
         y = head.dot(head.load(q_ref, i, size), states, (1, 1))
         if z is not None:
             plain = head.load(normaliser[1], i, size).astype(jnp.float32)
-            # one division a token: a vector of them would bound the kernel
+            # one division per token; one per element would limit the kernel
             y = y * (1.0 / (jnp.sum(plain * z[None, :], 1) + eps))[:, None]
         head.store(y_ref, i, y, size)
 
@@ -273,12 +280,12 @@ def _read_gradient_kernel(*refs: Any, head: Head, size: int, eps: float | None) 
             head.store(dq_ref, i, head.dot(dy, states, (1, 0)), size)
             return head.dot(dy, q, (0, 0), ds), dz
         plain = head.load(plain_ref, i, size).astype(jnp.float32)
-        # a tile's last rows may lie past the end, where dy is 0
+        # the last rows of a tile may be past the end, where dy is 0
         inverse = 1.0 / (jnp.sum(plain * z[None, :], 1) + (eps or 0.0))
         d_numerator = dy.astype(jnp.float32) * inverse[:, None]
         dq = head.dot(d_numerator, states, (1, 0))
         head.store(dq_ref, i, dq, size)
-        # sum_v dy_v y_v is sum_d q_d dq_d: the numerator is not needed again
+        # sum_v dy_v y_v equals sum_d q_d dq_d, so the numerator is not needed again
         d_denominator = -jnp.sum(q.astype(jnp.float32) * dq, 1) * inverse
         head.store(dp_ref, i, d_denominator[:, None] * z[None, :], size)
         dz = dz + jnp.sum(d_denominator[:, None] * plain, 0)
@@ -292,7 +299,7 @@ def _read_gradient_kernel(*refs: Any, head: Head, size: int, eps: float | None) 
 
 
 def _spec(a: Any, kind: str, tile: int) -> pl.BlockSpec:
-    """Blocks of one program: tokens (B, F, P, N, D), scalars (B, F, P, N), matrix, row, number."""
+    """Block of one program: tokens (B, F, P, N, D), scalars (B, F, P, N), matrix, row or number."""
     wide = padded(a.shape[-1])
     if kind == "tokens":
         long = pl.cdiv(a.shape[2], tile) * tile
@@ -319,9 +326,9 @@ def run(
     """Runs a kernel over (B, F, N) programs.
 
     Args:
-      kernel: a field of `Tiles` that is a tile.
-      inputs: kinds of `_spec` and arrays; the first array of tokens gives the sizes.
-      outputs: kinds and what they are.
+      kernel: the name of a field of `Tiles` that is a `Tile`.
+      inputs: pairs of a kind of `_spec` and an array; the first array of tokens gives the sizes.
+      outputs: pairs of a kind and a shape.
       static: further arguments of the kernel.
     """
     tile: Tile = getattr(tiles, kernel)
@@ -337,7 +344,7 @@ def run(
     exact = any(kind == "tokens" and a.dtype == jnp.float32 for kind, a in inputs)
     return pl.pallas_call(
         functools.partial(body, head=Head(tokens, tile.tokens, exact), size=size, **static),
-        # heads run fastest: they share the lines of a token's row
+        # heads run fastest, because they share the cache lines of a token's row
         grid=(heads, frames, batch),
         in_specs=[_spec(a, kind, tile.tokens) for kind, a in inputs],
         out_specs=[_spec(a, kind, tile.tokens) for kind, a in outputs],

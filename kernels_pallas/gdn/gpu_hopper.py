@@ -1,9 +1,10 @@
-"""What the Mosaic GPU kernels of tokens for Hopper share, `gpu_maps_hopper` and `gpu_read_hopper`.
+"""Shared code of the Mosaic GPU kernels for Hopper that read tokens.
 
-As in the Triton kernels of `gdn.gpu`, a program is one head of one frame and goes over tiles of 64
-of its tokens. Tiles come and go by the copy engine (TMA), a few ahead of time; the matrix unit
-(wgmma) reads them where they lie, and float32 matrices as two bfloat16 parts beside them. Axis
-letters as in `gdn.gpu`.
+`gpu_maps_hopper`, `gpu_read_hopper` and `gpu_states_hopper` use it. As in the Triton kernels of
+`gdn.gpu`, a program works on one head of one frame and loops over tiles of 64 tokens. The copy
+engine (TMA) loads and stores the tiles, and it loads a few tiles in advance. The tensor cores
+(wgmma) read the tiles directly from shared memory, and read float32 matrices as two bfloat16 parts.
+Axis letters are those of `gdn.gpu`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 _F32, _B16 = jnp.float32, jnp.bfloat16
-ROWS = 64  # of the matrix unit, tokens of a tile
-_WIDEST = 112  # of a head: the shared memory of `read_gradient` is full
-COLUMNS = 16  # bfloat16 ones that a row of a swizzled tile holds: 112 is whole numbers of it
+ROWS = 64  # rows of a wgmma instruction, and tokens of a tile
+_WIDEST = 112  # largest head size; with it, the shared memory of `read_gradient` is full
+COLUMNS = 16  # bfloat16 columns of a swizzled tile; 112 is a multiple of it
 
 
 def takes(tokens: int, size: int) -> bool:
-    """Whether tokens of this many a frame and this head size fit the matrix unit and TMA."""
+    """Whether wgmma and TMA support this number of tokens per frame and this head size."""
     is_whole = tokens % 8 == 0 and size % COLUMNS == 0
-    # older versions of JAX read memory by other calls
+    # older versions of JAX have other functions to read memory
     return is_whole and ROWS <= size <= _WIDEST and jax.__version_info__ >= (0, 11)
 
 
 def tiles(*shape: int) -> Any:
-    """bfloat16 tiles (..., rows, columns) in shared memory, as the matrix unit reads them."""
+    """bfloat16 tiles (..., rows, columns) in shared memory, in the layout that wgmma reads."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     transforms = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
@@ -38,10 +39,10 @@ def tiles(*shape: int) -> Any:
 
 
 def plain_tiles(*shape: int) -> Any:
-    """bfloat16 tiles (..., rows, columns) in shared memory, row after row.
+    """bfloat16 tiles (..., rows, columns) in shared memory, in row-major order.
 
-    The copy engine moves their rows of 224 bytes faster than the 32 bytes of `tiles`; the matrix
-    unit takes them from registers alone.
+    The copy engine moves their rows of 224 bytes faster than the rows of 32 bytes of `tiles`. wgmma
+    can only take them from registers.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -49,7 +50,7 @@ def plain_tiles(*shape: int) -> Any:
 
 
 def split_of(a: jax.Array) -> list[jax.Array]:
-    """`gdn.gpu.bfloat16_parts`, where the barrier makes the compiler round in pairs, not singly."""
+    """`gdn.gpu.bfloat16_parts` with a barrier, so that the compiler rounds two values at once."""
     high = lax.optimization_barrier(a.astype(_B16))
     return [high, (a - high.astype(_F32)).astype(_B16)]
 
@@ -57,10 +58,11 @@ def split_of(a: jax.Array) -> list[jax.Array]:
 def add_products(
     starts: tuple[Any, ...], terms: Callable[[], Iterable[tuple[int, Any, Any]]]
 ) -> tuple[Any, ...]:
-    """The sums `starts`, float32 in the matrix unit's layout, with products added.
+    """Adds products to the sums `starts`, which are float32 in the wgmma layout.
 
     Args:
-      terms: gives (which of the sums, a, b) to add a b; it indexes shared memory itself.
+      terms: returns triples (index of the sum, a, b), for the product a b. It is a function that
+        indexes the shared memory itself.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -73,7 +75,7 @@ def add_products(
 
 
 def products(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
-    """The sum of products a b, float32 in the matrix unit's layout."""
+    """Computes the sum of products a b, in float32 in the wgmma layout."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def run(sums: Any) -> jax.Array:
@@ -85,20 +87,20 @@ def products(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
 
 
 def ring(i: Any, count: int) -> Any:
-    """Which of `count` places in turn is the i-th's."""
+    """Returns the slot of tile i in a ring buffer of `count` slots."""
     return lax.rem(i, jnp.int32(count))
 
 
 def rows(i: Any) -> Any:
-    """Tokens of the i-th tile."""
+    """Returns the token range of tile i."""
     return pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
 
 
 def load(ref: Any, summed: int | None = None) -> jax.Array:
-    """Memory of any kind in the matrix unit's layout of tiles (ROWS, D).
+    """Loads memory of any kind into the wgmma layout of tiles (ROWS, D).
 
     Args:
-      summed: of a vector, the axis of a tile over which it is the sum.
+      summed: for a vector, the axis of the tile that it does not have.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -109,25 +111,25 @@ def load(ref: Any, summed: int | None = None) -> jax.Array:
 
 
 def split(parts: Any, matrix: Any, starts: Iterable[int], *, first: int = 0) -> None:
-    """Writes rows of a float32 matrix as their high and low parts to shared memory.
+    """Writes rows of a float32 matrix to shared memory, as their high and low bfloat16 parts.
 
     Args:
-      parts: (.., D), the high parts of all rows, then the low ones.
+      parts: (.., D), the high parts of all rows and then the low parts.
       matrix: (V, D) in memory of any kind.
-      starts: of the rows, ROWS from each.
-      first: row of `parts` where they begin.
+      starts: first rows of groups of ROWS rows.
+      first: first row of `parts` to write to.
     """
     for start in starts:
         _write_parts(parts, split_of(load(matrix.at[pl.ds(start, ROWS), :])), matrix, first + start)
 
 
 def split_in_place(parts: Any, matrix: Any) -> None:
-    """As `split` of all rows; `parts` (2 D, D) lies in the memory of `matrix` (D, D)."""
+    """As `split`, for all rows, where `parts` (2 D, D) and `matrix` (D, D) share their memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     starts = halves(matrix.shape[0])
     found = [split_of(load(matrix.at[pl.ds(start, ROWS), :])) for start in starts]
-    plgpu.commit_smem()  # all have read
+    plgpu.commit_smem()  # every thread has finished reading
     for start, both in zip(starts, found, strict=True):
         _write_parts(parts, both, matrix, start)
 
@@ -138,18 +140,18 @@ def _write_parts(parts: Any, both: Iterable[jax.Array], matrix: Any, start: int)
 
 
 def halves(size: int) -> tuple[int, int]:
-    """First rows of a matrix's two tiles; of rows in the middle, some are in both."""
+    """Returns the first rows of the two tiles of a matrix; rows in the middle may be in both."""
     return 0, size - ROWS
 
 
 def store(ref: Any, value: jax.Array) -> None:
-    """Writes rows of any kind of memory, be they whole lines of it or not."""
+    """Writes rows to memory of any kind, whether or not they fill whole lines."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     write = getattr(plgpu, "store", None)
     if write is None:
         ref[...] = value
-    else:  # from JAX 0.12 on an assignment writes whole lines alone
+    else:  # from JAX 0.12 on, an assignment can only write whole lines
         write(ref, value, optimized=False)
 
 
@@ -158,7 +160,7 @@ def by_rows(a: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def flat(a: jax.Array) -> jax.Array:
-    """(B, F, ...) to (B F, ...): fewer axes than the copy engine counts."""
+    """Reshapes (B, F, ...) to (B F, ...), because the copy engine supports few axes."""
     return a.reshape(-1, *a.shape[2:])
 
 
@@ -171,11 +173,11 @@ def over_heads(
     groups: int,
     interpret: Any,
 ) -> Callable[..., Any]:
-    """The kernel over the axes `frame` and `head` of tokens, by warpgroups along `group`.
+    """Runs the kernel over the grid axes `frame` and `head`, with warpgroups along `group`.
 
     Args:
-      like: (B, F, P, N, D).
-      groups: how many; a single one has no axis.
+      like: (B, F, P, N, D), for the sizes.
+      groups: number of warpgroups; a single one has no axis.
       interpret: parameters of the interpreter, or None.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -186,7 +188,8 @@ def over_heads(
         kernel,
         out_type=out_type,
         scratch_types=tuple(scratch),
-        grid=(batch * frames, heads),  # the last runs fastest: heads share the lines of a token
+        # the last axis runs fastest, because heads share the cache lines of a token
+        grid=(batch * frames, heads),
         grid_names=("frame", "head"),
         **threads,
         **({} if interpret is None else {"interpret": interpret}),

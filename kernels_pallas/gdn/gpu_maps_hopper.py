@@ -1,4 +1,4 @@
-"""Maps of a frame and their gradient as Mosaic GPU kernels for Hopper, see `gpu_hopper`."""
+"""The maps of a frame and their gradient as Mosaic GPU kernels for Hopper; see `gpu_hopper`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from jax.experimental import pallas as pl
 from kernels_pallas.gdn import gpu_hopper as hopper
 
 _F32, _B16 = jnp.float32, jnp.bfloat16
-# of a thread that multiplies and of one that brings tiles: a block has 512 for the three
+# registers per thread: of a warpgroup that multiplies, and of the one that loads tiles. The three
+# warpgroups of a block have 512 together.
 _MULTIPLY_REGISTERS, _BRING_REGISTERS = 240, 24
 
 
 def by_head(beta: jax.Array) -> jax.Array:
-    """(B, F, P, N) to (B F, N, P'), P' whole tiles: a row is copied whole, whatever is past it."""
+    """Rearranges (B, F, P, N) to (B F, N, P'), where P' is padded to whole tiles.
+
+    The copy engine copies whole tiles of a row, so the values past the end must exist.
+    """
     tokens = beta.shape[2]
     found = jnp.swapaxes(hopper.flat(beta), 1, 2).astype(_F32)
     return jnp.pad(found, ((0, 0), (0, 0), (0, -tokens % hopper.ROWS)))
 
 
 def token_memory(slots: int, size: int) -> tuple[Any, ...]:
-    """Shared memory and barriers of a block of three warpgroups, see `bring_tokens`."""
+    """Shared memory and barriers of a block of three warpgroups; see `bring_tokens`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return (
@@ -38,11 +42,11 @@ def token_memory(slots: int, size: int) -> tuple[Any, ...]:
 
 
 def bring_tokens(sources: Any, memory: Any, frame: Any, head: Any, steps: int) -> None:
-    """What the third warpgroup of a block does: keys, values and beta, tile by tile.
+    """The work of the third warpgroup: it loads keys, values and beta, tile by tile.
 
     Args:
-      sources: of tokens (B F, P, N, D) twice, and of beta (B F, N, P').
-      memory: as `token_memory`.
+      sources: keys and values, (B F, P, N, D) each, and beta (B F, N, P').
+      memory: as in `token_memory`.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -68,10 +72,10 @@ def bring_tokens(sources: Any, memory: Any, frame: Any, head: Any, steps: int) -
 
 
 def multiply_tokens(memory: Any, decay: Any, start: int, steps: int) -> tuple[jax.Array, jax.Array]:
-    """What either of the other two does: ROWS rows of w and u, from row `start` on.
+    """The work of each of the other two warpgroups: ROWS rows of w and u, from row `start` on.
 
-    The left operands, beta k and beta v turned, are scaled and split in registers; the right one
-    is the keys as they lie in shared memory.
+    The left operands are the transposes of beta k and beta v, scaled and split in registers. The
+    right operand is the keys in shared memory.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -90,13 +94,13 @@ def multiply_tokens(memory: Any, decay: Any, start: int, steps: int) -> tuple[ja
             turned = hopper.load(tiles.at[at].at[:, columns].transpose((1, 0))).astype(_F32)
             return turned * lax.broadcast_in_dim(beta, turned.shape, [1])
 
-        k = scaled(keys).astype(_B16)  # its low part is not needed for W, see `gdn.gpu`
+        k = scaled(keys).astype(_B16)  # W does not need the low part; see `gdn.gpu`
         high, low = hopper.split_of(scaled(values))
-        # smallest first
+        # the smallest products come first
         sums = hopper.add_products(
             sums, lambda: ((j, a, keys.at[at]) for j, a in ((0, k), (1, low), (1, high)))
         )
-        plgpu.commit_smem()  # the copy engine may write there
+        plgpu.commit_smem()  # from here on, the copy engine may write there
         plgpu.barrier_arrive(free.at[at])
         return sums
 
@@ -117,7 +121,7 @@ def _maps_kernel(*refs: Any, steps: int, size: int) -> None:
 
     def multiply(group: int, start: int) -> None:
         w, u = multiply_tokens(memory, decay_ref[frame, head], start, steps)
-        # rows in the middle are the first warpgroup's
+        # the first warpgroup writes the rows in the middle
         new = hopper.ROWS if group == 0 else size - hopper.ROWS
         own = pl.ds(hopper.ROWS - new, new)
 
@@ -147,7 +151,7 @@ def maps(
     slots: int = 5,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As the kernel `maps` of `gdn.gpu`; sizes that `takes` allows."""
+    """As the kernel `maps` of `gdn.gpu`, for sizes that `gpu_hopper.takes` allows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, frames, tokens, heads, size = k.shape
@@ -166,10 +170,10 @@ def maps(
 
 
 def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, size: int) -> None:
-    """As `gdn.gpu`'s, by two warpgroups that take turns with the tiles.
+    """As the kernel of `gdn.gpu`, with two warpgroups that take every second tile.
 
-    It writes each token's k . through_u and half k . through_w, of which the scalars' gradients are
-    made.
+    It writes k . through_u and half of k . through_w for each token. The gradients of the scalars
+    are computed from these.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -225,9 +229,9 @@ def _maps_gradient_kernel(*refs: Any, has_values: bool, steps: int, slots: int, 
     def step(i: Any, carry: Any) -> Any:
         at = hopper.ring(i, slots)
         plgpu.barrier_wait(is_full(i))
-        # through dw + dw^T
+        # the product with dw + dw^T
         through_w = hopper.products((hopper.ROWS, size), *((keys.at[at], w) for w in from_w))
-        # the results of the step before have left: their place is free
+        # the results of the previous step are stored, so their slot is free
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.when((i > 0) & (i + slots - 1 < own_steps))(lambda: ask(i + slots - 1))
         k = plgpu.layout_cast(keys[at], layout).astype(_F32)
@@ -269,9 +273,9 @@ def maps_gradient(
     slots: int = 2,
     interpret: Any = None,
 ) -> tuple[jax.Array | None, ...]:
-    """As the kernel `maps_gradient` of `gdn.gpu`, or `rows_gradient` without v.
+    """As the kernel `maps_gradient` of `gdn.gpu`, or as `rows_gradient` without v.
 
-    Sizes that `takes` allows.
+    The sizes must be those that `gpu_hopper.takes` allows.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

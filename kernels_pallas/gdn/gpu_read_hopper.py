@@ -1,4 +1,4 @@
-"""The read-out and its gradient as Mosaic GPU kernels for Hopper, see `gpu_hopper`."""
+"""The read-out and its gradient as Mosaic GPU kernels for Hopper; see `gpu_hopper`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _F32, _B16 = jnp.float32, jnp.bfloat16
 
 
 def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | None) -> None:
-    """y = q S^T, divided by plain queries times the normaliser where there is one."""
+    """y = q S^T, divided by plain queries times the normaliser if there is one."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     z_ref: Any = None
@@ -51,7 +51,7 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
         at = hopper.ring(i, slots)
         plgpu.barrier_wait(full.at[at])
         q = hopper.load(tiles.at[at])
-        # smallest first
+        # the smallest products come first
         y = hopper.products((hopper.ROWS, size), (q, low), (q, high))
         if plain_tiles is not None:
             plain = hopper.load(plain_tiles.at[at]).astype(_F32)
@@ -61,7 +61,7 @@ def _read_kernel(*refs: Any, steps: int, slots: int, size: int, eps: float | Non
         plgpu.commit_smem()
         rows = hopper.rows(i)
         plgpu.copy_smem_to_gmem(tiles.at[at], y_ref.at[frame, rows, head])
-        # the tile before has left: its place is free
+        # the previous tile is stored, so its slot is free
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         pl.when(i + slots - 1 < steps)(lambda: ask(i + slots - 1))
         return carry
@@ -80,7 +80,7 @@ def read(
     slots: int | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """As the kernel `read` of `gdn.gpu`; sizes that `takes` allows."""
+    """As the kernel `read` of `gdn.gpu`, for sizes that `gpu_hopper.takes` allows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, frames, tokens, heads, size = q.shape
@@ -107,7 +107,10 @@ def read(
 def _read_gradient_kernel(
     *refs: Any, own_group: int, steps: int, slots: int, size: int, eps: float | None
 ) -> None:
-    """As `gdn.gpu`'s, by two warpgroups: 64 tokens of a step each, and 64 rows of the state's."""
+    """As the kernel of `gdn.gpu`, with two warpgroups.
+
+    Each takes 64 tokens of a step, and 64 rows of the gradient of the state.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     z_ref: Any = None
@@ -124,7 +127,7 @@ def _read_gradient_kernel(
         sources = ((q_ref, queries), (dy_ref, grads), (plain_ref, plains))
     head, frame = lax.axis_index("head"), lax.axis_index("frame")
     group = lax.axis_index("group")
-    start = hopper.halves(size)[own_group]  # of its rows
+    start = hopper.halves(size)[own_group]  # first row of this warpgroup
     layout = plgpu.Layout.WGMMA
 
     def rows(i: Any) -> Any:
@@ -140,7 +143,7 @@ def _read_gradient_kernel(
         return plgpu.layout_cast(tiles[at, group], layout).astype(_F32)
 
     def meet(barrier: Any) -> None:
-        """Both warpgroups are here, and see what the other wrote."""
+        """Waits until both warpgroups arrive; each then sees what the other wrote."""
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
 
@@ -160,7 +163,7 @@ def _read_gradient_kernel(
         plgpu.barrier_wait(full.at[at])
         dy = grads.at[at, group]
         dq = hopper.products((hopper.ROWS, size), (dy, low), (dy, high))
-        # the results of the step before have left: their place is free
+        # the results of the previous step are stored, so their slot is free
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.when((i > 0) & (i + slots - 1 < steps))(lambda: ask(i + slots - 1))
         d_denominator: Any = None
@@ -173,7 +176,7 @@ def _read_gradient_kernel(
             dz = [dz[0] + hopper.by_rows(d_denominator, dq) * read(plains, at)]
             (dz[0],) = lax.optimization_barrier((dz[0],))
             q = read(queries, at)
-            # divided queries take the queries' place, and their low parts the plain ones'
+            # The divided queries overwrite the queries, and their low parts the plain queries.
             divided = hopper.split_of(q * hopper.by_rows(inverse, q))
             queries[at, group], plains[at, group] = divided
             plgpu.commit_smem()
@@ -201,7 +204,7 @@ def _read_gradient_kernel(
     ds, *dz = lax.fori_loop(0, steps, step, (zero,) * (1 if eps is None else 2))
     ds_ref[frame, head, pl.ds(start, hopper.ROWS), :] = ds
     if dz_ref is not None:
-        # one after the other: sums over warps share their scratch memory
+        # one warpgroup after the other, because sums over warps share their scratch memory
         if own_group == 1:
             meet(ready)
         hopper.store(dz_ref.at[frame, head, group], jnp.sum(dz[0], 0))
@@ -221,7 +224,7 @@ def read_gradient(
     slots: int = 2,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """As the kernel `read_gradient` of `gdn.gpu`; sizes that `takes` allows."""
+    """As the kernel `read_gradient` of `gdn.gpu`, for sizes that `gpu_hopper.takes` allows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, frames, tokens, heads, size = q.shape

@@ -1,8 +1,8 @@
-"""The recurrence over frames as a Triton kernel, or on Hopper as `gdn.gpu_scan_hopper`.
+"""The recurrence over frames as a Triton kernel; on Hopper `gdn.gpu_scan_hopper` replaces it.
 
-Rows of a state do not see each other (S W acts on columns), so a program carries a few rows of one
-head through all frames, on the chip; a head's programs read the same maps, from the cache.
-Axis letters as in `gdn.gpu`.
+The rows of a state are independent, because S W acts on its columns. A program therefore carries a
+few rows of one head through all frames on the chip. All programs of a head read the same maps, from
+the cache. Axis letters are those of `gdn.gpu`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from kernels_pallas.gdn.gpu import Run, Tiles, matrix_mask, padded, product, way
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], exact: bool) -> jax.Array:
-    if len(a) == 1:  # a row does not fill a matrix unit
+    if len(a) == 1:  # one row is too small for the tensor cores
         row, across = jnp.sum(a, 0), axes[1]
         return jnp.sum((row[None, :] if across else row[:, None]) * b, across)[None, :]
     return product(a, b, axes, exact)
 
 
 def _kernel(*refs: Any, frames: int, sizes: tuple[int, int], options: dict[str, Any]) -> None:
-    """Forward: state -> drop -> S w + u. Its adjoint: + du -> S w^T -> drop, frames reversed."""
+    """Forward: reset the state, then S w + u. Adjoint: add du, S w^T, reset, frames reversed."""
     w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs
     rows, wide = states_ref.shape[1:]
     values, size = sizes
@@ -46,10 +46,10 @@ def _kernel(*refs: Any, frames: int, sizes: tuple[int, int], options: dict[str, 
 
     def step(i: Any, carry: Any) -> Any:
         state, (frame, w, u) = carry
-        # asked for before this frame's product, so that memory's delay hides behind it
+        # this load starts before the product of the current frame, which hides its latency
         following = load(i + 1)
         keep = 1.0 - reset_ref[frame]
-        if adjoint:  # u holds the gradient of the reported states
+        if adjoint:  # u holds the gradient of the returned states
             told = state + (1.0 - exclusive) * u
             after = _dot(told, w, (1, 1), options["exact"])
             state = keep * (after + exclusive * u)
@@ -76,18 +76,18 @@ def scan(
     adjoint: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """States of every frame, and the state after the last, of R runs side by side.
+    """Returns the states of every frame and the state after the last frame, for R runs at once.
 
-    Runs wait for memory most of the time, so that two take little longer than one.
+    A run waits for memory most of the time, so two runs take little longer than one.
 
     Args:
-      w: (B, F, N, D, D) float32, of all runs.
-      u: (R, B, F, N, V, D) float32, or with a leading 1 for the same in all.
+      w: (B, F, N, D, D) float32, shared by all runs.
+      u: (R, B, F, N, V, D) float32, or with a leading 1 if all runs share it.
       initial: (R, B, N, V, D).
-      reset: (R, F) float32, 1 where the incoming state is dropped.
-      runs: one or two; of the forward pass, also for its adjoint.
-      adjoint: u is the gradient of the states and initial that of the final state; reported are
-        the gradients of the forward's u and of its initial state.
+      reset: (R, F) float32, 1 where the incoming state is set to zero.
+      runs: one or two; the runs of the forward pass, also for the adjoint.
+      adjoint: u is the gradient of the states, and initial that of the final state. The results are
+        the gradients of the forward pass's u and of its initial state.
 
     Returns:
       (R, B, F, N, V, D) and (R, B, N, V, D).

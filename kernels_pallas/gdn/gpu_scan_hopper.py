@@ -1,9 +1,9 @@
 """The recurrence over frames as a Mosaic GPU kernel for Hopper.
 
-A program is 64 rows of a state and two warpgroups. One carries the rows in registers and feeds
-them, split in two bfloat16 parts, to the matrix unit (wgmma) as they are: nothing of the state
-passes through shared memory. The other brings maps and inputs in ahead of time, and splits a map
-while the one before it is multiplied. Axis letters as in `gdn.gpu`.
+A program has 64 rows of a state and two warpgroups. The first warpgroup carries the rows in
+registers and passes them, split into two bfloat16 parts, directly to wgmma. The state never goes
+through shared memory. The second warpgroup loads maps and inputs in advance, and splits the next
+map while the current one is multiplied. Axis letters are those of `gdn.gpu`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ from kernels_pallas.gdn import gpu_hopper as hopper
 from kernels_pallas.gdn.gpu import Run, way_of
 
 _F32 = jnp.float32
-_AHEAD = 2  # frames whose maps are held, in float32 and split, beside one frame's input
-_SHARED = 225 * 1024  # bytes that a program has for all of them
-_FLAGS = 128  # frames' flags are padded to this, memory is copied in units of 16 bytes
-_MOST_FLAGS = 256  # that the copy engine brings at once
+_AHEAD = 2  # frames whose maps are held, in float32 and split, together with the input of one frame
+_SHARED = 225 * 1024  # bytes of shared memory that a program has for all of them
+_FLAGS = 128  # the flags of the frames are padded to this; memory is copied in units of 16 bytes
+_MOST_FLAGS = 256  # flags that the copy engine can load at once
 
 
 def takes(values: int, size: int, frames: int) -> bool:
-    """Whether states (values, size) fit the matrix unit and their program its shared memory."""
-    held = 4 * size * (2 * _AHEAD * size + hopper.ROWS)  # a split map takes what it took whole
+    """Whether wgmma supports states (values, size), and the program fits in shared memory."""
+    # a split map takes as much memory as the map in float32
+    held = 4 * size * (2 * _AHEAD * size + hopper.ROWS)
     is_whole = values % 8 == 0 and size % hopper.COLUMNS == 0
     is_fit = hopper.ROWS <= values <= 2 * hopper.ROWS and size >= hopper.ROWS and held <= _SHARED
-    # older versions of JAX read memory by other calls
+    # older versions of JAX have other functions to read memory
     return is_whole and is_fit and frames <= _MOST_FLAGS and jax.__version_info__ >= (0, 11)
 
 
 def _multiply(
     start: jax.Array, parts: Any, maps: Any, adjoint: bool, meanwhile: Callable[[], None]
 ) -> jax.Array:
-    """start + S W or, for the adjoint, start + S W^T, of both's high and low parts.
+    """Computes start + S W, or start + S W^T for the adjoint, from high and low parts of both.
 
     Args:
-      maps: (2 D, D), high parts above low ones.
-      meanwhile: what is done while the matrix unit works.
+      parts: the high part and the low part of S.
+      maps: (2 D, D), the high parts of W and below them the low parts.
+      meanwhile: called while the tensor cores work.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -53,7 +55,7 @@ def _multiply(
         high, low = (maps.at[pl.ds(j * size, size)] for j in range(2))
         if adjoint:
             high, low = high.transpose((1, 0)), low.transpose((1, 0))
-        # smallest first; low times low is below the rest's rounding
+        # The smallest products come first. Low times low is smaller than the rounding of the rest.
         plgpu.wgmma(sums, parts[1], high)
         plgpu.wgmma(sums, parts[0], low)
         plgpu.wgmma(sums, parts[0], high)
@@ -73,7 +75,7 @@ def _kernel(
     adjoint: bool,
     shares_u: bool,
 ) -> None:
-    """As `gpu_scan._kernel`; arrays of (B F N or R B N, ...) so that one index picks a matrix."""
+    """As `gpu_scan._kernel`; arrays are (B F N, ...) or (R B N, ...), with one matrix per index."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs[:6]
@@ -81,18 +83,18 @@ def _kernel(
     map_full, input_full, input_free, split_full, split_free, once = refs[10:]
     values, size = sizes
     direction, row, head = lax.axis_index("run"), lax.axis_index("row"), lax.axis_index("head")
-    # head counts over the batch
+    # the grid's head axis includes the batch
     item, own_head = lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads))
 
     backwards, exclusive = way_of(runs, direction, adjoint)
 
     def at(i: Any) -> tuple[Any, Any, Any]:
-        """The frame that is run i-th, and where its map and its input are."""
+        """Returns the frame that runs i-th, and the indices of its map and of its input."""
         frame = i + backwards * (frames - 1 - 2 * i)
         own = (item * frames + frame) * heads + own_head
         return frame, own, own + direction * (batch * frames * heads)
 
-    # the last rows' program starts earlier: it repeats rows, and none of it is past the end
+    # The program of the last rows starts earlier. It repeats some rows and never goes past the end.
     rows = pl.ds(
         pl.multiple_of(jnp.minimum(row * hopper.ROWS, values - hopper.ROWS), 8), hopper.ROWS
     )
@@ -108,7 +110,8 @@ def _kernel(
         def step(i: Any, state: Any) -> Any:
             frame, _, told_at = at(i)
             if not adjoint:
-                # before the first frame nothing is to be told; what is written is written over
+                # Before the first frame there is no state to return. What is written here is
+                # overwritten later.
                 told_at = at(jnp.maximum(i - 1 + exclusive.astype(jnp.int32), 0))[2]
             keep = 1.0 - flags[frame]
             place = slot(i)
@@ -119,12 +122,12 @@ def _kernel(
                 u = exclusive * u
                 told = state
             else:
-                # what was the state after the frame before, or is that before this one
+                # the state after the previous frame, or the state before this frame
                 told = state * (1.0 - exclusive * (1.0 - keep))
                 state = state * keep
             parts = hopper.split_of(state)
             u, *parts = lax.optimization_barrier((u, *parts))
-            plgpu.commit_smem()  # the copy engine may write there
+            plgpu.commit_smem()  # from here on, the copy engine may write there
             plgpu.barrier_arrive(input_free)
             plgpu.barrier_wait(split_full.at[place])
 
@@ -189,7 +192,7 @@ def scan(
     adjoint: bool,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `gpu_scan.scan`; states of sizes that `takes` allows."""
+    """See `gpu_scan.scan`; the states must have sizes that `takes` allows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     _, batch, frames, heads, values, size = u.shape

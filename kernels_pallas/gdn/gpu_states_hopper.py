@@ -1,10 +1,10 @@
-"""States straight from tokens as a Mosaic GPU kernel for Hopper, see `gpu_hopper`.
+"""The states directly from the tokens, as a Mosaic GPU kernel for Hopper; see `gpu_hopper`.
 
-A block is a frame of a head. It makes the frame's maps, waits for the state of the frame that is
-run before (another block's, told by a semaphore), multiplies, and tells the block of the next
-frame. Maps are read and written by nobody unless a gradient or another run wants them. Blocks are
-started in the order of the grid, frames before heads, so that whom a block waits for is never
-behind it.
+A thread block works on one frame of one head. It computes the maps of the frame, waits for the
+state of the previous frame, multiplies, and signals the block of the next frame. Another block
+computes the previous state and signals it with a semaphore. The maps are written to memory only if
+a gradient or another run needs them. Blocks start in the order of the grid, with all heads of a
+frame before the next frame. A block therefore never waits for a block that starts after it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from kernels_pallas.gdn.gpu_maps_hopper import (
 )
 
 _F32 = jnp.float32
-# Heads of all clips from which on another run pays that waits for this one's maps: of 20, maps and
-# then both directions side by side take 0.97 ms on an H100, and this way 1.10.
+# From this number of heads (over all clips) on, it is faster to compute the maps in the forward run
+# and to start the second run afterwards. With 20 heads on an H100, this takes 1.10 ms, while maps
+# in their own kernel, followed by both directions side by side, take 0.97 ms.
 CHAINS = 40
 
 
@@ -39,7 +40,8 @@ def _kernel(*refs: Any, frames: int, heads: int, steps: int, run: Run, keeps_map
     *sources, decay_ref, initial_ref, reset_ref = refs[:6]
     states_ref, final_ref, *kept = refs[6 : 10 if keeps_maps else 8]
     maps, ready, *memory = refs[-7:]
-    turn, chain = lax.axis_index("turn"), lax.axis_index("chain")  # chain counts over the batch
+    # the grid's chain axis includes batch and heads
+    turn, chain = lax.axis_index("turn"), lax.axis_index("chain")
     item, head = lax.div(chain, jnp.int32(heads)), lax.rem(chain, jnp.int32(heads))
     told = pl.get_global(plgpu.SemaphoreType.REGULAR((frames, initial_ref.shape[0], 2)))
     size = maps.shape[1]
@@ -48,7 +50,7 @@ def _kernel(*refs: Any, frames: int, heads: int, steps: int, run: Run, keeps_map
         return frames - 1 - turn if run.reverse else turn
 
     def at(turn: Any) -> Any:
-        """Where the frame that is run `turn`-th is in (B F, ...)."""
+        """Returns the index in (B F, ...) of the frame that runs at position `turn`."""
         return item * frames + frame_at(turn)
 
     def keep(turn: Any) -> Any:
@@ -66,7 +68,7 @@ def _kernel(*refs: Any, frames: int, heads: int, steps: int, run: Run, keeps_map
             maps[pl.ds(start + j * size, hopper.ROWS)] = part
         plgpu.commit_smem()
         plgpu.barrier_arrive(ready)
-        plgpu.barrier_wait(ready)  # the other warpgroup's rows
+        plgpu.barrier_wait(ready)  # wait for the rows of the other warpgroup
 
         def tell(state: jax.Array, turn: Any) -> None:
             states_ref[at(turn), head, rows] = state
@@ -77,7 +79,7 @@ def _kernel(*refs: Any, frames: int, heads: int, steps: int, run: Run, keeps_map
             return hopper.load(states_ref.at[before, head, rows])
 
         state = lax.cond(turn == 0, lambda: hopper.load(initial_ref.at[chain, rows]), go_on)
-        if run.exclusive:  # told, and dropped where it is to be, by the block before
+        if run.exclusive:  # the previous block wrote this state and applied the reset
             state = state * jnp.where(turn == 0, keep(turn), 1.0)
             pl.when(turn == 0)(lambda: tell(state, turn))
         else:
@@ -115,16 +117,18 @@ def states(
     slots: int = 5,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """States of every frame, and the state after the last, of one run; sizes as `takes` allows.
+    """Returns the states of every frame and the state after the last frame, for one run.
+
+    The sizes must be those that `gpu_hopper.takes` allows.
 
     Args:
-      k, v, beta, decay: as `gdn.reference.frame_transitions`.
+      k, v, beta, decay: as in `gdn.reference.frame_transitions`.
       initial: (B, N, D, D).
-      reset: (F,) float32, 1 where the incoming state is dropped.
-      keeps_maps: also report the maps.
+      reset: (F,) float32, 1 where the incoming state is set to zero.
+      keeps_maps: also return the maps.
 
     Returns:
-      (B, F, N, D, D) and (B, N, D, D) float32; and, if asked for, w and u (B, F, N, D, D).
+      (B, F, N, D, D) and (B, N, D, D) float32. With `keeps_maps`, also w and u (B, F, N, D, D).
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -150,7 +154,7 @@ def states(
             plgpu.Barrier(num_arrivals=2),
             *token_memory(slots, size),
         ),
-        grid=(frames, chains),  # the last runs fastest
+        grid=(frames, chains),  # the last axis runs fastest
         grid_names=("turn", "chain"),
         num_threads=3,
         thread_name="group",

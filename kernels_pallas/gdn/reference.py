@@ -1,18 +1,19 @@
-"""The frame recurrence of SANA-WM, written once.
+"""The frame recurrence of SANA-WM. This is its only definition.
 
-A frame updates a D x D state by an affine map, S_f = S_{f-1} W_f + U_f, with
+A frame updates a D x D state with an affine map, S_f = S_{f-1} W_f + U_f, where
 
     W_f = g_f (I - K_f^T diag(beta_f) K_f)        U_f = V_f^T diag(beta_f) K_f
 
-(all P tokens of a frame enter at once; g is the frame's decay). The normaliser's state is a
-vector, s_f = W_f s_{f-1} + u_f with u_f = K_f^T beta_f. Building the maps and reading the states
-out is parallel over frames; only `scan_states` is sequential. Chunk-causal runs, streaming with a
-carried state and context parallelism are all ways to call `scan_states` on the same maps: frames
-that are shared out over ranks need no second pass, because a rank's maps compose to one.
+All P tokens of a frame enter at once, and g is the decay of the frame. The state of the normaliser
+is a vector, s_f = W_f s_{f-1} + u_f with u_f = K_f^T beta_f. The computation of the maps and the
+read-out of the states are parallel over frames; only `scan_states` is sequential. Chunk-causal
+runs, streaming with a carried state, and context parallelism are all ways to call `scan_states` on
+the same maps. Context parallelism needs no second pass over the frames, because the maps of one
+rank compose to one map.
 
-Axis letters: B batch, F latent frames, P tokens a frame, N heads, D key and value size.
-Everything is float32 at the highest matmul precision: the recurrence amplifies rounding, and a
-GPU's default of TF32 (a TPU's of bf16) is not enough.
+Axis letters: B batch, F latent frames, P tokens per frame, N heads, D key size, V value size.
+Everything is float32 at the highest matmul precision. The recurrence amplifies rounding errors, and
+the default precision (TF32 on a GPU, bfloat16 on a TPU) is not enough.
 Reference: diffusers `torch_chunk_sana_gdn`, `torch_chunk_cam_single_path_delta_rule`.
 """
 
@@ -31,7 +32,7 @@ einsum = functools.partial(
 
 
 class Transition(NamedTuple):
-    """Affine map of one frame a leading index: `state @ w + u`."""
+    """One affine map per frame: `state @ w + u`."""
 
     w: jax.Array  # B F N D D, symmetric
     u: jax.Array  # B F N V D; V is the value size, 1 for the normaliser
@@ -43,8 +44,8 @@ def frame_transitions(k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Ar
     Args:
       k: keys (B, F, P, N, D), already scaled by D^-1/2 P^-1/2.
       v: values (B, F, P, N, D).
-      beta: write strength of a token (B, F, P, N) in [0, 1].
-      decay: g of a frame (B, F, N) in (0, 1].
+      beta: write strength of each token, (B, F, P, N) in [0, 1].
+      decay: g of each frame, (B, F, N) in (0, 1].
     """
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     k_beta = k * beta[..., None]
@@ -52,7 +53,7 @@ def frame_transitions(k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Ar
 
 
 def normaliser_transitions(k: jax.Array, beta: jax.Array, decay: jax.Array) -> Transition:
-    """The maps of the denominator, whose state is a row vector; shapes as `frame_transitions`."""
+    """The maps of the denominator, whose state is a row; arguments as in `frame_transitions`."""
     k = k.astype(jnp.float32)
     k_beta = k * beta[..., None]
     return Transition(_decayed(k_beta, k, decay), jnp.sum(k_beta, axis=2)[..., None, :])
@@ -76,13 +77,14 @@ def scan_states(
 
     Args:
       transition: maps with frames on axis 1.
-      initial: state before the first frame that is run (B, N, V, D); zeros by default.
+      initial: (B, N, V, D), the state before the first frame of the run; zeros by default.
       reverse: run from the last frame to the first.
-      exclusive: report the state before the frame's own map instead of after it.
-      reset: (F,) bool; where true the incoming state is dropped before the frame is run, so a
-        chunk sees nothing of the one that ran before it.
-      axis_name: mesh axis over which frames are shared out in order, for a call under
-        `jax.shard_map`; the other arguments are this rank's frames, `initial` is the clip's.
+      exclusive: return the state before the frame's own map instead of the state after it.
+      reset: (F,) bool. Where it is true, the state is set to zero before the frame runs, so that a
+        chunk sees nothing of the chunk that ran before it.
+      axis_name: mesh axis over which frames are divided in order, for a call under
+        `jax.shard_map`. The other arguments are then those of this rank's frames, and `initial` is
+        the state before the whole clip.
 
     Returns:
       states (B, F, N, V, D) in frame order, and the final state (B, N, V, D) of the whole clip.
@@ -108,11 +110,11 @@ def scan_states(
 
 
 def compose_states(composites: Transition, incoming: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States before each of a few composed maps, and after the last.
+    """Returns the states before each of R composed maps, and the state after the last one.
 
     Args:
-      composites: maps with their order on axis 0, (R, B, N, D, D) and (R, B, N, V, D).
-      incoming: (B, N, V, D).
+      composites: maps in their order along axis 0, (R, B, N, D, D) and (R, B, N, V, D).
+      incoming: (B, N, V, D), the state before the first map.
 
     Returns:
       (R, B, N, V, D) and (B, N, V, D).
@@ -127,11 +129,12 @@ def compose_states(composites: Transition, incoming: jax.Array) -> tuple[jax.Arr
 def _scan_ranks(
     transition: Transition, initial: jax.Array | None, axis_name: str, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """`scan_states` over ranks: scan from zero, compose the ranks' maps, correct."""
+    """`scan_states` over ranks: scan from zero, compose the ranks' maps, correct the states."""
     w, u = transition
     values, size = u.shape[-2:]
-    # Rows of the identity, run without input, become the product of the maps so far; that is what
-    # carries a state of other ranks to every frame. Resets and exclusiveness apply to it alike.
+    # Rows of the identity that run without input become the product of the maps so far. This
+    # product carries the state of earlier ranks to every frame. `reset` and `exclusive` apply to it
+    # in the same way.
     rows = jnp.concatenate([u, jnp.zeros_like(u, shape=(*u.shape[:-2], size, size))], -2)
     start = jnp.zeros_like(rows[:, 0]).at[..., values:, :].set(jnp.eye(size, dtype=u.dtype))
     states, final = scan_states(Transition(w, rows), start, **options)
@@ -158,22 +161,22 @@ def bidirectional_states(
     chunk_ends: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the inclusive forward and the exclusive backward states.
+    """Returns the sum of the inclusive forward states and the exclusive backward states.
 
-    A frame thus sees itself and its past through the forward run and its future through the
-    backward run, each frame once.
+    A frame sees itself and its past through the forward run, and its future through the backward
+    run. It sees each frame once.
 
     Args:
-      initial: carried-in state of the forward run.
-      chunk_ends: (F,) bool, true on the last frame of a chunk: the backward run is then
-        isolated in each chunk (chunk-causal model), the forward run is not.
+      initial: (B, N, V, D), the carried state before the forward run.
+      chunk_ends: (F,) bool, true for the last frame of each chunk. The backward run then starts
+        from zero in each chunk (chunk-causal model), and the forward run does not.
       axis_name: see `scan_states`.
 
     Returns:
-      states (B, F, N, V, D), and the forward run's final state.
+      states (B, F, N, V, D), and the final state of the forward run (B, N, V, D).
     """
     forward, final = scan_states(transition, initial, axis_name=axis_name)
-    # backwards, a chunk is entered at its last frame
+    # the backward run enters a chunk at its last frame
     backward, _ = scan_states(
         transition, reverse=True, exclusive=True, reset=chunk_ends, axis_name=axis_name
     )
@@ -188,11 +191,13 @@ def read_out(states: jax.Array, q: jax.Array) -> jax.Array:
 def normalised_read_out(
     states: jax.Array, normaliser: jax.Array, q: jax.Array, plain_q: jax.Array, eps: float
 ) -> jax.Array:
-    """Numerator over denominator of every token.
+    """Numerator divided by denominator, for every token.
 
     Args:
-      states: (B, F, N, V, D), read by q (B, F, P, N, D).
-      normaliser: (B, F, N, 1, D), read by plain_q, the queries before their rotation.
+      states: (B, F, N, V, D), the states of the numerator.
+      normaliser: (B, F, N, 1, D), the states of the denominator.
+      q: (B, F, P, N, D), the queries of the numerator.
+      plain_q: (B, F, P, N, D), the queries before their rotation, for the denominator.
       eps: added to the denominator.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Features, rotation and ray transforms of heads, chosen by `kernels_pallas.choice`.
+"""Features, rotation and ray transforms of heads; `kernels_pallas.choice` chooses the kernel.
 
-Shapes and meanings are those of the functions of the same names in `ucpe.reference`. On a GPU the
-Pallas kernel takes bfloat16; float32 goes through XLA whatever is chosen. The kernel rounds its
-results and nothing on the way to them. Only the forward pass is fast: gradients of the Pallas form
-are those of the XLA form, computed by XLA from the inputs.
+Shapes and meanings are those of the functions with the same names in `ucpe.reference`. On a GPU,
+the Pallas kernel takes bfloat16, and float32 always goes through XLA. The kernel rounds its results
+and no intermediate values. Only the forward pass has a kernel: gradients are those of the XLA
+implementation, which XLA computes from the inputs.
 """
 
 from __future__ import annotations
@@ -75,19 +75,27 @@ def to_ray_space(
     angles: jax.Array | None,
     of: Features = AS_IS,
     *,
+    capped: bool = True,
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.to_ray_space`; from Pallas the inflation is that of heads not yet rounded."""
+    """See `reference.to_ray_space`; Pallas measures the inflation before it rounds the heads."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
-        return reference.to_ray_space(x, matrices, angles, of)
-    form = Form(True, angles is not None, bounded=True, featured=not of.is_identity(), relu=of.relu)
+        return reference.to_ray_space(x, matrices, angles, of, capped=capped)
+    form = Form(
+        moves=True,
+        rotated=angles is not None,
+        measured=True,
+        capped=capped,
+        featured=not of.is_identity(),
+        relu=of.relu,
+    )
     call = _Call(form, tiles or Tiles(), choice.interpret(), of.eps, of.factor)
     return _run(call, x, matrices, angles, of.scale)
 
 
 class _Call(NamedTuple):
-    """What of a call is no array."""
+    """The arguments of a call that are not arrays."""
 
     form: Form
     tiles: Tiles
@@ -103,14 +111,14 @@ class _Call(NamedTuple):
         angles: jax.Array | None,
         scale: jax.Array | None,
     ) -> Any:
-        """The call in XLA."""
+        """Computes the call in XLA."""
         of = Features(scale, self.eps, self.form.relu, self.factor)
         if matrices is None:
             assert angles is not None
             function = reference.plain_and_rotated if self.form.plain else reference.rotate
             return function(x, angles, of)
-        if self.form.bounded:
-            return reference.to_ray_space(x, matrices, angles, of)
+        if self.form.measured:
+            return reference.to_ray_space(x, matrices, angles, of, capped=self.form.capped)
         return reference.apply_ucpe(x, matrices, angles, inverse=self.inverse)
 
 
@@ -139,7 +147,7 @@ def _run(
         if matrices is not None:
             arrays["matrices"] = matrices
         found = gpu.run(form, arrays, call.tiles, interpret=call.interpret)
-        if form.bounded:
+        if form.measured:
             return found[0], found[1][..., 0].mean(axis=2)
     return (found[1], found[0]) if form.plain else found[0]
 

@@ -1,10 +1,10 @@
 """Features, rotation and ray transforms of heads as a Triton kernel that reads tokens once.
 
-A program owns a few tokens of a frame and walks over their heads, so that matrices and rotations
-are loaded once for all heads. A head is eight blocks of (tokens, D/8): channels 4g + j of its first
-and of its second half. A 4x4 product and two rotated pairs are then sums of whole blocks, and a
-sum over the head is a sum of blocks and one reduction. Everything runs in float32 and is rounded
-once, at the end, which is where the XLA form rounds, or rarer.
+A program works on a few tokens of one frame and loops over their heads, so that it loads matrices
+and rotations once for all heads. It holds a head as eight blocks of (tokens, D/8): channels 4g + j
+of the first half and of the second half. A 4x4 product and two rotated pairs are then sums of whole
+blocks, and a sum over the head is a sum of blocks followed by one reduction. Everything runs in
+float32 and is rounded once, at the end. The XLA implementation rounds there too, or more often.
 Axis letters: B batch, F frames, P tokens a frame, N heads, D head size.
 """
 
@@ -31,8 +31,8 @@ class Tiles:
     """Sizes of a program.
 
     Attributes:
-      tokens: that it owns, a power of two.
-      warps: of 32 threads.
+      tokens: tokens per program, a power of two.
+      warps: groups of 32 threads.
     """
 
     tokens: int = 16
@@ -44,17 +44,20 @@ class Form:
     """What the kernel does to a head.
 
     Attributes:
-      moves: transform it by matrices and rotate its second half; else rotate all of it.
+      moves: transform the first half by matrices and rotate the second half; otherwise rotate the
+        whole head.
       rotated: whether there are angles.
-      bounded: scale it back to its former size, and write its squared inflation as a second result.
-      plain: write the head before its rotation as well, as a second result.
-      featured: norm it first, by 1 / RMS of a token and weights of channels.
-      relu: of the features.
+      measured: write the head's squared inflation as a second result.
+      capped: of a measured head, first scale it back to its former size where it grew.
+      plain: also write the head before its rotation, as a second result.
+      featured: normalise the head first, by 1 / RMS per token and a weight per channel.
+      relu: apply a ReLU after the norm.
     """
 
     moves: bool = False
     rotated: bool = True
-    bounded: bool = False
+    measured: bool = False
+    capped: bool = True
     plain: bool = False
     featured: bool = False
     relu: bool = False
@@ -65,12 +68,12 @@ class Form:
 
     def name(self) -> str:
         parts = ["ucpe" if self.moves else "rope"]
-        parts += [name for name in ("bounded", "plain", "featured") if getattr(self, name)]
+        parts += [name for name in ("measured", "plain", "featured") if getattr(self, name)]
         return "_".join(parts)
 
 
 class _Tokens:
-    """What a program may read and write; refs are flat, one frame each."""
+    """The part of the arrays that one program reads and writes; refs are flat, one per frame."""
 
     def __init__(self, size: tuple[int, int, int], tiles: Tiles, interpret: bool):
         self.tokens, self.heads, self.dim = size
@@ -84,14 +87,14 @@ class _Tokens:
         self.mask = self.real[:, None] & (self.group < self.groups)[None, :]
 
     def load_scalars(self, ref: Any, width: int, at: int) -> jax.Array:
-        """(tokens,) entry `at` of the `width` that every token has."""
+        """Loads (tokens,): entry `at` of the `width` entries of every token."""
         return plgpu.load(ref.at[self.row * width + at], mask=self.real, other=0.0)
 
     def store_scalars(self, ref: Any, value: jax.Array, width: int, at: Any) -> None:
         plgpu.store(ref.at[self.row * width + at], value, mask=self.real)
 
     def load_pairs(self, ref: Any, width: int, start: int) -> jax.Array:
-        """(tokens, D/8) of a table (P, width): pairs start + 2g."""
+        """Loads (tokens, D/8) from a table (P, width): pairs start + 2g."""
         place = self.row[:, None] * width + (2 * self.group[None, :] + start)
         return plgpu.load(ref.at[place], mask=self.mask, other=0.0)
 
@@ -99,21 +102,25 @@ class _Tokens:
         """Cosines and sines of pairs (0, 1) and (2, 3) of every group of half a head.
 
         Args:
-          refs: cosines and sines, or nothing for no rotation.
-          width: pairs that a token has in the tables, of a head or of its second half.
+          refs: cosines and sines; an empty list means no rotation.
+          width: pairs per token in the tables: those of a head, or those of its second half.
         """
         first = half * 2 * self.groups if width == 4 * self.groups else 0
         pairs = [tuple(self.load_pairs(ref, width, first + at) for ref in refs) for at in range(2)]
         return pairs if refs else []
 
     def load(self, ref: Any, head: Any, *, is_shared: bool = False) -> tuple[Any, Any]:
-        """Both halves of a head in their dtype, for `quad`; `is_shared` if tokens have the same."""
+        """Loads both halves of a head in their dtype, for `quad`.
+
+        Args:
+          is_shared: all tokens have the same values.
+        """
         places = [self._places(head, half, is_shared) for half in range(2)]
         first, second = (plgpu.load(ref.at[at], mask=mask, other=0.0) for at, mask in places)
         return first, second
 
     def quad(self, loaded: jax.Array) -> Quad:
-        """What `load` gave of half a head, in float32."""
+        """Converts one half of a head from `load` to four float32 blocks."""
         pairs = loaded.reshape(self.tiles.tokens, -1, 2, 2)
         even, odd = (jnp.unstack(a, axis=-1) for a in jnp.unstack(pairs, axis=-1))
         quad = (even[0], odd[0], even[1], odd[1])
@@ -127,7 +134,7 @@ class _Tokens:
         plgpu.store(ref.at[place], joined, mask=mask)
 
     def _places(self, head: Any, half: int, is_shared: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Where the channels of half a head are, and which of them exist."""
+        """Returns the positions of the channels of half a head, and the mask of valid ones."""
         row = self.row[:, None] * (0 if is_shared else self.heads * self.dim)
         start = row + (head * self.dim + half * self.dim // 2)
         channel = jnp.arange(4 * self.group.shape[0])
@@ -143,7 +150,7 @@ def _squares(tile: _Tokens, *quads: Quad) -> jax.Array:
 
 
 def _rotate(tile: _Tokens, x: Quad, rotation: list[Rotation]) -> Quad:
-    """Turns the pairs (0, 1) and (2, 3) by (cos, sin) each, if there is a rotation."""
+    """Rotates the pairs (0, 1) and (2, 3) by (cos, sin) each, if there is a rotation."""
     if not rotation:
         return x
     pairs = ((x[2 * i], x[2 * i + 1], *rotation[i]) for i in range(2))
@@ -152,7 +159,7 @@ def _rotate(tile: _Tokens, x: Quad, rotation: list[Rotation]) -> Quad:
 
 
 def _move(tile: _Tokens, m_ref: Any, rotation_refs: list[Any]) -> Any:
-    """Function of both halves of a head: `apply_ucpe`."""
+    """Returns the function `apply_ucpe` of both halves of a head."""
     matrix = [
         [tile.load_scalars(m_ref, 16, 4 * i + j)[:, None] for j in range(4)] for i in range(4)
     ]
@@ -171,7 +178,7 @@ def _move(tile: _Tokens, m_ref: Any, rotation_refs: list[Any]) -> Any:
 
 
 def _features(tile: _Tokens, inverse_ref: Any, weight_ref: Any, relu: bool) -> Any:
-    """Function of both halves of a head and its index."""
+    """Returns the function that normalises both halves of a head, given the head's index."""
     inverse = tile.load_scalars(inverse_ref, 1, 0)[:, None]
 
     def features(x: tuple[Quad, Quad], head: Any) -> tuple[Quad, Quad]:
@@ -182,15 +189,18 @@ def _features(tile: _Tokens, inverse_ref: Any, weight_ref: Any, relu: bool) -> A
     return features
 
 
-def _bounded(
-    tile: _Tokens, before: tuple[Quad, Quad], after: tuple[Quad, Quad]
+def _measured(
+    tile: _Tokens, before: tuple[Quad, Quad], after: tuple[Quad, Quad], capped: bool
 ) -> tuple[tuple[Quad, Quad], jax.Array]:
-    """A head scaled down to its former RMS, and its squared inflation (tokens,)."""
+    """A head, if `capped` scaled down to its former RMS, and its squared inflation (tokens,)."""
     eps = 1e-6
     squares = [_squares(tile, *before), _squares(tile, *after)]
+    if not capped:
+        before_size, after_size = (jnp.maximum(a, 1e-12) for a in squares)
+        return after, after_size / before_size
     rms = [jnp.sqrt(a / tile.dim + eps) for a in squares]
     scale = jnp.minimum(rms[0] / jnp.maximum(rms[1], eps), 1.0)
-    # rounding, which comes next, moves a head's size by far less than one channel
+    # The rounding that comes next changes the size of a head by far less than one channel.
     sizes = [jnp.maximum(a, eps) for a in (jnp.sqrt(squares[0]), scale * jnp.sqrt(squares[1]))]
     ratio = sizes[1] / sizes[0]
     return jax.tree.map(lambda a: a * scale[:, None], after), ratio * ratio
@@ -213,15 +223,15 @@ def _kernel(
         rotations = [tile.load_rotation(rotation_refs, 4 * tile.groups, half) for half in range(2)]
 
     def step(head: Any, loaded: Any) -> Any:
-        # asked for before this head's work, so that memory's delay hides behind it
+        # this load starts before the work on the current head, which hides its latency
         following = tile.load(named["x"], jnp.minimum(head + 1, tile.heads - 1))
         x = (tile.quad(loaded[0]), tile.quad(loaded[1]))
         if featured is not None:
             x = featured(x, head)
         if move is not None:
             found = move(x)
-            if form.bounded:
-                found, inflation = _bounded(tile, x, found)
+            if form.measured:
+                found, inflation = _measured(tile, x, found, form.capped)
                 tile.store_scalars(outputs[1], inflation, tile.heads, head)
             results = [found]
         else:
@@ -241,12 +251,13 @@ def run(
     """Runs the kernel.
 
     Args:
-      form: what it does.
-      arrays: those of `form.inputs()`: x (B, F, P, N, D), D a multiple of 8; the others float32:
-        matrices (B, F, P, 4, 4), cos and sin (F, P, pairs), inverse (B, F, P, 1), weight (N D,).
+      form: what the kernel does.
+      arrays: the arrays of `form.inputs()`. x is (B, F, P, N, D), where D is a multiple of 8. The
+        others are float32: matrices (B, F, P, 4, 4), cos and sin (F, P, pairs), inverse
+        (B, F, P, 1), weight (N D,).
 
     Returns:
-      Heads like x, then as `Form` says; all of five axes.
+      Heads of x's shape, then the second result of `Form`; all have five axes.
     """
     batch, frames, tokens, heads, dim = arrays["x"].shape
     inputs = []
@@ -255,7 +266,7 @@ def run(
         inputs.append(arrays[name].reshape(*lead, -1))
     like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
     outputs = [like, like] if form.plain else [like]
-    if form.bounded:
+    if form.measured:
         outputs.append(jax.ShapeDtypeStruct((batch, frames, tokens * heads), jnp.float32))
 
     def spec(a: Any) -> pl.BlockSpec:

@@ -1,4 +1,4 @@
-"""Norm, rotary embedding and UCPE ray transforms of the heads of tokens, for XLA on any device.
+"""Norm, rotary embedding and UCPE ray transform of the heads of tokens, for XLA on any device.
 
 Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
 Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
@@ -14,13 +14,13 @@ from jax import lax
 
 
 class Features(NamedTuple):
-    """What projected tokens go through before they are turned or moved, in this order.
+    """What happens to projected tokens before they are rotated or transformed, in this order.
 
     Attributes:
-      scale: (N D,) of an RMS norm over all heads together, None for no norm.
-      eps: of the norm.
+      scale: (N D,) weights of an RMS norm over all heads together; None for no norm.
+      eps: epsilon of the norm.
       relu: whether negative numbers become 0.
-      factor: a positive number to multiply by.
+      factor: a positive number by which the result is multiplied.
     """
 
     scale: jax.Array | None = None
@@ -36,20 +36,20 @@ AS_IS = Features()
 
 
 def inverse_rms(x: jax.Array, eps: float) -> jax.Array:
-    """1 / RMS over the last axis, which stays with size 1; float32."""
+    """Computes 1 / RMS over the last axis, which stays with size 1, in float32."""
     x32 = x.astype(jnp.float32)
     return lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
 
 
 @jax.named_scope("norm")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis times `scale`, in float32; x's dtype comes back."""
+    """RMS norm over the last axis times `scale`, computed in float32 and returned in x's dtype."""
     y = x.astype(jnp.float32) * inverse_rms(x, eps)
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def features(x: jax.Array, of: Features) -> jax.Array:
-    """x (B, F, P, N, D) after what `Features` says."""
+    """Applies `Features` to x (B, F, P, N, D)."""
     if of.scale is not None:
         x = rms_norm(x.reshape(*x.shape[:-2], -1), of.scale, of.eps).reshape(x.shape)
     if of.relu:
@@ -60,13 +60,13 @@ def features(x: jax.Array, of: Features) -> jax.Array:
 def plain_and_rotated(
     x: jax.Array, angles: jax.Array, of: Features = AS_IS
 ) -> tuple[jax.Array, jax.Array]:
-    """Features of x (B, F, P, N, D), and the same turned by angles (F, P, D/2)."""
+    """Features of x (B, F, P, N, D), and the same features rotated by angles (F, P, D/2)."""
     plain = features(x, of)
     return plain, apply_rope(plain, angles[:, :, None])
 
 
 def rotate(x: jax.Array, angles: jax.Array, of: Features = AS_IS) -> jax.Array:
-    """The second of `plain_and_rotated`."""
+    """Returns the second result of `plain_and_rotated`."""
     return plain_and_rotated(x, angles, of)[1]
 
 
@@ -76,33 +76,49 @@ def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax
 
     Args:
       x: (..., D) with D = 2 * angles.shape[-1].
-      angles: broadcastable to x without its last axis halved.
+      angles: (..., D/2); its leading axes broadcast to those of x.
       inverse: rotate back.
     """
-    x32 = x.astype(jnp.float32)
-    even, odd = x32[..., 0::2], x32[..., 1::2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if inverse:
-        sin = -sin
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    return rotate_pairs(x, cos, -sin if inverse else sin)
+
+
+def rotate_pairs(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True
+) -> jax.Array:
+    """Rotates pairs of channels, in float32; the result has x's dtype.
+
+    Args:
+      x: (..., D).
+      cos, sin: (..., D/2), of each pair; broadcastable to x but for their last axis.
+      interleaved: whether pair i is the channels (2i, 2i+1), otherwise it is (i, i + D/2).
+    """
+    x32 = x.astype(jnp.float32)
+    if interleaved:
+        first, second = x32[..., 0::2], x32[..., 1::2]
+    else:
+        first, second = jnp.split(x32, 2, -1)
+    rotated = [first * cos - second * sin, first * sin + second * cos]
+    if interleaved:
+        return jnp.stack(rotated, -1).reshape(x.shape).astype(x.dtype)
+    return jnp.concatenate(rotated, -1).astype(x.dtype)
 
 
 @jax.named_scope("ucpe")
 def apply_ucpe(
     x: jax.Array, matrices: jax.Array, angles: jax.Array | None, *, inverse: bool = False
 ) -> jax.Array:
-    """Transforms the first half of every head, rotates the second.
+    """Transforms the first half of every head and rotates the second half.
 
     Args:
       x: (B, F, P, N, D).
-      matrices: (B, F, P, 4, 4) float32, applied to channels in groups of 4.
-      angles: (F, P, D/4) or None for no rotation.
+      matrices: (B, F, P, 4, 4) float32, applied to the channels in groups of 4.
+      angles: (F, P, D/4), or None for no rotation.
       inverse: rotate back.
     """
     first, second = jnp.split(x, 2, -1)
     groups = first.reshape(*first.shape[:-1], -1, 4).astype(jnp.float32)
-    # as multiply-adds it fuses with its neighbours; a batch of 4x4 products cannot
+    # Multiply-adds fuse with the neighbouring operations. A batch of 4x4 products would not.
     columns = matrices[:, :, :, None, None]  # B F P 1 1 i j
     moved = columns[..., 0] * groups[..., 0, None]
     for j in range(1, 4):
@@ -114,7 +130,7 @@ def apply_ucpe(
 
 
 def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Scales x down, never up, to the reference's RMS over a head; both (..., D)."""
+    """Scales x down, never up, to the RMS of `reference` over a head; both are (..., D)."""
 
     def rms(a: jax.Array) -> jax.Array:
         a = a.astype(jnp.float32)
@@ -126,23 +142,32 @@ def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.A
 
 @jax.named_scope("ucpe")
 def to_ray_space(
-    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, of: Features = AS_IS
+    x: jax.Array,
+    matrices: jax.Array,
+    angles: jax.Array | None,
+    of: Features = AS_IS,
+    *,
+    capped: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """`apply_ucpe`, each head scaled back to its former size where translations inflated it.
+    """Applies `apply_ucpe` and scales each head back to its former size if it became larger.
+
+    The translation of a camera can make a head larger.
 
     Args:
-      x, matrices, angles: as `apply_ucpe`.
-      of: what x goes through first.
+      x, matrices, angles: as in `apply_ucpe`.
+      of: features that are applied to x first.
 
     Returns:
-      Heads like x, and their mean squared inflation (B, F, N) float32: what the size after, over
-      the size before, is squared, on average over a frame's tokens.
+      Heads of x's shape, and their mean squared inflation (B, F, N) float32: the square of the size
+      after divided by the size before, averaged over the tokens of a frame.
     """
 
     def size(a: jax.Array) -> jax.Array:
-        # bounded inside the root: outside it, the gradient of a head of zeros would be 0/0
+        # The bound is inside the root. Outside it, the gradient for a head of zeros would be 0/0.
         return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(a.astype(jnp.float32)), -1), 1e-12))
 
     x = features(x, of)
-    y = _bounded_rms(x, apply_ucpe(x, matrices, angles))
+    y = apply_ucpe(x, matrices, angles)
+    if capped:
+        y = _bounded_rms(x, y)
     return y, jnp.square(size(y) / size(x)).mean(axis=2)

@@ -1,13 +1,13 @@
-"""Camera control: key strings, pose files, intrinsics and the rays the networks read.
+"""Camera control: key strings, pose files, intrinsics, and the rays that the networks read.
 
-Everything here is numpy on the host, in OpenCV axes (+X right, +Y down, +Z forward), with
-camera-to-world matrices `[R t; 0 0 0 1]`.
+Everything here is NumPy on the host. Axes are those of OpenCV (+X right, +Y down, +Z forward), and
+matrices are camera-to-world, `[R t; 0 0 0 1]`.
 
-| module | what it holds |
+| module | content |
 | --- | --- |
-| `actions` | "w-40,dw-20" to a camera path |
+| `actions` | from strings such as "w-40,dw-20" to camera paths |
 | `poses` | `.npy` paths, checks, poses relative to the first frame, frame counts |
-| `pose_files`, `reconstructions` | paths in npz, TUM, KITTI, COLMAP and nerfstudio layout |
+| `pose_files`, `reconstructions` | paths in the formats npz, TUM, KITTI, COLMAP and nerfstudio |
 | `intrinsics` | focal lengths and principal point, fields of view, cropping |
 | `rays` | the two camera inputs of stage 1: pose tokens and Plücker maps |
 | `npy` | safe reading of `.npy` files |

@@ -1,7 +1,8 @@
-"""Key strings such as "w-40,dw-20" and the camera paths they steer.
+"""Key strings such as "w-40,dw-20" and the camera paths that they describe.
 
 A string is a list of segments `<keys>-<frames>`: the keys are held down for that many frames.
-Two rules turn held keys into motion, because the meaning of four keys changed between releases:
+There are two mappings from held keys to motion, because four keys changed their meaning between
+releases:
 
 | keys | `sana` (default) | `diffusers` |
 | --- | --- | --- |
@@ -9,8 +10,8 @@ Two rules turn held keys into motion, because the meaning of four keys changed b
 | a / d | turn left / right | step left / right |
 | i / k | look up / down | look up / down |
 | j / l | step left / right | turn left / right |
-| speed a frame | 0.025 and 0.6 degrees | 0.05 and 1.2 degrees |
-| pitch limit | 60 degrees, the last step is cut | 85 degrees, the last step is dropped |
+| speed per frame | 0.025 and 0.6 degrees | 0.05 and 1.2 degrees |
+| pitch limit | 60 degrees; the last step stops there | 85 degrees; a step beyond it is ignored |
 | inertia | yes | no |
 
 Sources: NVlabs/Sana's camera control (`sana`) and `action_string_to_c2w` of diffusers' SANA-WM
@@ -28,11 +29,11 @@ import numpy as np
 from sanawm_jax.runtime.errors import InputError
 
 ACTION_KEYS = frozenset("wasdijkl")
-MAX_FRAMES = 100_000  # 104 minutes at 16 fps; a slip of the keyboard must not fill the memory
+MAX_FRAMES = 100_000  # 104 minutes at 16 fps; a typing error must not fill the memory
 
 _FRAME_SECONDS = 1 / 16
-_PRESS_SECONDS = 0.45  # time constant towards a velocity that a held key asks for
-_COAST_SECONDS = 1.0  # time constant towards rest once the key is up
+_PRESS_SECONDS = 0.45  # time constant of the velocity while a key is held
+_COAST_SECONDS = 1.0  # time constant of the velocity after the key is released
 _WIDE_COMMA = "\uff0c"
 _HINT = 'write segments of <keys>-<frames>, for example "w-40,dw-20,none-8"'
 
@@ -44,11 +45,11 @@ class ActionMapping:
     Attributes:
       forward, strafe, yaw, pitch: the (positive, negative) key of each control. Positive is
         forward, right, turning right and looking up.
-      translation_speed: distance a frame, in the units of the poses.
-      rotation_speed_deg: degrees a frame.
+      translation_speed: distance per frame, in the units of the poses.
+      rotation_speed_deg: degrees per frame.
       pitch_limit_deg: the largest pitch, up or down.
-      has_inertia: velocities approach what the keys ask for instead of jumping to it.
-      cuts_at_limit: a pitch step across the limit is cut there; else it is dropped.
+      has_inertia: the velocity approaches the value of the keys gradually instead of at once.
+      cuts_at_limit: a pitch step across the limit stops there; otherwise it is ignored.
       heading_eps: added to the length when the heading is normalised.
     """
 
@@ -94,7 +95,7 @@ ACTION_MAPPINGS = {
 
 
 def get_mapping(name: str) -> ActionMapping:
-    """Returns the mapping called `name`; `InputError` if there is none."""
+    """Returns the mapping called `name`; raises `InputError` if there is none."""
     if name not in ACTION_MAPPINGS:
         known = ", ".join(ACTION_MAPPINGS)
         raise InputError(f"unknown action mapping {reprlib.repr(name)}; choose one of: {known}")
@@ -104,15 +105,15 @@ def get_mapping(name: str) -> ActionMapping:
 def parse_actions(text: str) -> list[frozenset[str]]:
     """Reads an action string into the keys held in each frame.
 
-    White space is ignored and a full-width comma counts as a comma. In a segment
-    `<keys>-<frames>`, keys are letters of `wasdijkl` in either case, repeats ignored; `none`, or
-    nothing at all, holds no key; frames is a positive whole number.
+    White space is ignored, and a full-width comma counts as a comma. In a segment
+    `<keys>-<frames>`, the keys are letters of `wasdijkl` in either case, and repeated letters count
+    once. `none`, or no letter at all, holds no key. The frames are a positive whole number.
 
     Args:
       text: for example "w-40,dw-20".
 
     Returns:
-      One set of lower-case keys a frame, in order; never empty.
+      One set of lower-case keys per frame, in order; the list is never empty.
 
     Raises:
       InputError: the string or a segment is empty, a key is unknown, a count is not a positive
@@ -146,7 +147,7 @@ def _parse_segment(segment: str) -> tuple[frozenset[str], int]:
         raise InputError(
             f"action segment {shown} needs a whole number of frames after the last dash; {_HINT}"
         )
-    # Any count of so many digits is above MAX_FRAMES; int() refuses the very long ones.
+    # Any count with so many digits is above MAX_FRAMES, and int() refuses very long numbers.
     count = int(digits) if len(digits.lstrip("0")) <= 9 else 10**9
     if count == 0:
         raise InputError(f"action segment {shown} lasts zero frames; {_HINT}")
@@ -167,16 +168,16 @@ def actions_to_c2w(
     translation_speed: float | None = None,
     rotation_speed_deg: float | None = None,
 ) -> np.ndarray:
-    """Steers a camera with an action string.
+    """Moves a camera according to an action string.
 
-    The camera turns first and then moves along its new heading, level with the ground: its
-    height (y) never changes. Diagonal steps are not shortened.
+    In each frame the camera turns first and then moves along its new heading, parallel to the
+    ground: its height (y) never changes. Diagonal steps are not shortened.
 
     Args:
       text: an action string, see `parse_actions`.
       mapping: "sana" or "diffusers", see the table at the top of this module.
-      translation_speed: distance a frame; None for the mapping's own.
-      rotation_speed_deg: degrees a frame; None for the mapping's own.
+      translation_speed: distance per frame; None takes that of the mapping.
+      rotation_speed_deg: degrees per frame; None takes that of the mapping.
 
     Returns:
       (N + 1, 4, 4) float32 camera-to-world poses of N frames of actions; the first is the identity.
@@ -200,7 +201,7 @@ def actions_to_c2w(
 def _velocities(
     held_keys: list[frozenset[str]], rule: ActionMapping, full_speed: np.ndarray
 ) -> np.ndarray:
-    """Returns (N, 4) velocities a frame: forward, strafe, yaw, pitch."""
+    """Returns the velocities per frame, (N, 4): forward, strafe, yaw, pitch."""
     targets = np.stack([rule.controls(held) for held in held_keys]) * full_speed
     if not rule.has_inertia:
         return targets
@@ -210,7 +211,7 @@ def _velocities(
     current, previous = np.zeros(4), frozenset()
     for i, (held, target) in enumerate(zip(held_keys, targets, strict=True)):
         if held - previous:
-            # A newly pressed key takes effect at once, on the coasting controls too.
+            # A newly pressed key sets all velocities at once, also those that are fading.
             current = target
         else:
             rate = np.where(np.abs(target) > 1e-12, press, coast)

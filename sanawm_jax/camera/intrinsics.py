@@ -12,27 +12,29 @@ import numpy as np
 from sanawm_jax.camera.npy import load_array, to_finite_float32
 from sanawm_jax.runtime.errors import InputError
 
-DEFAULT_FOV_DEG = 70.0  # horizontal; a wide-angle photograph, and 42 degrees high at 1280x704
-FOV_RANGE_DEG = (25.0, 120.0)  # what the model was trained on, both ways, bounds excluded
+DEFAULT_FOV_DEG = 70.0  # horizontal, as in a wide-angle photograph; 42 degrees high at 1280x704
+FOV_RANGE_DEG = (25.0, 120.0)  # the training range in both directions, without its bounds
 _NAME = "intrinsics"
 
 
 def parse_intrinsics(value: str | os.PathLike | np.ndarray, num_frames: int) -> np.ndarray:
-    """Reads intrinsics in any of the accepted forms and fits them to the video's length.
+    """Reads intrinsics in any of the accepted forms and fits them to the length of the video.
 
-    One entry serves every frame, a longer sequence is cut, and a shorter one is resampled: each
-    of the four numbers is interpolated linearly over the time from first to last frame.
+    One entry is used for every frame. A longer sequence is cut. A shorter one is resampled: each
+    of the four numbers is interpolated linearly over the time from the first to the last frame.
 
     Args:
-      value: the path of a `.npy` file, the text "fx,fy,cx,cy", or an array; shapes (4,), (F, 4)
-        for [fx, fy, cx, cy] and (3, 3), (F, 3, 3) for matrices K, in pixels of the given image.
+      value: the path of a `.npy` file, the text "fx,fy,cx,cy", or an array. Shapes are (4,) and
+        (F, 4) for [fx, fy, cx, cy], and (3, 3) and (F, 3, 3) for matrices K, in pixels of the
+        given image.
       num_frames: pixel frames of the video.
 
     Returns:
       (num_frames, 4) float32 [fx, fy, cx, cy].
 
     Raises:
-      InputError: unreadable, another shape, not finite, or a focal length that is not positive.
+      InputError: the value cannot be read, has another shape, is not finite, or has a focal length
+        that is not positive.
     """
     array = _parse_text(value) if _is_text(value) else load_array(value, _NAME)
     if array.shape[-2:] == (3, 3) and array.ndim in (2, 3):
@@ -76,23 +78,24 @@ def default_intrinsics(width: int, height: int, fov_deg: float = DEFAULT_FOV_DEG
 def field_of_view(intr: np.ndarray, width: int, height: int) -> np.ndarray:
     """Returns the horizontal and vertical field of view, (..., 2) float64 degrees.
 
-    The centre is taken as the principal point: 2 atan(size / 2f). `intr` is (..., 4).
+    It is 2 atan(size / 2f), which assumes that the principal point is the centre. `intr` is
+    (..., 4).
     """
     size = np.array([width, height], dtype=np.float64)
     return np.degrees(2 * np.arctan(size / (2 * np.asarray(intr, dtype=np.float64)[..., :2])))
 
 
 def check_field_of_view(intr: np.ndarray, width: int, height: int, *, is_given: bool) -> None:
-    """Checks that both fields of view lie strictly inside `FOV_RANGE_DEG` in every frame.
+    """Checks that both fields of view are strictly inside `FOV_RANGE_DEG` in every frame.
 
     Args:
       intr: (..., 4) [fx, fy, cx, cy] in pixels of a width x height image.
       width, height: image size in pixels.
-      is_given: the user stated these intrinsics, so they are only warned about; an estimate or
-        a default outside the range is an error.
+      is_given: the user gave these intrinsics, so values outside the range lead to a warning. An
+        estimate or a default outside the range is an error.
 
     Raises:
-      InputError: outside the range and not given by the user.
+      InputError: a field of view is outside the range and the user did not give it.
     """
     low, high = FOV_RANGE_DEG
     fov = field_of_view(intr, width, height).reshape(-1, 2)
@@ -115,7 +118,7 @@ def crop_intrinsics(
     resized_size: tuple[int, int],
     offset: tuple[int, int],
 ) -> np.ndarray:
-    """Follows an image through resizing and cropping, see `media.image.resize_and_center_crop`.
+    """Adapts intrinsics to resizing and cropping, see `media.image.resize_and_center_crop`.
 
     Args:
       intr: (..., 4) [fx, fy, cx, cy] in pixels of the source image.
@@ -123,8 +126,8 @@ def crop_intrinsics(
       offset: (left, top) of the crop in the resized image.
 
     Returns:
-      An array like `intr`, in pixels of the crop.
-      Same as `transform_intrinsics_for_crop` of diffusers' SANA-WM pipeline.
+      An array of the shape of `intr`, in pixels of the crop. The result equals that of
+      `transform_intrinsics_for_crop` of diffusers' SANA-WM pipeline.
     """
     scaled = np.array(intr, dtype=np.result_type(intr, np.float32))
     for axis in range(2):

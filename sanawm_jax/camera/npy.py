@@ -1,4 +1,4 @@
-"""Reading a numeric array that the user gave, from a `.npy` file or from memory."""
+"""Reads a numeric array that the user gave, from a `.npy` file or from memory."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def load_array(value: str | os.PathLike | np.ndarray, name: str) -> np.ndarray:
     Pickles are never opened: only plain `.npy` files are read.
 
     Args:
-      value: a path to a `.npy` file, or anything `np.asarray` takes.
-      name: what the array is, to begin the error line with.
+      value: a path to a `.npy` file, or anything that `np.asarray` takes.
+      name: the name of the array, with which an error line begins.
 
     Returns:
       An array of any shape and of an integer or floating dtype.
 
     Raises:
-      InputError: the file is absent, not a `.npy` file, cut short or pickled, or the values are
-        not real numbers.
+      InputError: the file does not exist, is not a `.npy` file, is truncated or pickled, or the
+        values are not real numbers.
     """
     if isinstance(value, (str, os.PathLike)):
         array = _read(os.fspath(value), name)
@@ -38,7 +38,7 @@ def load_array(value: str | os.PathLike | np.ndarray, name: str) -> np.ndarray:
 
 
 def to_finite_float32(array: np.ndarray, name: str) -> np.ndarray:
-    """Casts to float32; NaN, infinity and what overflows float32 raise `InputError`.
+    """Casts to float32; raises `InputError` for NaN, infinity and values that overflow float32.
 
     The error names the first bad index along the leading axis.
     """
@@ -60,7 +60,7 @@ def _read(path: str, name: str) -> np.ndarray:
     except OSError as error:
         reason = error.strerror or "not readable"
         raise InputError(f"{name}: cannot open {path}: {reason}") from error
-    # A damaged header can make numpy's parser raise almost anything.
+    # A damaged header can make numpy's parser raise almost any exception.
     except Exception as error:
         raise InputError(
             f"{name}: {path} is not a plain .npy file (pickled, cut short or another format); "

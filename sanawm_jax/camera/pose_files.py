@@ -1,8 +1,8 @@
-"""Camera paths in the layouts that people have: our npz, TUM and KITTI text, COLMAP, nerfstudio.
+"""Camera paths in common formats: our npz, TUM and KITTI text, COLMAP, nerfstudio.
 
-Whatever the layout, what comes out is camera-to-world in OpenCV axes, one pose a video frame.
-Principal points are taken as they are written, whether a tool counts from a pixel's corner or its
-centre: half a pixel is a sixtieth of a latent.
+For every format, the result is camera-to-world in OpenCV axes, with one pose per video frame.
+Principal points are used as they are written, whether a tool counts from the corner or from the
+centre of a pixel: half a pixel is a sixtieth of a latent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sanawm_jax.camera.intrinsics import parse_intrinsics
 from sanawm_jax.camera.poses import load_c2w
 from sanawm_jax.runtime.errors import InputError
 
-_QUATERNION_TOLERANCE = 1e-2  # text files round to three or four digits
+_QUATERNION_TOLERANCE = 1e-2  # text files often have only three or four digits
 
 
 class PoseTrack(NamedTuple):
@@ -27,8 +27,9 @@ class PoseTrack(NamedTuple):
 
     Attributes:
       c2w: (F, 4, 4) float32 camera-to-world, OpenCV axes, in any world frame.
-      intrinsics: (F, 4) float32 [fx, fy, cx, cy] in pixels, or None if the layout has none.
-      size: (width, height) of the images that the intrinsics are of; None: the video's own.
+      intrinsics: (F, 4) float32 [fx, fy, cx, cy] in pixels, or None if the format has none.
+      size: (width, height) of the images that the intrinsics belong to; None means the size of the
+        video.
     """
 
     c2w: np.ndarray
@@ -36,7 +37,7 @@ class PoseTrack(NamedTuple):
     size: tuple[int, int] | None = None
 
     def intrinsics_of(self, width: int, height: int) -> np.ndarray | None:
-        """The intrinsics, (F, 4) float32, in pixels of a video of this size."""
+        """Returns the intrinsics (F, 4) float32 in pixels of a video of this size."""
         if self.intrinsics is None or self.size is None:
             return self.intrinsics
         scale = np.array([width / self.size[0], height / self.size[1]] * 2)
@@ -48,11 +49,12 @@ def read_poses(path: str | os.PathLike, pose_format: str = "auto") -> PoseTrack:
 
     Args:
       path: a file, or the folder of a COLMAP model or of a `transforms.json`.
-      pose_format: one of `FORMATS`; auto goes by the name and, in text, by the numbers a row.
+      pose_format: one of `FORMATS`; "auto" decides by the name and, for text files, by the count
+        of numbers in a row.
 
     Raises:
-      InputError: nothing there, another layout, not finite, or a pose that is not rigid. The line
-        names the file and the first bad frame.
+      InputError: the file does not exist, has another format, is not finite, or has a pose that is
+        not rigid. The line names the file and the first bad frame.
     """
     path = Path(path)
     if not path.exists():
@@ -73,10 +75,10 @@ def read_poses(path: str | os.PathLike, pose_format: str = "auto") -> PoseTrack:
 
 
 def detect_format(path: Path) -> str:
-    """The layout of a pose file or folder.
+    """Returns the format of a pose file or folder.
 
     Raises:
-      InputError: it is none that is known.
+      InputError: the format is unknown.
     """
     from sanawm_jax.camera.reconstructions import find_colmap_model
 
@@ -101,11 +103,12 @@ def detect_format(path: Path) -> str:
 
 
 def read_npz(path: Path) -> PoseTrack:
-    """`c2w` (F, 4, 4) and, if there, `intrinsics` as `parse_intrinsics` takes them, `width` and
-    `height`; a bare `.npy` holds c2w alone.
+    """Reads `c2w` (F, 4, 4) and, if they exist, `intrinsics`, `width` and `height`.
+
+    The intrinsics may have any form of `parse_intrinsics`. A bare `.npy` holds only c2w.
 
     Raises:
-      InputError: not such a file.
+      InputError: it is not such a file.
     """
     if path.suffix == ".npy":
         return PoseTrack(load_c2w(path))
@@ -119,15 +122,15 @@ def read_npz(path: Path) -> PoseTrack:
 
 
 def load_npz(path: Path) -> dict[str, Any]:
-    """All arrays of a `.npz` file without pickles.
+    """Reads all arrays of a `.npz` file without pickles.
 
     Raises:
-      InputError: cannot be read.
+      InputError: the file cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    # a damaged archive makes zipfile, zlib and numpy raise almost anything
+    # a damaged archive makes zipfile, zlib and numpy raise almost any exception
     except Exception as error:
         raise InputError(
             f"{path} is not a plain .npz file (pickled, cut short or another format); write it "
@@ -136,10 +139,11 @@ def load_npz(path: Path) -> dict[str, Any]:
 
 
 def read_tum(path: Path) -> PoseTrack:
-    """Rows `timestamp tx ty tz qx qy qz qw`, camera-to-world; one row a frame, in order of time.
+    """Reads rows `timestamp tx ty tz qx qy qz qw`, camera-to-world, one per frame, in time order.
 
     Raises:
-      InputError: another number of columns, times that do not grow, or quaternions far from 1.
+      InputError: the file has another number of columns, timestamps that do not increase, or
+        quaternions whose length is not 1.
     """
     from scipy.spatial.transform import Rotation
 
@@ -150,7 +154,7 @@ def read_tum(path: Path) -> PoseTrack:
     c2w = np.tile(np.eye(4), (len(rows), 1, 1))
     c2w[:, :3, 3] = rows[:, 1:4]
     norm = np.linalg.norm(rows[:, 4:], axis=1)
-    finite = np.isfinite(norm)  # the check of all poses names those that are not
+    finite = np.isfinite(norm)  # the later check of all poses reports the others
     bad = finite & (np.abs(norm - 1) > _QUATERNION_TOLERANCE)
     if bad.any():
         row = int(np.argmax(bad))
@@ -163,10 +167,10 @@ def read_tum(path: Path) -> PoseTrack:
 
 
 def read_kitti(path: Path) -> PoseTrack:
-    """Rows of 12 numbers, the upper 3x4 of a camera-to-world matrix row by row.
+    """Reads rows of 12 numbers: the upper 3x4 part of a camera-to-world matrix, row by row.
 
     Raises:
-      InputError: another number of columns.
+      InputError: the file has another number of columns.
     """
     rows = _read_columns(path, 12, "the 3x4 matrix row by row")
     c2w = np.tile(np.eye(4), (len(rows), 1, 1))
@@ -194,13 +198,13 @@ def _read_columns(path: Path, count: int, meaning: str) -> np.ndarray:
 
 
 def _read_rows(path: Path) -> np.ndarray:
-    """A table of numbers, (rows, columns) float64; commas separate like blanks, # comments."""
+    """Reads a table (rows, columns) float64; commas count as blanks, and # starts a comment."""
     try:
         lines = path.read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # no rows at all, an error below
+            warnings.simplefilter("ignore", UserWarning)  # it warns of no rows; see the error below
             rows = np.loadtxt(lines, ndmin=2)
-    except (OSError, ValueError) as error:  # UnicodeDecodeError too
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise InputError(
             f"{path} is not a table of numbers with rows of one length ({error})"
         ) from error

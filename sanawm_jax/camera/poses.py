@@ -21,11 +21,11 @@ def load_c2w(value: str | os.PathLike | np.ndarray) -> np.ndarray:
       value: a `.npy` file or an array, (F, 4, 4) of any real dtype, F >= 1 pixel frames.
 
     Returns:
-      (F, 4, 4) float32, in the world frame they were given in.
+      (F, 4, 4) float32, in the given world frame.
 
     Raises:
-      InputError: the file cannot be read, the shape is another one, a value is not finite, or a
-        pose is not rigid within `RIGID_TOLERANCE`. The line names the first bad frame.
+      InputError: the file cannot be read, the shape is wrong, a value is not finite, or a pose is
+        not rigid within `RIGID_TOLERANCE`. The line names the first bad frame.
     """
     array = load_array(value, _NAME)
     if array.ndim != 3 or array.shape[1:] != (4, 4) or len(array) == 0:
@@ -61,8 +61,8 @@ def _check_rigid(c2w: np.ndarray) -> None:
 def relative_to_first(c2w: np.ndarray) -> np.ndarray:
     """Expresses poses in the frame of the first camera.
 
-    The inverse is the rigid one, `[R^T, -R^T t]`, computed in float64 and rounded once, so a world
-    origin far away costs no accuracy beyond that of the input.
+    The inverse is that of a rigid motion, `[R^T, -R^T t]`. It is computed in float64 and rounded
+    once, so a distant world origin costs no accuracy beyond that of the input.
 
     Args:
       c2w: (F, 4, 4) rigid camera-to-world poses.
@@ -81,16 +81,18 @@ def relative_to_first(c2w: np.ndarray) -> np.ndarray:
 def snap_num_frames(n: int, stride: int = 8, upper_bound: int | None = None) -> int:
     """Rounds a frame count to the nearest `stride * k + 1`, which the video autoencoder needs.
 
-    Ties go up. A rounded-up count above `upper_bound` (the length of the camera path) goes down
-    instead; a count that already fits is returned as it is, so clip it to the path first.
+    A tie is rounded up. If the rounded count is above `upper_bound` (the length of the camera
+    path), it is rounded down instead. A count that already has the form `stride * k + 1` is
+    returned unchanged, even above `upper_bound`, so clip it to the path first.
 
     Args:
-      n: the number of pixel frames asked for; below 1 counts as 1.
-      stride: pixel frames a latent frame.
-      upper_bound: the largest count allowed, or None.
+      n: the requested number of pixel frames; a number below 1 counts as 1.
+      stride: pixel frames per latent frame.
+      upper_bound: the largest allowed count, or None.
 
     Returns:
-      The snapped count, at least 1. Same as `snap_num_frames` of diffusers' SANA-WM pipeline.
+      The rounded count, at least 1. It equals that of `snap_num_frames` of diffusers' SANA-WM
+      pipeline.
     """
     below, rest = divmod(max(n, 1) - 1, stride)
     snapped = (below + (2 * rest >= stride)) * stride + 1
@@ -102,13 +104,14 @@ def snap_num_frames(n: int, stride: int = 8, upper_bound: int | None = None) -> 
 def keys_from_poses(c2w: np.ndarray, mapping: str = "sana") -> list[frozenset[str]]:
     """Guesses which keys would have moved the camera along a path, for display.
 
-    A key counts as held where its share of the motion is a quarter or more of the fastest motion
-    of that kind in the whole path, and above a floor (0.05 degrees a frame; for steps, a millionth
-    of the path's length), so noise and the tail of a coasting camera stay dark.
+    A key counts as held if its part of the motion is at least a quarter of the fastest motion of
+    that kind in the whole path, and also above a floor (0.05 degrees per frame; for steps, a
+    millionth of the length of the path). Noise and the end of a fading motion therefore show no
+    key.
 
     Args:
       c2w: (F, 4, 4) camera-to-world poses.
-      mapping: which keys mean what, see `actions`.
+      mapping: the meaning of the keys, see `actions`.
 
     Returns:
       F - 1 sets of keys; entry n moves frame n to frame n + 1, as in `actions.parse_actions`.
@@ -137,7 +140,7 @@ def keys_from_poses(c2w: np.ndarray, mapping: str = "sana") -> list[frozenset[st
 
 
 def _along(step: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """Returns the part of each level step along an axis' level direction."""
+    """Returns the horizontal part of each step along the horizontal direction of an axis."""
     flat = axis[:, [0, 2]]
     length = np.maximum(np.linalg.norm(flat, axis=1), 1e-9)
     return np.einsum("FX,FX->F", step[:, [0, 2]], flat) / length

@@ -1,4 +1,4 @@
-"""The two camera inputs of stage 1: a pose token and a stack of Plücker maps a latent frame.
+"""The two camera inputs of stage 1: per latent frame, a pose token and a stack of Plücker maps.
 
 Axis letters: `F` latent frames, `S` pixel frames in the window of one latent frame, `H W` latent
 rows and columns.
@@ -22,26 +22,26 @@ def camera_conditions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Builds the camera inputs of the stage-1 network from pixel-frame poses.
 
-    Poses are made relative to the first frame, without rescaling the translations; intrinsics
-    are scaled to the latent grid. The latent frame i > 0 covers the pixel frames 8i-7..8i, and the
-    first covers 0..7 (frames still to come, although it encodes frame 0 alone). A window that runs
-    past the end repeats the last frame.
+    Poses are converted to be relative to the first frame; translations are not rescaled. Intrinsics
+    are scaled to the latent grid. Latent frame i > 0 covers the pixel frames 8i-7..8i. The first
+    one covers 0..7, although it encodes only frame 0. A window that goes past the end of the video
+    repeats the last frame.
 
     Args:
       c2w: (N, 4, 4) camera-to-world poses of N pixel frames.
       intrinsics: (N, 4) [fx, fy, cx, cy] in pixels of the height x width frames.
       height, width: frame size in pixels.
-      vae_temporal, vae_spatial: pixels a latent in time and in space.
+      vae_temporal, vae_spatial: pixel frames per latent frame, and pixels per latent in space.
 
     Returns:
       camera: (F, 20) float32, the 16 numbers of the relative pose row by row, then fx, fy, cx, cy
         on the latent grid, at the pixel frames 0, 8, 16...; F = (N - 1) // vae_temporal + 1.
-      plucker: (F, H, W, 6 * vae_temporal) float32, the maps of the window's frames one after the
-        other, each as in `plucker_rays`.
-      Same as `prepare_camera` of diffusers' SANA-WM pipeline, with channels last.
+      plucker: (F, H, W, 6 * vae_temporal) float32, the maps of the frames in the window, one after
+        the other, each as in `plucker_rays`.
+      Both equal `prepare_camera` of diffusers' SANA-WM pipeline, with channels last.
 
     Raises:
-      ValueError: poses and intrinsics differ in length.
+      ValueError: poses and intrinsics have different lengths.
     """
     num_frames = len(c2w)
     if intrinsics.shape != (num_frames, 4):
@@ -63,8 +63,8 @@ def camera_conditions(
 def plucker_rays(c2w: np.ndarray, intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
     """Returns the Plücker coordinates of every pixel's ray.
 
-    A ray is (d, m): its unit direction d in the world and its moment m = o x d, o the camera's
-    centre. Pixels sit at whole numbers: the first is at (0, 0), not at (0.5, 0.5).
+    A ray is (d, m): its unit direction d in the world, and its moment m = o x d, where o is the
+    centre of the camera. Pixels have integer coordinates: the first is at (0, 0), not (0.5, 0.5).
 
     Args:
       c2w: (N, 4, 4) camera-to-world poses.
@@ -79,7 +79,7 @@ def plucker_rays(c2w: np.ndarray, intrinsics: np.ndarray, height: int, width: in
     y, x = np.mgrid[:height, :width]
     in_camera = np.stack(np.broadcast_arrays((x - cx) / fx, (y - cy) / fy, 1.0), axis=-1)
     rotation, centre = poses[:, :3, :3], poses[:, :3, 3]
-    # o x (R d) = [o x R] d, column by column: one product gives direction and moment
+    # o x (R d) = [o x R] d, column by column, so one product gives both direction and moment
     both = np.concatenate([rotation, np.cross(centre[:, None], rotation, axisb=1, axisc=1)], axis=1)
     rays = in_camera.reshape(len(poses), -1, 3) @ both.swapaxes(1, 2)
     rays /= np.linalg.norm(rays[..., :3], axis=-1, keepdims=True)

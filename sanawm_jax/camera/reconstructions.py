@@ -1,7 +1,7 @@
 """Camera paths from reconstructions: COLMAP models and nerfstudio's `transforms.json`.
 
-Frames are sorted by image name, numbers in it by value (`2.png` before `10.png`). A reconstruction
-has a scale of its own: the network was trained on metres.
+Frames are sorted by image name, and numbers in a name are compared by value (`2.png` comes before
+`10.png`). A reconstruction has its own scale, while the network was trained on metres.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from sanawm_jax.camera.pose_files import PoseTrack
 from sanawm_jax.runtime.errors import InputError
 
-# models that are a pinhole up to lens distortion
+# camera models that are a pinhole with optional lens distortion
 _COLMAP_PINHOLES = (
     "SIMPLE_PINHOLE PINHOLE SIMPLE_RADIAL RADIAL OPENCV FULL_OPENCV DIVISION SIMPLE_DIVISION"
 ).split()
@@ -26,13 +26,13 @@ _DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sorts names as people number them."""
+    """Returns a sort key that compares numbers in a name by value."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
 
 
 def find_colmap_model(folder: Path) -> Path | None:
-    """The folder itself, its `sparse/0` or its `sparse`, whichever holds a model."""
+    """Returns the folder itself, its `sparse/0` or its `sparse`: the first that holds a model."""
     for place in (folder, folder / "sparse" / "0", folder / "sparse"):
         if any(
             (place / f"cameras.{end}").is_file() and (place / f"images.{end}").is_file()
@@ -43,13 +43,13 @@ def find_colmap_model(folder: Path) -> Path | None:
 
 
 def read_colmap(folder: Path) -> PoseTrack:
-    """Poses and cameras of all registered images, in order of their names.
+    """Reads poses and cameras of all registered images, in the order of their names.
 
-    Distortion is left out, with a warning.
+    Lens distortion is ignored, with a warning.
 
     Raises:
-      InputError: no model, pycolmap is missing, images of several sizes, or a camera that is no
-        pinhole.
+      InputError: there is no model, pycolmap is not installed, the images have different sizes, or
+        a camera is not a pinhole.
     """
     model = find_colmap_model(folder)
     if model is None:
@@ -63,7 +63,7 @@ def read_colmap(folder: Path) -> PoseTrack:
     try:
         reconstruction: Any = pycolmap.Reconstruction(str(model))
         images = [image for image in reconstruction.images.values() if image.has_pose]
-    # errors of its C++ come as any of Python's
+    # errors of its C++ code arrive as any Python exception
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"pycolmap cannot read {model}: {reason[-1]}") from error
@@ -91,13 +91,14 @@ def read_colmap(folder: Path) -> PoseTrack:
 
 
 def read_nerfstudio(path: Path) -> PoseTrack:
-    """`transforms.json`: OpenGL axes, intrinsics for all frames or a frame's own.
+    """Reads `transforms.json`: OpenGL axes, and intrinsics for all frames or for each frame.
 
-    Intrinsics are fl_x, fl_y, cx, cy, w, h; without a focal length `camera_angle_x`, in radians.
-    Distortion is left out, with a warning.
+    Intrinsics are fl_x, fl_y, cx, cy, w, h. Without a focal length, `camera_angle_x` in radians is
+    used. Lens distortion is ignored, with a warning.
 
     Raises:
-      InputError: not such a file, another camera than a pinhole, or frames of several sizes.
+      InputError: it is not such a file, a camera is not a pinhole, or the frames have different
+        sizes.
     """
     file = path / "transforms.json" if path.is_dir() else path
     try:

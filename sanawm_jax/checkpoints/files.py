@@ -198,11 +198,18 @@ def config_fields(cls: type, raw: dict[str, Any], *, what: str) -> dict[str, Any
     Raises:
       InputError: keys that the dataclass does not have.
     """
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls) if f.metadata.get("published", True)}
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise InputError(f"{what} has unknown fields {', '.join(unknown)}")
     return {k: _tuples(v) for k, v in raw.items()}
+
+
+def published_fields(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that a published `config.json` has; see `config_fields`."""
+    fields = dataclasses.fields(config)
+    values = dataclasses.asdict(config)
+    return {f.name: values[f.name] for f in fields if f.metadata.get("published", True)}
 
 
 def _tuples(value: Any) -> Any:

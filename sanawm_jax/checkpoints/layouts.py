@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sanawm_jax.checkpoints.files import read_config
+from sanawm_jax.checkpoints.files import published_fields, read_config
 from sanawm_jax.checkpoints.upstream_folder import RELEASED_MODEL
 from sanawm_jax.checkpoints.writer import write_json
 from sanawm_jax.dit.config import DiTConfig
@@ -95,7 +95,7 @@ def write_config(folder: Path, name: str, config: Any) -> None:
       name: its class.
       config: the dataclass of its configuration.
     """
-    write_json(folder / "config.json", {"_class_name": name, **dataclasses.asdict(config)})
+    write_json(folder / "config.json", {"_class_name": name, **published_fields(config)})
 
 
 def upstream_config(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def upstream_config(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
     }
     if (config.hidden_size, config.num_layers, config.num_attention_heads) != (2240, 20, 20):
         model |= {"model": "custom", "num_heads": config.num_attention_heads}
-    fields = dataclasses.asdict(config)
+    fields = published_fields(config)
     for name in (
         *("softmax_every_n", "linear_head_dim", "conv_kernel_size", "k_conv_only", "ffn_type"),
         *("t_kernel_size", "mlp_ratio", "use_pe", "pos_embed_type", "qk_norm", "cross_norm"),

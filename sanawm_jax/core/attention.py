@@ -53,6 +53,7 @@ def attention_to_both(
     second: tuple[jax.Array, jax.Array],
     *,
     key_count: jax.Array,
+    scale: float | None = None,
 ) -> jax.Array:
     """`attention` to two sets of keys as if they were one; cuDNN's are never put together.
 
@@ -60,15 +61,16 @@ def attention_to_both(
       q: (B, T, N, D).
       first, second: keys and values, (B, S, N, D) each.
       key_count: (B,) int32, hides every key of the second set from that one on; at least 1.
+      scale: of the logits; D^-1/2 by default.
 
     Returns:
       (B, T, N, D) in q's dtype; not differentiable on a GPU.
     """
     if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and fits_cudnn(q):
-        scale = q.shape[-1] ** -0.5
-        return flash_attention_to_both(q, first, second, scale, key_count=key_count)
+        factor = scale or q.shape[-1] ** -0.5
+        return flash_attention_to_both(q, first, second, factor, key_count=key_count)
     k, v = (jnp.concatenate(pair, 1) for pair in zip(first, second, strict=True))
-    return attention(q, k, v, key_count=first[0].shape[1] + key_count)
+    return attention(q, k, v, key_count=first[0].shape[1] + key_count, scale=scale)
 
 
 def seen_first(

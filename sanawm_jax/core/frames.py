@@ -4,7 +4,11 @@ The other parts of a network treat each frame alone. These know the chunk layout
 whose `context` axis shares the frames out, communicate explicitly (`jax.shard_map`): a shift
 passes a halo to the neighbours, the recurrence composes the maps of whole ranks, and attention
 gathers keys and values. Frame numbers, chunk starts among them, are those of the whole clip.
-Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
+
+A stream runs one chunk per call instead. Each function then takes what the earlier chunks left
+behind (the last frames, a recurrent state, keys and values), and the whole-clip call without it is
+the same function. A call with a carry has one chunk and one rank.
+Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size, V value size.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from einops import rearrange
 from jax import lax
 
 from kernels_pallas import gdn
-from sanawm_jax.core.attention import attention
+from sanawm_jax.core.attention import attention, attention_to_both
 from sanawm_jax.core.sharding import axis_size, logical_spec
 from sanawm_jax.runtime.errors import InputError
 
@@ -68,16 +72,27 @@ class FrameLayout:
       frames: F of the clip.
       starts: first frame of every chunk, ascending from 0.
       shards: ranks that share the frames out; the axis is padded to a multiple.
+      cached: earlier chunks whose keys a chunk's softmax attention sees, as in a stream with such
+        a cache; None is all of them. The recurrence sees the whole past in any case.
+      sink: whether the first chunk is one of `cached`, and the others are the last ones.
 
     Raises:
-      InputError: starts that do not ascend from 0 below `frames`.
+      InputError: starts that do not ascend from 0 below `frames`, or a limited cache on a mesh
+        that shares the frames out.
     """
 
     frames: int
     starts: tuple[int, ...] = (0,)
     shards: int = 1
+    cached: int | None = None
+    sink: bool = True
 
     def __post_init__(self) -> None:
+        if self.cached is not None and (self.cached < 1 or self.shards > 1):
+            raise InputError(
+                f"cached={self.cached} chunks on {self.shards} context ranks: use at least one "
+                "chunk, and no context ranks"
+            )
         ascending = all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
         if not self.starts or self.starts[0] or not ascending or self.starts[-1] >= self.frames:
             raise InputError(
@@ -93,21 +108,51 @@ class FrameLayout:
         """First frame and end of every chunk."""
         return list(zip(self.starts, (*self.starts[1:], self.frames), strict=True))
 
-    def ends(self) -> np.ndarray:
-        """(padded,) int32: where each frame's chunk ends; no frame sees that one or a later."""
+    def key_frames(self, chunk: int) -> list[tuple[int, int]]:
+        """First frame and end of the runs of frames whose keys a chunk's softmax sees."""
+        chunks = self.chunks
+        end = chunks[chunk][1]
+        if self.cached is None or chunk <= self.cached:
+            return [(0, end)]
+        if not self.sink:
+            return [(chunks[chunk - self.cached][0], end)]
+        return [chunks[0], (chunks[chunk - self.cached + 1][0], end)]
+
+    def borders(self) -> tuple[np.ndarray, np.ndarray]:
+        """(padded,) int32 each: the first frame of each frame's chunk, and the chunk's end."""
+        starts = np.full((self.padded,), self.starts[-1], np.int32)
         ends = np.full((self.padded,), self.frames, np.int32)
         for start, end in self.chunks:
-            ends[start:end] = end
-        return ends
+            starts[start:end], ends[start:end] = start, end
+        return starts, ends
+
+    def ends(self) -> np.ndarray:
+        """(padded,) int32: where each frame's chunk ends; no frame sees that one or a later."""
+        return self.borders()[1]
+
+    def of_clip(self) -> FrameLayout:
+        """The same frames as one chunk."""
+        return dataclasses.replace(self, starts=(0,))
 
     def is_plain(self) -> bool:
         """One chunk without padding: the ends of the array are the only borders."""
         return len(self.starts) == 1 and self.padded == self.frames
 
 
-def layout_of(frames: int, starts: tuple[int, ...] | None) -> FrameLayout:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of earlier frames of one softmax layer; the valid frames come first."""
+
+    k: jax.Array  # B S P N D, S frames that fit
+    v: jax.Array
+
+
+def layout_of(
+    frames: int, starts: tuple[int, ...] | None, cached: int | None = None, sink: bool = True
+) -> FrameLayout:
     """The layout of a clip on the mesh that is set; no starts is one chunk."""
-    return FrameLayout(frames, starts or (0,), axis_size(_AXIS))
+    return FrameLayout(frames, starts or (0,), axis_size(_AXIS), cached, sink)
 
 
 def _local(table: np.ndarray, layout: FrameLayout) -> jax.Array:
@@ -128,31 +173,72 @@ def _on_ranks(
     return jax.shard_map(function, in_specs=specs, out_specs=logical_spec(output))
 
 
+def check_carry(layout: FrameLayout) -> None:
+    """Refuses a carry where frames are in several chunks, padded or shared out.
+
+    Raises:
+      InputError: the call has more than one chunk, or a mesh shares its frames out.
+    """
+    if not layout.is_plain() or layout.shards > 1:
+        raise InputError(
+            "a stream runs one chunk per call, on a mesh without context ranks; "
+            f"this call has {len(layout.starts)} chunks on {layout.shards} ranks"
+        )
+
+
+def last_frames(x: jax.Array, count: int, before: jax.Array | None = None) -> jax.Array:
+    """The last `count` frames of a stream, which the next chunk's convolution sees.
+
+    Args:
+      x: (B, F, P, C), this chunk.
+      before: (B, count, P, C), what this function returned for the chunk before; None is the
+        start of the stream, before which there are zeros.
+    """
+    if before is None:
+        before = jnp.zeros_like(x, shape=(x.shape[0], count, *x.shape[2:]))
+    return jnp.concatenate([before, x], 1)[:, x.shape[1] :]
+
+
 def neighbours(
-    x: jax.Array, reach: int, layout: FrameLayout, names: str = "B F P C"
+    x: jax.Array,
+    reach: int,
+    layout: FrameLayout,
+    names: str = "B F P C",
+    *,
+    before: jax.Array | None = None,
+    isolated: bool = False,
 ) -> list[jax.Array]:
     """What a convolution over frames sees: x at frame f - reach, ..., f, ..., f + reach.
 
-    Zero before the clip, and from the end of f's chunk on: a frame sees the past of other chunks
-    but only the future of its own.
+    There are zeros before the clip, and from the end of f's chunk on: a frame sees the past of
+    other chunks but only the future of its own.
 
     Args:
       x: (B, F, P, C), F padded.
       reach: frames to each side.
       names: logical axes of x.
+      before: (B, reach, P, C), the frames before x in a stream, see `last_frames`.
+      isolated: there are zeros before f's chunk too.
     """
-    ends = layout.ends()
+    if before is not None:
+        check_carry(layout)
+    frame = np.arange(layout.padded)
+    starts, ends = layout.borders()
 
     def masked(shifted: jax.Array, offset: int) -> jax.Array:
-        if offset <= 0 or layout.is_plain():
+        if layout.is_plain() or (offset <= 0 and not isolated):
             return shifted
-        visible = np.arange(layout.padded) + offset < ends
+        visible = frame + offset < ends if offset > 0 else frame + offset >= starts
         return jnp.where(_local(visible, layout)[:, None, None], shifted, 0)
 
     offsets = range(-reach, reach + 1)
     if layout.shards == 1:
         frames = x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+        if before is None:
+            padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0)))
+        else:
+            padded = jnp.pad(x, ((0, 0), (0, reach), (0, 0), (0, 0)))
+            padded = jnp.concatenate([before, padded], 1)
         return [masked(padded[:, reach + i : reach + i + frames], i) for i in offsets]
 
     def shifted(offset: int) -> jax.Array:
@@ -177,13 +263,27 @@ def _shift(x: jax.Array, offset: int, ranks: int) -> jax.Array:
 
 
 def recurrent_states(
-    k: jax.Array, v: jax.Array | None, beta: jax.Array, decay: jax.Array, layout: FrameLayout
-) -> jax.Array:
-    """States that every frame reads (B, F, N, V, D), of tokens as `gdn.frame_transitions`.
+    k: jax.Array,
+    v: jax.Array | None,
+    beta: jax.Array,
+    decay: jax.Array,
+    layout: FrameLayout,
+    initial: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The recurrence's states, of tokens as `gdn.frame_transitions` takes them.
 
     The forward run crosses chunks, the backward run is isolated in each. Without v they are the
     normaliser's, V = 1.
+
+    Args:
+      initial: (B, N, V, D) float32, the forward run's state after the chunks before; None is zero.
+
+    Returns:
+      (B, F, N, V, D) float32 states that every frame reads, and the forward run's last state
+      (B, N, V, D), None where ranks share the frames out.
     """
+    if initial is not None:
+        check_carry(layout)
 
     def ends() -> jax.Array | None:
         if len(layout.starts) == 1:
@@ -191,21 +291,20 @@ def recurrent_states(
         return _local(np.arange(layout.padded) + 1 == layout.ends(), layout)
 
     if v is not None and layout.shards == 1:
-        return gdn.bidirectional_token_states(k, v, beta, decay, chunk_ends=ends())[0]
+        return gdn.bidirectional_token_states(k, v, beta, decay, initial, chunk_ends=ends())
     if v is None:
         maps = gdn.normaliser_transitions(k, beta, decay)
     else:
         maps = gdn.frame_transitions(k, v, beta, decay)
 
+    if layout.shards == 1:
+        return gdn.bidirectional_states(maps, initial, chunk_ends=ends())
+
     def run(w: jax.Array, u: jax.Array) -> jax.Array:
-        axis = _AXIS if layout.shards > 1 else None
-        states, _ = gdn.bidirectional_states(
-            gdn.Transition(w, u), chunk_ends=ends(), axis_name=axis
-        )
-        return states
+        return gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends(), axis_name=_AXIS)[0]
 
     names = ("B F N D E", "B F N V D")
-    return _on_ranks(run, layout, names, "B F N V D")(*maps)
+    return _on_ranks(run, layout, names, "B F N V D")(*maps), None
 
 
 def frame_attention(
@@ -216,6 +315,8 @@ def frame_attention(
     *,
     key_mask: jax.Array | None = None,
     scale: float | None = None,
+    cache: KeyValueCache | None = None,
+    cached: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of every chunk to the keys before its end.
 
@@ -223,10 +324,15 @@ def frame_attention(
       q, k, v: (B, F, P, N, D), F padded.
       key_mask: (B, F) bool, false hides a frame's keys.
       scale: of the logits; D^-1/2 by default.
+      cache: keys and values of earlier chunks, which all queries see as well.
+      cached: () int32, how many of the cache's frames are valid, at least 1.
 
     Returns:
       q's shape.
     """
+    if cache is not None and cached is not None:
+        check_carry(layout)
+        return _attend_cached(q, k, v, cache, cached, scale)
     attend = functools.partial(_attend_chunks, layout=layout, scale=scale)
     if layout.shards > 1:
         attend = functools.partial(_attend_gathered, layout=layout, scale=scale)
@@ -234,6 +340,23 @@ def frame_attention(
     if key_mask is None:
         return _on_ranks(attend, layout, (qkv,) * 3, qkv)(q, k, v)
     return _on_ranks(attend, layout, (qkv, qkv, qkv, "B F"), qkv)(q, k, v, key_mask)
+
+
+def _attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: KeyValueCache,
+    cached: jax.Array,
+    scale: float | None,
+) -> jax.Array:
+    frames, tokens = q.shape[1:3]
+    q, k, v, old_k, old_v = (
+        rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v, cache.k, cache.v)
+    )
+    count = jnp.broadcast_to(cached * tokens, q.shape[:1]).astype(jnp.int32)
+    y = attention_to_both(q, (k, v), (old_k, old_v), key_count=count, scale=scale)
+    return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
 
 
 def _attend(
@@ -257,15 +380,19 @@ def _attend_chunks(
     scale: float | None,
 ) -> jax.Array:
     # keys are sliced, not hidden: an explicit mask would cost the fused kernels
+    def seen(a: jax.Array, chunk: int) -> jax.Array:
+        runs = [a[:, start:end] for start, end in layout.key_frames(chunk)]
+        return runs[0] if len(runs) == 1 else jnp.concatenate(runs, 1)
+
     parts = [
         _attend(
             q[:, start:end],
-            k[:, :end],
-            v[:, :end],
-            None if key_mask is None else key_mask[:, :end],
+            seen(k, i),
+            seen(v, i),
+            None if key_mask is None else seen(key_mask, i),
             scale=scale,
         )
-        for start, end in layout.chunks
+        for i, (start, end) in enumerate(layout.chunks)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
 

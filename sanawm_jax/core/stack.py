@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -46,6 +47,25 @@ def layer_index(
     before = sum(s.repeats * s.group_size for s in segments[:segment])
     runs_before = sum(length for _, length in segments[segment].runs[:run])
     return before + repeat * segments[segment].group_size + runs_before + position
+
+
+# The layers of every model by what stands in the dotted path of a leaf, and their stacked axes:
+# (repeats, length) of the DiT's runs, (layers,) of the refiner, the connectors and the text towers.
+# Layers of an `nnx.List`, as `blocks.0.`, are separate modules and not stacked.
+_STACKED = (
+    (re.compile(r"(^|\.)segments\.\d+\.runs\.\d+\."), 2),
+    (re.compile(r"(^|\.)(blocks|layers)\.(?!\d)"), 1),
+)
+
+
+def stacked_axes(path: str) -> int:
+    """Number of leading axes along which layers are stacked, 0 for a leaf outside of the layers.
+
+    Args:
+      path: dotted path of a parameter, of an adapter's factor, or of an optimizer's moment; the
+        tree of the model may be nested in another one (`params.blocks.attn.q.kernel`).
+    """
+    return next((axes for pattern, axes in _STACKED if pattern.search(path)), 0)
 
 
 SEPARATE_LAYER = "separate_layer"  # a program calls each of separate layers by this name
@@ -98,12 +118,12 @@ REMAT = {
 
 
 def part(
-    function: Callable[[jax.Array], jax.Array], remat: str, *, keep: bool = False
-) -> Callable[[jax.Array], jax.Array]:
-    """A part of a layer, which `remat="parts"` computes again on its own.
+    function: Callable[[jax.Array], Any], remat: str, *, keep: bool = False
+) -> Callable[[jax.Array], Any]:
+    """A part of a layer, which `remat="parts"` recomputes on its own.
 
     Args:
-      function: x -> x.
+      function: x -> x, or a tree of arrays.
       remat: of the layer, see `scan_runs`.
       keep: also keep the result, of a part that is too slow to run a third time.
     """
@@ -111,28 +131,39 @@ def part(
         return function
     # not together with the layer's own recomputation, which is in the same body of the loop
     again = jax.checkpoint(function, prevent_cse=True)
-    return (lambda x: checkpoint_name(again(x), _KEPT)) if keep else again
+    if not keep:
+        return again
+    return lambda x: jax.tree.map(lambda a: checkpoint_name(a, _KEPT), again(x))
 
 
 def scan_runs(
     runs: Sequence[Any],
     x: jax.Array,
-    step: Callable[[Any, jax.Array], jax.Array],
+    step: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    carries: Sequence[Any] | None = None,
     *,
     remat: str = "none",
     unroll: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, tuple[Any, ...]]:
     """Runs one segment: parameters of every run are stacked (repeats, length, ...).
 
+    A carry is what one layer hands on from this call to the next one, for instance from one chunk
+    of a stream to the next chunk.
+
     Args:
-      runs: stacked modules, one a run.
-      step: (layer, x) -> x.
+      runs: stacked modules, one per run.
+      step: (layer, x, the layer's carry) -> (x, the layer's new carry).
+      carries: stacked like the modules, one per run; None gives every layer None.
       remat: what the backward pass keeps of a layer: none (everything), full (its input only),
         dots (matrix products too) or parts (its input, and what a `part` keeps). A layer that is
         computed again has all its arrays in memory at once, with parts those of one `part`; the
         others run a third time, to give the last its input. Without a `part` it is full.
       unroll: compile every layer on its own. Slower to compile, and faster to train where layers
         are small: a loop copies what the backward pass needs into and out of stacked arrays.
+
+    Returns:
+      x, and the new carries, stacked like the modules, one per run; a tree without arrays where
+      the layers return None.
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}; use one of {', '.join(REMAT)}")
@@ -140,12 +171,16 @@ def scan_runs(
     if remat != "none":
         body = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
 
-    def layer(x: jax.Array, module: Any) -> tuple[jax.Array, None]:
-        return body(module, x), None
+    def layer(x: jax.Array, pair: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+        module, carry = pair
+        return body(module, x, carry)
 
-    def group(x: jax.Array, modules: Sequence[Any]) -> tuple[jax.Array, None]:
-        for module in modules:
-            x, _ = lax.scan(layer, x, module, unroll=unroll)
-        return x, None
+    def group(x: jax.Array, pairs: Sequence[tuple[Any, Any]]) -> tuple[jax.Array, Any]:
+        found = []
+        for pair in pairs:
+            x, carry = lax.scan(layer, x, pair, unroll=unroll)
+            found.append(carry)
+        return x, tuple(found)
 
-    return lax.scan(group, x, tuple(runs), unroll=unroll)[0]
+    pairs = tuple(zip(runs, carries or [None] * len(runs), strict=True))
+    return lax.scan(group, x, pairs, unroll=unroll)

@@ -8,9 +8,10 @@ Reference: diffusers `BidirectionalGDNUCPESinglePathLiteLA`, `_SoftmaxUCPESingle
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,20 @@ from einops import rearrange
 from flax import nnx
 
 from kernels_pallas import gdn, ucpe
-from sanawm_jax.core.frames import FrameLayout, frame_attention, neighbours, recurrent_states
+from sanawm_jax.core.frames import (
+    FrameLayout,
+    KeyValueCache,
+    frame_attention,
+    last_frames,
+    neighbours,
+    recurrent_states,
+)
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
 from sanawm_jax.core.params import draw
 from sanawm_jax.core.sharding import shard
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.numerics import Numerics, softmax_scale
+from sanawm_jax.dit.state import RecurrentCarry, SoftmaxCarry, Window
 from sanawm_jax.dit.ucpe import RayTransforms
 
 GDN_EPS = 1e-8  # of the denominator
@@ -50,6 +60,9 @@ class Context(NamedTuple):
     layout: FrameLayout  # chunks, and padding to the size of a mesh
     key_scale: str = "1/sqrt(D*S)"  # of the recurrence, one of KEY_SCALES
     remat: str = "none"  # see `core.stack.scan_runs`
+    numerics: Numerics = Numerics()
+    window: Window | None = None  # of a stream, whose layers return a carry
+    chunks: jax.Array | None = None  # () int32, chunks of the stream before this one
 
 
 class _Heads(NamedTuple):
@@ -74,11 +87,20 @@ class ShortConv(nnx.Module):
         self.taps = nnx.Param(centre)
 
     @jax.named_scope("short_conv")
-    def __call__(self, x: jax.Array, layout: FrameLayout) -> jax.Array:
-        """x (B, F, P, C) -> the same."""
+    def __call__(
+        self,
+        x: jax.Array,
+        layout: FrameLayout,
+        before: jax.Array | None = None,
+        *,
+        isolated: bool = False,
+    ) -> jax.Array:
+        """x (B, F, P, C) -> the same; `before` (B, K-1, P, C) are a stream's frames before x."""
         taps = self.taps[...].astype(x.dtype).astype(jnp.float32)
-        reach = min(taps.shape[0] - 1, layout.frames - 1)
-        seen = neighbours(x, reach, layout, "B F P (N D)")
+        reach = taps.shape[0] - 1
+        if before is None:
+            reach = min(reach, layout.frames - 1)
+        seen = neighbours(x, reach, layout, "B F P (N D)", before=before, isolated=isolated)
         y = x * taps[-1]  # sums in float32, as a convolution's are
         for distance in range(1, reach + 1):
             past, future = seen[reach - distance], seen[reach + distance]
@@ -114,24 +136,46 @@ class SelfAttention(nnx.Module):
                 setattr(self, f"{name}_conv", ShortConv(width, config.conv_kernel_size))
                 setattr(self, f"{name}_conv_camera", ShortConv(width, config.conv_kernel_size))
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, ctx: Context, carry: RecurrentCarry | SoftmaxCarry | None = None
+    ) -> tuple[jax.Array, RecurrentCarry | SoftmaxCarry | None]:
+        """x (B, F, P, C) -> the same, and in a stream the carry after this chunk."""
         mask = _mask(ctx, x.dtype)  # B F 1 1 or None
         gates = None if self.softmax else self._gates(x, ctx)
         seen = x if mask is None else x * mask
+        before = carry.inputs if isinstance(carry, RecurrentCarry) else {}
+        inputs: dict[
+            str, jax.Array
+        ] = {}  # what the next chunk's short convolutions see of this one
         q, k, v = jnp.split(self.qkv(seen), 3, -1)
-        heads = self._prepare(q, k, v, mask, ctx, suffix="")
-        y = _softmax_main(heads, ctx) if gates is None else _gdn_main(heads, gates, ctx)
+        heads = self._prepare(q, k, v, mask, ctx, suffix="", before=before, inputs=inputs)
+        main: Any = None
+        normaliser: Any = None
+        camera: Any = None
+        if gates is None:
+            y, main = _softmax_main(heads, ctx, getattr(carry, "main", None))
+        else:
+            states = getattr(carry, "main", None), getattr(carry, "normaliser", None)
+            y, main, normaliser = _gdn_main(heads, gates, ctx, *states)
         if ctx.rays is not None:
             q, k, v = self.q_camera(seen), self.k_camera(seen), self.v_camera(seen)
-            heads = self._prepare(q, k, v, mask, ctx, suffix="_camera")
+            heads = self._prepare(
+                q, k, v, mask, ctx, suffix="_camera", before=before, inputs=inputs
+            )
+            old = getattr(carry, "camera", None)
             if gates is None:
-                z = _softmax_camera(heads, ctx, ctx.rays)
+                z, camera = _softmax_camera(heads, ctx, ctx.rays, old)
             else:
-                z = _gdn_camera(heads, gates, ctx, ctx.rays)
+                z, camera = _gdn_camera(heads, gates, ctx, ctx.rays, old)
             y = y + self.out_camera(z)
         # the gate multiplies in float32 (reference: `output_gate(x).to(torch.float32)`)
         gate = jax.nn.silu(self.gate(x).astype(jnp.float32))
-        return self.out((y.astype(jnp.float32) * gate).astype(x.dtype))
+        out = self.out((y.astype(jnp.float32) * gate).astype(x.dtype))
+        if ctx.window is None:
+            return out, None
+        if self.softmax:
+            return out, SoftmaxCarry(main, camera)
+        return out, RecurrentCarry(main, normaliser, camera, inputs)
 
     def _prepare(
         self,
@@ -142,8 +186,15 @@ class SelfAttention(nnx.Module):
         ctx: Context,
         *,
         suffix: str,
+        before: dict[str, jax.Array],
+        inputs: dict[str, jax.Array],
     ) -> _Heads:
-        """Mask and short convolution; what is left to do, norm over all heads and ReLU, is told."""
+        """Applies mask and short convolution, and says which norm and ReLU are still to come.
+
+        Args:
+          before: of a stream, by convolution the frames that it saw last.
+          inputs: filled with the same for the next chunk.
+        """
         named = {"q": q, "k": k, "v": v}
         of = {}
         for name, value in named.items():
@@ -151,7 +202,12 @@ class SelfAttention(nnx.Module):
                 value = value * mask
             conv = getattr(self, f"{name}_conv{suffix}", None)
             if conv is not None:
-                value = conv(value, ctx.layout)
+                isolated = suffix != "" and ctx.numerics.camera_conv == "isolated"
+                old = before.get(name + suffix)
+                if ctx.window is not None and not isolated:
+                    reach = conv.taps.shape[0] - 1
+                    inputs[name + suffix] = last_frames(value, reach, old)
+                value = conv(value, ctx.layout, old, isolated=isolated)
             value = rearrange(value, "B F P (N D) -> B F P N D", N=self.heads)
             named[name] = shard(value, "B F P N D")
             norm = getattr(self, f"{name}_norm{suffix}", None)
@@ -196,8 +252,18 @@ def _mask(ctx: Context, dtype: jnp.dtype) -> jax.Array | None:
     return None if ctx.frame_mask is None else ctx.frame_mask.astype(dtype)[..., None, None]
 
 
-def _gdn_main(heads: _Heads, gates: tuple[jax.Array, jax.Array], ctx: Context) -> jax.Array:
-    """Numerator on rotated q and k, denominator on plain ones: (B, F, P, C)."""
+def _gdn_main(
+    heads: _Heads,
+    gates: tuple[jax.Array, jax.Array],
+    ctx: Context,
+    old: jax.Array | None,
+    old_normaliser: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Numerator on rotated q and k, denominator on plain ones.
+
+    Returns:
+      (B, F, P, C), and the last states (B, N, V, D) of the numerator and of the denominator.
+    """
     beta, decay = gates
     v, dtype = heads.v, heads.v.dtype
     if ctx.angles is None:
@@ -207,22 +273,25 @@ def _gdn_main(heads: _Heads, gates: tuple[jax.Array, jax.Array], ctx: Context) -
         q, q_rot = ucpe.plain_and_rotated(heads.q, ctx.angles, heads.of_q)
         k, k_rot = ucpe.plain_and_rotated(heads.k, ctx.angles, heads.of_k)
     with jax.named_scope("gdn"):
-        states = recurrent_states(k_rot, v, beta, decay, ctx.layout)
-        normaliser = recurrent_states(k, None, beta, decay, ctx.layout)
+        states, last = recurrent_states(k_rot, v, beta, decay, ctx.layout, old)
+        normaliser, last_normaliser = recurrent_states(
+            k, None, beta, decay, ctx.layout, old_normaliser
+        )
         y = gdn.normalised_read_out(states, normaliser, q_rot, q, GDN_EPS)
     y = rearrange(y.astype(dtype), "B F P N D -> B F P (N D)")
     mask = _mask(ctx, dtype)
-    return y if mask is None else y * mask
+    return y if mask is None else y * mask, last, last_normaliser
 
 
 def _to_ray_space(
-    heads: _Heads, rays: RayTransforms
+    heads: _Heads, rays: RayTransforms, *, capped: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Moved q, k and v, and the mean squared inflation of keys (B, F, N)."""
     transposed = jnp.swapaxes(rays.ray_from_world, -1, -2)
-    q, _ = ucpe.to_ray_space(heads.q, transposed, rays.angles, heads.of_q)
-    k, inflation = ucpe.to_ray_space(heads.k, rays.world_from_ray, rays.angles, heads.of_k)
-    v, _ = ucpe.to_ray_space(heads.v, rays.world_from_ray, rays.angles)
+    move = functools.partial(ucpe.to_ray_space, capped=capped)
+    q, _ = move(heads.q, transposed, rays.angles, heads.of_q)
+    k, inflation = move(heads.k, rays.world_from_ray, rays.angles, heads.of_k)
+    v, _ = move(heads.v, rays.world_from_ray, rays.angles)
     return q, k, v, inflation
 
 
@@ -235,23 +304,30 @@ def _from_ray_space(y: jax.Array, ctx: Context, rays: RayTransforms) -> jax.Arra
 
 
 def _gdn_camera(
-    heads: _Heads, gates: tuple[jax.Array, jax.Array], ctx: Context, rays: RayTransforms
-) -> jax.Array:
-    """Numerator only, in ray space: (B, F, P, C)."""
+    heads: _Heads,
+    gates: tuple[jax.Array, jax.Array],
+    ctx: Context,
+    rays: RayTransforms,
+    old: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Numerator only, in ray space: (B, F, P, C), and its last state (B, N, V, D)."""
     beta, decay = gates
     dtype = heads.v.dtype
-    q, k, v, inflation = _to_ray_space(heads, rays)
+    q, k, v, inflation = _to_ray_space(heads, rays, capped=ctx.numerics.caps(softmax=False))
     beta = beta / jnp.maximum(inflation, 1.0)[:, :, None]
     if ctx.frame_mask is not None:
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
     with jax.named_scope("gdn"):
-        states = recurrent_states(k, v, beta, decay, ctx.layout)
+        states, last = recurrent_states(k, v, beta, decay, ctx.layout, old)
         y = gdn.read_out(states, q)
-    return _from_ray_space(y.astype(dtype), ctx, rays)
+    return _from_ray_space(y.astype(dtype), ctx, rays), last
 
 
-def _softmax_main(heads: _Heads, ctx: Context) -> jax.Array:
+def _softmax_main(
+    heads: _Heads, ctx: Context, cache: KeyValueCache | None
+) -> tuple[jax.Array, KeyValueCache | None]:
+    """(B, F, P, C), and in a stream the cache with this chunk."""
     v = heads.v
     if ctx.angles is None:
         q, k = ucpe.features(heads.q, heads.of_q), ucpe.features(heads.k, heads.of_k)
@@ -262,22 +338,42 @@ def _softmax_main(heads: _Heads, ctx: Context) -> jax.Array:
         # padded keys are zeroed, not hidden, in the reference's main branch
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
-    return rearrange(frame_attention(q, k, v, ctx.layout), "B F P N D -> B F P (N D)")
+    scale = softmax_scale(q.shape[-1], ctx.numerics.main_scale)
+    layout = _softmax_layout(ctx)
+    y = frame_attention(q, k, v, layout, scale=scale, cache=cache, cached=_cached(ctx))
+    return rearrange(y, "B F P N D -> B F P (N D)"), _written(ctx, cache, k, v)
 
 
-def _camera_scale(head_dim: int) -> float:
-    # The reference pads this branch's heads to a size that flash attention takes and then scales
-    # by the padded size, 128^-1/2 for heads of 112; the released weights were trained with it.
-    if head_dim not in (32, 64, 128, 256) and head_dim < 256:
-        head_dim = 128 if head_dim <= 128 else 256
-    return head_dim**-0.5
+def _softmax_layout(ctx: Context) -> FrameLayout:
+    if ctx.numerics.softmax_sees == "clip":
+        return ctx.layout.of_clip()
+    return ctx.layout
 
 
-def _softmax_camera(heads: _Heads, ctx: Context, rays: RayTransforms) -> jax.Array:
-    q, k, v, _ = _to_ray_space(heads, rays)
+def _cached(ctx: Context) -> jax.Array | None:
+    """() int32, valid frames of the stream's caches."""
+    return None if ctx.window is None or ctx.chunks is None else ctx.window.valid(ctx.chunks)
+
+
+def _written(
+    ctx: Context, cache: KeyValueCache | None, k: jax.Array, v: jax.Array
+) -> KeyValueCache | None:
+    """The cache with this chunk's keys and values; None outside of a stream."""
+    if ctx.window is None or ctx.chunks is None:
+        return None
+    return ctx.window.write(cache, k, v, ctx.chunks)
+
+
+def _softmax_camera(
+    heads: _Heads, ctx: Context, rays: RayTransforms, cache: KeyValueCache | None
+) -> tuple[jax.Array, KeyValueCache | None]:
+    q, k, v, _ = _to_ray_space(heads, rays, capped=ctx.numerics.caps(softmax=True))
     if ctx.frame_mask is not None:
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, v = q * real, v * real
-    scale = _camera_scale(q.shape[-1])
-    y = frame_attention(q, k, v, ctx.layout, key_mask=ctx.key_mask, scale=scale)
-    return _from_ray_space(y, ctx, rays)
+    scale = softmax_scale(q.shape[-1], ctx.numerics.camera_scale)
+    layout = _softmax_layout(ctx)
+    y = frame_attention(
+        q, k, v, layout, key_mask=ctx.key_mask, scale=scale, cache=cache, cached=_cached(ctx)
+    )
+    return _from_ray_space(y, ctx, rays), _written(ctx, cache, k, v)

@@ -7,6 +7,7 @@ from typing import Any
 
 from sanawm_jax.checkpoints.files import config_fields
 from sanawm_jax.core.stack import Segment, plan
+from sanawm_jax.dit.numerics import Numerics
 from sanawm_jax.runtime.errors import InputError
 
 
@@ -24,6 +25,8 @@ class DiTConfig:
 
     `init_cam_from_base`, `fp32_attention`, `image_size`, `learn_sigma` and `mixed_precision` are
     read so that published files load, and change nothing, as in the reference.
+
+    `numerics` is no published field: it says which implementation's numbers are computed.
 
     Raises:
       InputError: a field whose value no published code can run, or sizes that do not divide.
@@ -58,6 +61,7 @@ class DiTConfig:
     learn_sigma: bool = False
     pred_sigma: bool = False
     mixed_precision: str = "bf16"
+    numerics: Numerics = dataclasses.field(default=Numerics(), metadata={"published": False})
 
     def __post_init__(self) -> None:
         def refuse(message: str) -> None:

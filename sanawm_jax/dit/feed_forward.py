@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 
 from kernels_pallas.conv_glu import conv_glu, depthwise_conv
-from sanawm_jax.core.frames import FrameLayout, neighbours
+from sanawm_jax.core.frames import FrameLayout, last_frames, neighbours
 from sanawm_jax.core.layers import Conv, Linear, activation, zeros_init
 from sanawm_jax.dit.config import DiTConfig
 
@@ -36,13 +36,25 @@ class GatedConvFeedForward(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: jax.Array, grid: tuple[int, int], layout: FrameLayout) -> jax.Array:
-        """x (B, F, P, C) on a token grid (H, W) -> the same shape."""
+    def __call__(
+        self,
+        x: jax.Array,
+        grid: tuple[int, int],
+        layout: FrameLayout,
+        before: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x (B, F, P, C) on a token grid (H, W) -> the same shape, and what the next chunk needs.
+
+        Args:
+          before: of a stream, (B, K//2, P, C) frames that the convolution over frames saw last.
+        """
         # the bias is the convolution's to add: apart, it is a pass over the widest array there is
         y = rearrange(self.up.product(x), "B F (H W) C -> B F H W C", H=grid[0])
         y = rearrange(self._gated_conv(y), "B F H W C -> B F (H W) C")
         y = activation(self.acts[2])(self.down(y))
-        return y + _over_frames(y, self.temporal.kernel[...], layout)
+        kernel = self.temporal.kernel[...]
+        after = last_frames(y, len(kernel) // 2, before)
+        return y + _over_frames(y, kernel, layout, before), after
 
     @jax.named_scope("ffn_conv")
     def _gated_conv(self, x: jax.Array) -> jax.Array:
@@ -59,10 +71,12 @@ class GatedConvFeedForward(nnx.Module):
 
 
 @jax.named_scope("temporal_conv")
-def _over_frames(x: jax.Array, kernel: jax.Array, layout: FrameLayout) -> jax.Array:
+def _over_frames(
+    x: jax.Array, kernel: jax.Array, layout: FrameLayout, before: jax.Array | None
+) -> jax.Array:
     """Convolution over axis 1 as one matrix product: x (B, F, P, C), kernel (K, C, C)."""
     # a product a tap would write K float32 arrays, to be read and added
-    seen = jnp.concatenate(neighbours(x, len(kernel) // 2, layout), -1)
+    seen = jnp.concatenate(neighbours(x, len(kernel) // 2, layout, before=before), -1)
     return seen @ kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
 
 
@@ -73,8 +87,6 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(in_features, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, out_features, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, grid: tuple[int, int] | None = None, layout: FrameLayout | None = None
-    ) -> jax.Array:
-        del grid, layout
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x (..., in_features) -> (..., out_features)."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

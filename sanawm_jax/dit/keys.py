@@ -16,7 +16,7 @@ from sanawm_jax.checkpoints.keymap import (
     table,
 )
 from sanawm_jax.core.params import build
-from sanawm_jax.core.stack import layer_index
+from sanawm_jax.core.stack import layer_index, stacked_axes
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 
@@ -67,7 +67,7 @@ _ROOT = {
     "final_table": "final_layer.scale_shift_table",
     "final": "final_layer.linear",
 }
-_STACKED = re.compile(r"segments\.(\d+)\.runs\.(\d+)\.layers\.(.*)")
+_LAYER = re.compile(r"segments\.(\d+)\.runs\.(\d+)\.layers\.(.*)")
 
 
 def _renamed(path: str, names: dict[str, str]) -> str:
@@ -94,7 +94,7 @@ def key_table(config: DiTConfig) -> list[Entry]:
     segments = config.segments()
 
     def name(path: str, index: tuple[int, ...]) -> str:
-        match = _STACKED.fullmatch(path)
+        match = _LAYER.fullmatch(path)
         if match is None:
             return default_name(_renamed(path, _ROOT))
         segment, run = int(match[1]), int(match[2])
@@ -106,7 +106,7 @@ def key_table(config: DiTConfig) -> list[Entry]:
     return table(
         build(DiT, config)[1],
         name,
-        stacked=lambda path: 2 if _STACKED.fullmatch(path) else 0,
+        stacked=stacked_axes,
         layout=_layout,
     )
 

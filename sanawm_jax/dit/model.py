@@ -11,6 +11,7 @@ Reference: diffusers `SanaWMTransformer3DModel`, `SanaVideoMSCamCtrlBlock`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 
 from sanawm_jax.core.attention import attention
-from sanawm_jax.core.frames import FrameLayout, layout_of
+from sanawm_jax.core.frames import FrameLayout, check_carry, layout_of
 from sanawm_jax.core.layers import (
     Conv,
     Linear,
@@ -36,7 +37,9 @@ from sanawm_jax.core.stack import part, scan_runs
 from sanawm_jax.dit.attention import Context, SelfAttention
 from sanawm_jax.dit.config import DiTConfig, LayerKind
 from sanawm_jax.dit.feed_forward import GatedConvFeedForward, Mlp
+from sanawm_jax.dit.state import DiTState, LayerCarry, Window
 from sanawm_jax.dit.ucpe import RayTransforms, inverse_rigid, ray_matrices, up_latitude_map
+from sanawm_jax.runtime.errors import InputError
 
 
 def _padded(a: jax.Array, layout: FrameLayout, mode: str = "constant") -> jax.Array:
@@ -99,8 +102,10 @@ class Block(nnx.Module):
         if kind.plucker:
             self.plucker = Linear(width, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """x (B, F, P, C) -> the same."""
+    def __call__(
+        self, x: jax.Array, ctx: Context, carry: LayerCarry | None = None
+    ) -> tuple[jax.Array, LayerCarry | None]:
+        """x (B, F, P, C) -> the same, and in a stream the carry after this chunk."""
 
         def masked(a: jax.Array) -> jax.Array:
             if ctx.frame_mask is None:
@@ -112,22 +117,30 @@ class Block(nnx.Module):
             modulation[:, :, i, None] for i in range(6)
         )  # B F 1 C each
 
-        def attend(x: jax.Array) -> jax.Array:
-            y = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx)
-            return shard(x + masked((gate1 * y).astype(x.dtype)), "B F P C")
+        def attend(x: jax.Array) -> tuple[jax.Array, Any]:
+            old = None if carry is None else carry.attention
+            y, new = self.attn(masked(modulated_norm(x, scale1, shift1)), ctx, old)
+            return shard(x + masked((gate1 * y).astype(x.dtype)), "B F P C"), new
 
         def inform(x: jax.Array) -> jax.Array:
             if ctx.plucker is not None and hasattr(self, "plucker"):
                 x = x + self.plucker(ctx.plucker)
             return masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
 
-        def feed(x: jax.Array) -> jax.Array:
-            y = self.ffn(masked(modulated_norm(x, scale2, shift2)), ctx.grid, ctx.layout)
-            return shard(x + masked((gate2 * y).astype(x.dtype)), "B F P C")
+        def feed(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            y, new = masked(modulated_norm(x, scale2, shift2)), None
+            if isinstance(self.ffn, Mlp):
+                y = self.ffn(y)
+            else:
+                layout = ctx.layout.of_clip() if ctx.numerics.ffn_sees == "clip" else ctx.layout
+                y, new = self.ffn(y, ctx.grid, layout, None if carry is None else carry.ffn)
+            x = shard(x + masked((gate2 * y).astype(x.dtype)), "B F P C")
+            return x, None if ctx.window is None else new
 
         # softmax of a long clip is most of a step, the recurrence a small part of its own block
-        x = part(attend, ctx.remat, keep=self.attn.softmax)(masked(x))
-        return part(feed, ctx.remat)(part(inform, ctx.remat)(x))
+        x, attention = part(attend, ctx.remat, keep=self.attn.softmax)(masked(x))
+        x, ffn = part(feed, ctx.remat)(part(inform, ctx.remat)(x))
+        return x, None if ctx.window is None else LayerCarry(attention, ffn)
 
 
 class Run(nnx.Module):
@@ -190,11 +203,13 @@ class DiT(nnx.Module):
         frame_mask: jax.Array | None = None,
         *,
         chunk_starts: tuple[int, ...] | None = None,
+        cached_chunks: int | None = None,
+        sink: bool = True,
         key_scale: str = "1/sqrt(D*S)",
         remat: str = "none",
         unroll: bool = False,
     ) -> jax.Array:
-        """Predicts the velocity of every latent.
+        """Predicts the velocity of every latent of a whole clip; `stream` takes a chunk at a time.
 
         Args:
           latents: (B, F, H, W, c); its dtype is the compute dtype.
@@ -207,6 +222,8 @@ class DiT(nnx.Module):
           frame_mask: (B, F), 0 for padded frames.
           chunk_starts: first frame of every chunk of the chunk-causal model, see
             `core.frames.chunk_starts`; None is the bidirectional model.
+          cached_chunks, sink: which earlier chunks the softmax layers see, by default all; see
+            `core.frames.FrameLayout`.
           key_scale: of the recurrence; the others of `dit.attention.KEY_SCALES` do not train.
           remat, unroll: see `core.stack.scan_runs`.
 
@@ -216,11 +233,101 @@ class DiT(nnx.Module):
         Raises:
           InputError: chunk starts that do not ascend from 0, heads that the mesh cannot split.
         """
+        return self._run(
+            latents,
+            timesteps,
+            text,
+            text_mask,
+            camera,
+            plucker,
+            frame_mask,
+            layout_of(latents.shape[1], chunk_starts, cached_chunks, sink),
+            key_scale=key_scale,
+            remat=remat,
+            unroll=unroll,
+        )[0]
+
+    def stream(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        camera: jax.Array | None = None,
+        plucker: jax.Array | None = None,
+        *,
+        window: Window,
+        state: DiTState | None = None,
+        remat: str = "none",
+    ) -> tuple[jax.Array, DiTState]:
+        """Predicts the velocity of one chunk of a stream, which sees all that the state holds.
+
+        The chunk-causal whole clip gives the same numbers where the window holds all chunks. A
+        sampler keeps the state of a last pass over the finished chunk at timestep 0, and drops
+        those of the passes before; a compiled function does not compute what it does not return.
+
+        Args:
+          latents, timesteps, text, text_mask, camera, plucker: see `__call__`; the frames are
+            those of the chunk, the camera's poses are relative to the stream's first frame.
+          window: of the stream.
+          state: after the chunks before; None for the first chunk.
+          remat: see `core.stack.scan_runs`.
+
+        Returns:
+          (B, F, H, W, c) in the compute dtype, and the state after this chunk.
+
+        Raises:
+          InputError: a chunk of another length than the window's, a state of another window, or
+            a mesh that shares the frames out.
+        """
+        layout = layout_of(latents.shape[1], None)
+        check_carry(layout)
+        expected = window.first if state is None else window.size
+        if layout.frames != expected:
+            raise InputError(
+                f"this chunk has {layout.frames} latent frames, the window takes {expected}"
+            )
+        if state is not None and state.window != window:
+            raise InputError(f"the state is of a stream with {state.window}, not with {window}")
+        velocity, layers, chunks = self._run(
+            latents,
+            timesteps,
+            text,
+            text_mask,
+            camera,
+            plucker,
+            None,
+            layout,
+            window=window,
+            state=state,
+            remat=remat,
+        )
+        return velocity, DiTState(layers, chunks + 1, window)
+
+    def _run(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        camera: jax.Array | None,
+        plucker: jax.Array | None,
+        frame_mask: jax.Array | None,
+        layout: FrameLayout,
+        *,
+        window: Window | None = None,
+        state: DiTState | None = None,
+        key_scale: str = "1/sqrt(D*S)",
+        remat: str = "none",
+        unroll: bool = False,
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        """The velocity, the layers' carries by segment and run, and the chunks before this one."""
         config, dtype = self.config, latents.dtype
         check_heads(config.num_heads, axis_size("tensor"))
+        chunks = jnp.zeros((), jnp.int32) if state is None else state.chunks
+        first_frame = 0 if state is None else state.frame
         _, patch_h, patch_w = config.patch_size
         grid = (latents.shape[2] // patch_h, latents.shape[3] // patch_w)
-        layout = layout_of(latents.shape[1], chunk_starts)
         frames = layout.padded
         key_mask = None if frame_mask is None else _padded(frame_mask, layout) > 0
         if frames > layout.frames:
@@ -248,8 +355,8 @@ class DiT(nnx.Module):
             modulation=modulation,
             text=text,
             text_mask=text_mask > 0,
-            angles=self._angles((frames, *grid), halved=False),
-            rays=None if camera is None else self._rays(camera, frames, grid),
+            angles=self._angles((frames, *grid), first_frame, halved=False),
+            rays=None if camera is None else self._rays(camera, (frames, *grid), first_frame),
             plucker=(
                 self.plucker_embed(plucker.astype(dtype))
                 if plucker is not None and config.use_chunk_plucker_post_attn
@@ -261,38 +368,50 @@ class DiT(nnx.Module):
             layout=layout,
             key_scale=key_scale,
             remat=remat,
+            numerics=config.numerics,
+            window=window,
+            chunks=None if window is None else chunks,
         )
-        for segment in self.segments:
-            x = scan_runs(
+        carries = []
+        for i, segment in enumerate(self.segments):
+            x, found = scan_runs(
                 [run.layers for run in segment.runs],
                 x,
-                lambda block, x: block(x, ctx),
+                lambda block, x, carry: block(x, ctx, carry),
+                None if state is None else state.layers[i],
                 remat=remat,
                 unroll=unroll,
             )
+            carries.append(found)
 
         table = self.final_table[...].astype(jnp.float32) + time[:, :, None]  # B F 2 C
         y = self.final(modulated_norm(x, table[:, :, 1, None], table[:, :, 0, None]))
         y = y[:, : layout.frames]
-        return rearrange(
+        velocity = rearrange(
             y,
             "B F (H W) (p q c) -> B F (H p) (W q) c",
             H=grid[0],
             p=patch_h,
             q=patch_w,
         )
+        return velocity, tuple(carries), chunks
 
-    def _angles(self, grid: tuple[int, int, int], *, halved: bool) -> jax.Array | None:
+    def _angles(
+        self, grid: tuple[int, int, int], first_frame: int | jax.Array, *, halved: bool
+    ) -> jax.Array | None:
         """(F, P, pairs) of a whole head, or of the half that the camera branch rotates."""
         if not self.config.use_pe:
             return None
         head = self.config.linear_head_dim
-        angles = rope_angles(head, grid, pairs=pair_split(head // 2) if halved else None)
+        pairs = pair_split(head // 2) if halved else None
+        angles = rope_angles(head, grid, pairs=pairs, first_frame=first_frame)
         return rearrange(angles, "F H W D -> F (H W) D")
 
-    def _rays(self, camera: jax.Array, frames: int, grid: tuple[int, int]) -> RayTransforms:
+    def _rays(
+        self, camera: jax.Array, grid: tuple[int, int, int], first_frame: int | jax.Array
+    ) -> RayTransforms:
         _, patch_h, patch_w = self.config.patch_size
-        matrices = ray_matrices(camera, grid, (patch_h, patch_w))
+        matrices = ray_matrices(camera, grid[1:], (patch_h, patch_w))
         matrices = rearrange(matrices, "B F H W i j -> B F (H W) i j")
-        angles = self._angles((frames, *grid), halved=True)
+        angles = self._angles(grid, first_frame, halved=True)
         return RayTransforms(matrices, inverse_rigid(matrices), angles)

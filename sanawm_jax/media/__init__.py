@@ -1,8 +1,8 @@
-"""Pictures and films on the host: reading, cropping, writing, and the control overlay.
+"""Images and videos on the host: reading, cropping, writing, and the control overlay.
 
-| module | what it holds |
+| module | content |
 | --- | --- |
-| `image` | the first frame: load, resize and crop, to [-1, 1] |
-| `video` | MP4 and GIF writers, an MP4 reader |
+| `image` | the first frame: it is loaded, resized, cropped and scaled to [-1, 1] |
+| `video` | writers for MP4 and GIF, a reader for MP4 |
 | `overlay` | key caps and a map of the path, drawn on the frames |
 """

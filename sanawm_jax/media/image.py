@@ -1,4 +1,4 @@
-"""The first frame: from an image file to an array of the model's size and range."""
+"""The first frame: from an image file to an array with the model's size and value range."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from sanawm_jax.runtime.errors import InputError
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Reads an image file as RGB, upright.
 
-    The orientation that cameras store beside the pixels is applied, transparency is dropped, and
-    16-bit grey is scaled to 8 bits.
+    The orientation in the file's metadata is applied, transparency is removed, and 16-bit grey is
+    scaled to 8 bits.
 
     Raises:
-      InputError: the file is absent, cut short, too large or not an image.
+      InputError: the file does not exist, is truncated, is too large or is not an image.
     """
     path = os.fspath(path)
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):
-                # Pillow's own conversion clips at 255 and would leave a white picture.
+                # Pillow's own conversion clips at 255 and would give a white image.
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"image: there is no file {path}") from error
-    # Pillow's decoders raise OSError, SyntaxError, ValueError and others on damaged files.
+    # For damaged files, Pillow's decoders raise OSError, SyntaxError, ValueError and others.
     except Exception as error:
         raise InputError(f"image: cannot read {path} as an image (JPEG, PNG, WebP...)") from error
 
@@ -37,7 +37,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 def resize_and_center_crop(
     image: Image.Image, height: int, width: int
 ) -> tuple[Image.Image, tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Scales an image (Lanczos) until it covers height x width, then crops the middle.
+    """Scales an image (Lanczos) until it covers height x width, then crops its centre.
 
     Args:
       image: any size.
@@ -45,8 +45,8 @@ def resize_and_center_crop(
 
     Returns:
       The crop, and (width, height) of the source, (width, height) after resizing and (left, top)
-      of the crop, which `camera.intrinsics.crop_intrinsics` takes in this order.
-      Same as `resize_and_center_crop` of diffusers' SANA-WM pipeline.
+      of the crop, which `camera.intrinsics.crop_intrinsics` takes in this order. The result equals
+      that of `resize_and_center_crop` of diffusers' SANA-WM pipeline.
     """
     src_size = image.size
     scale = max(height / src_size[1], width / src_size[0])

@@ -1,7 +1,8 @@
-"""The control overlay: key caps that light up while held, and a map of the camera's path.
+"""The control overlay: key caps that light up while a key is held, and a map of the camera path.
 
-Everything is drawn at the video's own size. Frames with a side under 256 pixels get small caps with
-letters set pixel by pixel; very small ones keep only what still fits, and none below 56 pixels.
+Everything is drawn at the size of the video. Frames with a side below 256 pixels get small key caps
+with letters from a table of pixels. Very small frames get only the parts that fit, and frames below
+56 pixels get none.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _LIT = (255, 196, 61, 240)
 _LIT_RIM = (255, 226, 150, 255)
 _LIT_LETTER = (38, 26, 0, 255)
 _AHEAD = (255, 255, 255, 140)
-_OVERSAMPLE = 4  # shapes are drawn this much larger and averaged down, for smooth edges
+_OVERSAMPLE = 4  # shapes are drawn larger by this factor and then averaged, for smooth edges
 
-# Column and row of each key inside the two clusters, the second cluster four columns on.
+# Column and row of each key. Columns 0 to 2 are the first group of keys, 3 to 5 the second.
 _CAPS = {"w": (1, 0), "a": (0, 1), "s": (1, 1), "d": (2, 1)}
 _CAPS |= {"i": (4, 0), "j": (3, 1), "k": (4, 1), "l": (5, 1)}
 
-# 5x5 letters, one five-bit number a row.
+# Letters of 5x5 pixels, with one five-bit number per row.
 _GLYPHS = {
     "w": (0b10001, 0b10001, 0b10101, 0b11011, 0b10001),
     "a": (0b01110, 0b10001, 0b11111, 0b10001, 0b10001),
@@ -42,14 +43,14 @@ _GLYPHS = {
 
 @dataclass(frozen=True)
 class OverlayLayout:
-    """Sizes and places in pixels, from the size of the frame.
+    """Sizes and positions in pixels, computed from the size of the frame.
 
     Attributes:
       cap: side of a key cap; 0 draws none.
-      gap: space between caps; twice as much and half a cap lies between the clusters.
-      margin: space to the frame's edges.
+      gap: space between caps; the space between the two groups is twice this plus half a cap.
+      margin: space to the edges of the frame.
       map_side: side of the square map; 0 draws none.
-      has_glyphs: letters come from the 5x5 table instead of a font; caps below 7 have none.
+      has_glyphs: letters come from the 5x5 table instead of a font; caps below 7 have no letters.
     """
 
     cap: int
@@ -74,14 +75,14 @@ class OverlayLayout:
 
     @property
     def keys_size(self) -> tuple[int, int]:
-        """Width and height of both clusters together."""
+        """Width and height of both groups of keys together."""
         if not self.cap:
             return 0, 0
         x, y = self.cap_corner("l")
         return x + self.cap, y + self.cap
 
     def cap_corner(self, key: str) -> tuple[int, int]:
-        """Left and top of a cap, from the left and top of the clusters."""
+        """Left and top of a cap, relative to the left and top of the two groups."""
         column, row = _CAPS[key]
         pitch = self.cap + self.gap
         split = (column >= 3) * (self.gap + self.cap // 2)
@@ -94,10 +95,10 @@ class OverlayPainter:
     Args:
       c2w: (F, 4, 4) camera-to-world poses of the F frames.
       held_keys: the keys that move frame n to frame n + 1, as `parse_actions` returns them; they
-        are lit on frame n + 1. Missing entries are dark, surplus ones ignored. None infers the
-        keys from the poses.
+        light up on frame n + 1. Missing entries count as no key, and extra entries are ignored.
+        None infers the keys from the poses.
       height, width: size of the frames.
-      mapping: what the keys mean when they are inferred, see `camera.actions`.
+      mapping: the meaning of the keys when they are inferred, see `camera.actions`.
     """
 
     def __init__(
@@ -121,10 +122,10 @@ class OverlayPainter:
             self.map = _PathMap(relative_to_first(c2w), self.layout.map_side)
 
     def paint(self, frame: np.ndarray, index: int) -> np.ndarray:
-        """Returns a copy of frame number `index`, (H, W, 3) uint8, with the overlay on it.
+        """Returns a copy of frame number `index`, (H, W, 3) uint8, with the overlay drawn on it.
 
         Raises:
-          ValueError: the frame has another size or dtype than stated.
+          ValueError: the frame has the wrong size or dtype.
         """
         if frame.shape != (self.height, self.width, 3) or frame.dtype != np.uint8:
             raise ValueError(
@@ -145,7 +146,7 @@ class OverlayPainter:
         return np.array(picture)
 
     def paint_all(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields painted frames, the first being frame 0."""
+        """Yields painted frames; the first one is frame 0."""
         for index, frame in enumerate(frames):
             yield self.paint(frame, index)
 
@@ -158,11 +159,11 @@ def draw_overlay(
 ) -> np.ndarray:
     """Draws key caps and a map of the path on every frame.
 
-    The map looks down on the path (x to the right, z up, in the axes of the first camera), with the
-    part already travelled in colour and the camera's heading as a wedge.
+    The map shows the path from above (x to the right, z up, in the axes of the first camera). The
+    finished part of the path has a colour, and a wedge shows the heading of the camera.
 
     Args:
-      frames: (F, H, W, 3) uint8; left as they are.
+      frames: (F, H, W, 3) uint8; they are not changed.
       c2w: (F, 4, 4) camera-to-world poses.
       held_keys, mapping: as for `OverlayPainter`.
 
@@ -170,7 +171,7 @@ def draw_overlay(
       (F, H, W, 3) uint8.
 
     Raises:
-      ValueError: frames and poses differ in number, or the frames are not uint8.
+      ValueError: there are not as many frames as poses, or the frames are not uint8.
     """
     if len(frames) != len(c2w):
         raise ValueError(f"{len(frames)} frames need as many poses, got {len(c2w)}")
@@ -216,19 +217,20 @@ def _draw_compact_cap(key: str, cap: int, fill: tuple, letter: tuple) -> Image.I
 
 
 class _PathMap:
-    """A square top view of a path; `draw(index)` shows it at one frame."""
+    """A square top view of a path; `draw(index)` draws it for one frame."""
 
     def __init__(self, c2w: np.ndarray, side: int):
         self.side = side
         self.canvas = side * _OVERSAMPLE
         ground = c2w[:, [0, 2], 3].astype(np.float64)
         low, high = ground.min(axis=0), ground.max(axis=0)
-        # A camera that only turns stays a dot in the middle.
+        # A camera that only turns is drawn as a dot in the middle.
         extent = max((high - low).max(), 1e-6)
         inner = 0.68 * self.canvas
         centred = (ground - (low + high) / 2) / extent * inner
         self.points = self.canvas / 2 + centred * [1, -1]
-        # A camera that looks straight up or down has no level heading; its right axis gives one.
+        # A camera that looks straight up or down has no horizontal heading. Its right axis gives
+        # one.
         ahead, aside = c2w[:, [0, 2], 2], c2w[:, [2, 0], 0] * [-1, 1]
         is_steep = np.linalg.norm(ahead, axis=1, keepdims=True) < 1e-3
         heading = np.where(is_steep, aside, ahead) * [1, -1]
@@ -257,7 +259,7 @@ class _PathMap:
         here, ahead = self.points[index], self.headings[index]
         aside = np.array([-ahead[1], ahead[0]])
         size = max(4.2 * _OVERSAMPLE, 0.075 * self.canvas)
-        # An arrowhead: tip, one tail, the notch between the tails, the other tail.
+        # The corners of an arrowhead: tip, one tail, the notch between the tails, the other tail.
         corners = [(1.25, 0), (-0.8, 0.85), (-0.35, 0), (-0.8, -0.85)]
         outline = [tuple(here + size * (x * ahead + y * aside)) for x, y in corners]
         ImageDraw.Draw(image).polygon(outline, fill=(255, 255, 255, 255))
@@ -271,7 +273,7 @@ class _PathMap:
         width: float,
         start: float | None = None,
     ) -> None:
-        """Blends a line with round ends over the image; `start` widens the dot at its beginning."""
+        """Blends a line with round ends over the image; `start` is the width of its first dot."""
         layer = Image.new("L", image.size)
         draw = ImageDraw.Draw(layer)
         draw.line([tuple(p) for p in points], 255, round(width), joint="curve")

@@ -1,4 +1,4 @@
-"""Writing and reading films. A file appears under its name only when it is complete."""
+"""Writes and reads videos. A file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from PIL import Image
 from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.errors import InputError
 
-_BT709 = 1  # matrix, primaries and transfer of HD video share this code in H.264 streams
+_BT709 = 1  # the code of matrix, primaries and transfer function of HD video in H.264 streams
 _LIMITED_RANGE = 1
 
 
 def require_av() -> ModuleType:
-    """Imports PyAV; `InputError` if it, or its H.264 encoder, is missing."""
+    """Imports PyAV; raises `InputError` if PyAV or its H.264 encoder is missing."""
     try:
         import av
     except ImportError as error:
@@ -32,10 +32,10 @@ def require_av() -> ModuleType:
 
 
 def check_writable(folder: str | os.PathLike) -> Path:
-    """Creates a folder if need be and proves that files can be written there.
+    """Creates a folder if necessary and checks that files can be written there.
 
     Raises:
-      InputError: it cannot be created, is not a folder, or refuses a file.
+      InputError: the folder cannot be created, is not a folder, or does not accept files.
     """
     folder = Path(folder)
     probe = folder / f".{uuid.uuid4().hex}.probe"
@@ -50,16 +50,16 @@ def check_writable(folder: str | os.PathLike) -> Path:
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """Turns frames in [0, 1] into bytes, one frame at a time to spare memory.
+    """Converts frames in [0, 1] to bytes, one frame at a time to save memory.
 
-    Values outside are clipped and fractions cut off, as upstream and `export_to_video` of
-    diffusers do: trunc(255 x). Bytes divided by 255 come back unchanged.
+    Values outside the range are clipped and fractions are truncated, as in upstream's code and in
+    `export_to_video` of diffusers: trunc(255 x). Bytes that were divided by 255 are restored.
 
     Args:
       frames: (F, H, W, 3) floating point, or any array with a leading axis.
 
     Raises:
-      ValueError: a NaN or an infinity.
+      ValueError: a value is NaN or infinite.
     """
     out = np.empty(frames.shape, dtype=np.uint8)
     for i, frame in enumerate(frames):
@@ -75,24 +75,24 @@ def write_mp4(
     fps: float,
     crf: int = 18,
 ) -> Path:
-    """Writes H.264 video (yuv420p, BT.709, index first) that browsers and players open.
+    """Writes H.264 video (yuv420p, BT.709, index first) that browsers and players can open.
 
-    Frames are encoded as they arrive, so an iterator streams with little memory. Odd sizes are
-    padded to even ones by repeating the last row or column, which the pixel format requires.
+    Frames are encoded as they arrive, so an iterator needs little memory. The pixel format requires
+    even sizes, so odd sizes are padded by repeating the last row or column.
 
     Args:
       path: the file to write; it must end in .mp4.
       frames: uint8, an array (F, H, W, 3) or an iterable of frames (H, W, 3) and chunks
         (n, H, W, 3), all of one size.
-      fps: frames a second.
-      crf: quality, 0 (lossless) to 51; 18 is hard to tell from the source.
+      fps: frames per second.
+      crf: quality, 0 (lossless) to 51; 18 looks almost the same as the source.
 
     Returns:
       The path.
 
     Raises:
-      InputError: a bad fps, crf or file name, or PyAV is missing.
-      ValueError: no frames, or frames of another type or size than the first.
+      InputError: fps, crf or the file name is invalid, or PyAV is missing.
+      ValueError: there are no frames, or a frame has another type or size than the first.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
@@ -133,16 +133,16 @@ def read_mp4(path: str | os.PathLike) -> np.ndarray:
     """Reads the first video stream as (F, H, W, 3) uint8 RGB.
 
     Raises:
-      InputError: the file is absent, damaged or holds no video.
+      InputError: the file does not exist, is damaged or holds no video.
     """
     return np.stack(list(iterate_frames(path)))
 
 
 def iterate_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
-    """Yields the frames of the first video stream, (H, W, 3) uint8 RGB; at least one.
+    """Yields the frames of the first video stream, (H, W, 3) uint8 RGB; at least one frame.
 
     Raises:
-      InputError: the file is absent, damaged or holds no video.
+      InputError: the file does not exist, is damaged or holds no video.
     """
     av = require_av()
     count = 0
@@ -158,10 +158,10 @@ def iterate_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
 
 
 def video_facts(path: str | os.PathLike) -> tuple[int, int, int]:
-    """Frames, width and height that a file's header states; 0 frames if it does not say.
+    """Returns frame count, width and height from a file's header; 0 frames if it has no count.
 
     Raises:
-      InputError: the file is absent, damaged or holds no video.
+      InputError: the file does not exist, is damaged or holds no video.
     """
     av = require_av()
     try:
@@ -175,22 +175,22 @@ def video_facts(path: str | os.PathLike) -> tuple[int, int, int]:
 def write_gif(
     path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarray], fps: float
 ) -> Path:
-    """Writes an endless animation.
+    """Writes a looping animation.
 
-    GIF counts time in hundredths of a second; each frame ends at the hundredth nearest to its true
-    time, so the whole keeps its length.
+    GIF counts time in hundredths of a second. Each frame ends at the hundredth nearest to its true
+    time, so the animation keeps its total length.
 
     Args:
       path: the file to write.
       frames: uint8, as for `write_mp4`.
-      fps: frames a second, at most 50.
+      fps: frames per second, at most 50.
 
     Returns:
       The path.
 
     Raises:
-      InputError: a bad fps.
-      ValueError: no frames, or frames of another type or size than the first.
+      InputError: fps is invalid.
+      ValueError: there are no frames, or a frame has another type or size than the first.
     """
     path = Path(path)
     rate = _frame_rate(fps)
@@ -212,14 +212,14 @@ def write_gif(
 
 
 def _frame_rate(fps: float) -> Fraction:
-    # Also catches NaN, which compares false.
+    # This also catches NaN, for which every comparison is false.
     if not 0 < fps <= 1000:
         raise InputError(f"fps={fps} must be above 0 and at most 1000")
     return Fraction(fps).limit_denominator(1001)
 
 
 def _each_frame(frames: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields checked (H, W, 3) frames; at least one."""
+    """Yields (H, W, 3) frames after checking them; at least one frame."""
     shape = None
     for item in frames:
         for frame in item if np.ndim(item) == 4 else [item]:

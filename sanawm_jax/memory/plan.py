@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.core.params import Params, build, from_leaves, leaves
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.memory.offload import OFFLOADS
 from sanawm_jax.memory.programs import least_bytes, num_bytes, trace
-from sanawm_jax.memory.streaming import memory_stats, stacked_axes
+from sanawm_jax.memory.streaming import memory_stats
 from sanawm_jax.refiner.config import RefinerConfig
 from sanawm_jax.refiner.kv_window import KeyValue, KVWindow
 from sanawm_jax.refiner.model import Refiner, without_text_layers

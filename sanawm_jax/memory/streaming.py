@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.core.params import Params
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.memory import program_pieces as pieces
 
 PINNED = "pinned_host"
@@ -38,13 +39,6 @@ def call(
 
 
 Runner = Callable[..., Any]  # `call`, or a `Streamer`
-# leading stacked axes of the models' leaves, by what their paths begin with
-_STACKED = {"segments.": 2, "blocks.": 1, "layers.": 1}
-
-
-def stacked_axes(path: str) -> int:
-    """Leading stacked axes of a leaf of any of the models, 0 outside of their layers."""
-    return next((d for start, d in _STACKED.items() if path.startswith(start)), 0)
 
 
 def keep_layers(path: str, array: np.ndarray) -> Any:

@@ -1,4 +1,4 @@
-"""Configurations of the refiner and its text connectors, field for field the published files'."""
+"""Configurations of the refiner and its text connectors, with the fields of the published files."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def _check_rope(what: str, rope_type: str, head_dim: int) -> None:
 class RefinerConfig:
     """Fields and defaults of diffusers' `SanaWMLTX2RefinerTransformer3DModel`.
 
-    The class is LTX-2's audio and video transformer of which the refiner runs the video half. The
-    audio fields are read so that published files load; of them only `audio_cross_attn_mod`
-    reaches the video, because LTX-2 modulates the text of both halves or of none.
-    `perturbed_attn`, `cross_attn_timestep_scale_multiplier` and
-    `use_keyframes_abs_pos_embedding` belong to guidance, audio and keyframes, which the refiner
-    has not; they change nothing, as in the reference.
+    The reference class is LTX-2's transformer for audio and video. The refiner runs only its video
+    half. The audio fields are read so that published files load. Of these, only
+    `audio_cross_attn_mod` affects the video, because LTX-2 modulates the text of both halves or of
+    neither. `perturbed_attn`, `cross_attn_timestep_scale_multiplier` and
+    `use_keyframes_abs_pos_embedding` are for guidance, audio and keyframes. The refiner has none of
+    these, so the fields have no effect, as in the reference.
 
     Raises:
-      InputError: a field whose value no published code can run.
+      InputError: no published code can run the value of a field.
     """
 
     in_channels: int = 128
@@ -118,7 +118,7 @@ class RefinerConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> RefinerConfig:
-        """From the dictionary of a published `config.json`; unknown fields are errors."""
+        """Reads the dictionary of a published `config.json`; unknown fields are errors."""
         return cls(**config_fields(cls, raw, what="refiner transformer config"))
 
     @property
@@ -128,28 +128,28 @@ class RefinerConfig:
 
     @property
     def text_width(self) -> int:
-        """Width of the text embeddings that the transformer is given."""
+        """Width of the text embeddings that the transformer receives."""
         return self.caption_channels if self.use_prompt_embeddings else self.cross_attention_dim
 
     @property
     def num_modulations(self) -> int:
-        """Vectors that modulate a block: shift, scale and gate of 2 branches, or of 3."""
+        """Number of vectors that modulate a block: shift, scale and gate of 2 or 3 branches."""
         return 9 if self.cross_attn_mod else 6
 
     @property
     def modulates_text(self) -> bool:
-        """Whether keys and values of the text are modulated."""
+        """Whether the timestep modulates the keys and values of the text."""
         return self.cross_attn_mod or self.audio_cross_attn_mod
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorsConfig:
-    """Fields and defaults of diffusers' `LTX2TextConnectors`; the audio fields change nothing.
+    """Fields and defaults of diffusers' `LTX2TextConnectors`; the audio fields have no effect.
 
-    `causal_temporal_positioning` is read by no code of the reference.
+    No code of the reference reads `causal_temporal_positioning`.
 
     Raises:
-      InputError: a rotary embedding that does not exist.
+      InputError: the rotary embedding is unknown, or the widths do not match.
     """
 
     caption_channels: int = 3840
@@ -186,7 +186,7 @@ class ConnectorsConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> ConnectorsConfig:
-        """From the dictionary of a published `config.json`; unknown fields are errors."""
+        """Reads the dictionary of a published `config.json`; unknown fields are errors."""
         return cls(**config_fields(cls, raw, what="connectors config"))
 
     @property
@@ -196,10 +196,10 @@ class ConnectorsConfig:
 
     @property
     def projected_width(self) -> int:
-        """Width that the hidden states are projected to."""
+        """Width to which the hidden states are projected."""
         return self.video_hidden_dim if self.per_modality_projections else self.caption_channels
 
 
-# the video half of LTX-2 19B; its file says rope_type split, all else is the default
+# the video half of LTX-2 19B; its file has rope_type split, and the defaults otherwise
 LTX_2_19B = RefinerConfig(rope_type=SPLIT)
 LTX_2_19B_CONNECTORS = ConnectorsConfig(rope_type=SPLIT)

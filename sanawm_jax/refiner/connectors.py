@@ -1,7 +1,7 @@
-"""Gemma-3 hidden states to the text that the refiner reads.
+"""From Gemma-3 hidden states to the text embeddings that the refiner reads.
 
-All hidden states of a token are normalised, laid side by side and projected to one vector; a small
-transformer then mixes the tokens, with learned registers in the place of padding.
+All hidden states of a token are normalised, concatenated and projected to one vector. A small
+transformer then mixes the tokens. Learned registers replace the padding tokens.
 
 Axis letters: B batch, L text tokens, Y hidden states (layers + 1), C width, N heads, D head size.
 Reference: diffusers `LTX2TextConnectors`, `SanaWMLTX2Refiner._encode_prompt`.
@@ -29,21 +29,21 @@ from sanawm_jax.text.gemma import Tower
 from sanawm_jax.text.tokenizer import Tokenizer
 
 _EPS = 1e-6
-_SCALE = 8.0  # of states normalised by their range
+_SCALE = 8.0  # factor of hidden states after the division by their range
 
 
 def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Centres every hidden state of a text and divides it by its range; padding becomes 0.
+    """Subtracts the mean of every hidden state and divides by its range; padding becomes 0.
 
-    Mean, minimum and maximum run over tokens and channels of one state, without the padding.
+    Mean, minimum and maximum are over the tokens and channels of one hidden state, without padding.
     Reference: `per_layer_masked_mean_norm`, `_pack_text_embeds`.
 
     Args:
       states: (B, L, C, Y).
-      mask: (B, L), non-zero for a token; at least one a text.
+      mask: (B, L), non-zero for a token; every text has at least one token.
 
     Returns:
-      The same shape, float32.
+      (B, L, C, Y) float32.
     """
     x = states.astype(jnp.float32)
     is_token = (mask != 0)[:, :, None, None]
@@ -56,15 +56,16 @@ def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def pack_states(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Hidden states (Y, B, L, C) of the text tower to the (B, L, C, Y) that connectors read.
+    """Converts hidden states (Y, B, L, C) of the text encoder to the connectors' (B, L, C, Y).
 
-    float32: the connectors normalise once more, and two roundings in a row would add up.
+    The result is float32, because the connectors normalise once more, and two roundings would add
+    up.
     """
     return normalise_states(rearrange(states, "Y B L C -> B L C Y"), mask)
 
 
 class ConnectorBlock(nnx.Module):
-    """Self-attention and feed-forward, each after a norm and inside a residual."""
+    """Self-attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, config: ConnectorsConfig, *, rngs: nnx.Rngs):
         width = config.width
@@ -81,7 +82,7 @@ class ConnectorBlock(nnx.Module):
         self.ffn = FeedForward(width, "gelu-approximate", rngs=rngs)
 
     def __call__(self, x: jax.Array, rotation: Rotation, key_mask: jax.Array | None) -> jax.Array:
-        """x (B, L, C) -> the same."""
+        """Maps x (B, L, C) to the same shape."""
         h = self.attn_norm(x)
         q, (k, v) = self.attn.query(h), self.attn.key_value(h)
         q, k = rotate(q, rotation, self.rope_type), rotate(k, rotation, self.rope_type)
@@ -90,7 +91,7 @@ class ConnectorBlock(nnx.Module):
 
 
 class TextConnectors(nnx.Module):
-    """Packed hidden states to the refiner's text; the audio connector is left out."""
+    """Maps packed hidden states to the refiner's text; the audio connector is not built."""
 
     def __init__(self, config: ConnectorsConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -115,16 +116,16 @@ class TextConnectors(nnx.Module):
     def __call__(
         self, states: jax.Array, mask: jax.Array, *, dtype: Any = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Text embeddings and their mask.
+        """Computes text embeddings and their mask.
 
         Args:
           states: (B, L, caption_channels, Y) from `pack_states`.
-          mask: (B, L), non-zero for a token; padding on the left.
-          dtype: compute dtype; that of the states by default.
+          mask: (B, L), non-zero for a token; padding is on the left.
+          dtype: compute dtype; by default that of the states.
 
         Returns:
-          (B, L, C) and (B, L) int32, which is 1 everywhere: registers stand where padding was,
-          and without registers the reference shows the padding too.
+          (B, L, C) and a mask (B, L) int32 that is 1 everywhere: registers replace the padding, and
+          without registers the reference does not hide the padding either.
 
         Raises:
           ValueError: L is not a multiple of the number of registers.
@@ -143,7 +144,7 @@ class TextConnectors(nnx.Module):
         return self.norm(x), jnp.ones(mask.shape, jnp.int32)
 
     def _features(self, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, L, C Y) float32, normalised a second time, as in the reference."""
+        """Returns (B, L, C Y) float32, normalised a second time, as in the reference."""
         config = self.config
         if not config.per_modality_projections:
             return rearrange(normalise_states(states, mask), "B L C Y -> B L (C Y)")
@@ -154,7 +155,7 @@ class TextConnectors(nnx.Module):
         return rearrange(x, "B L C Y -> B L (C Y)")
 
     def _fill_with_registers(self, x: jax.Array, is_token: jax.Array) -> jax.Array:
-        """Moves the tokens of x (B, L, C) to the front and fills up with registers."""
+        """Moves the tokens of x (B, L, C) to the front and fills the rest with registers."""
         registers = self.registers[...].astype(x.dtype)
         length = x.shape[1]
         if length % len(registers):

@@ -1,4 +1,4 @@
-"""Published names of the refiner's and the connectors' tensors (diffusers layout)."""
+"""The published tensor names of the refiner and its connectors (diffusers layout)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 
 from sanawm_jax.checkpoints.keymap import Entry, default_name, table
 from sanawm_jax.core.params import build
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.model import Refiner
 
-# our names -> theirs, on whole path components
+# from our names to the published names, for whole components of a path
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _ATTENTION |= {"q_norm": "norm_q", "k_norm": "norm_k", "gate": "to_gate_logits"}
 _FEED_FORWARD = {"up": "net.0.proj", "down": "net.2"}
@@ -58,7 +59,7 @@ def _renamed(path: str, names: dict[str, str]) -> str:
 
 
 def refiner_table(config: RefinerConfig) -> list[Entry]:
-    """Every leaf of `build(Refiner, config)` with the published tensors that fill it."""
+    """Maps every leaf of `build(Refiner, config)` to the published tensors that fill it."""
 
     def name(path: str, index: tuple[int, ...]) -> str:
         if not index:
@@ -67,11 +68,11 @@ def refiner_table(config: RefinerConfig) -> list[Entry]:
         return f"transformer_blocks.{index[0]}.{default_name(inner)}"
 
     abstract = build(Refiner, config)[1]
-    return table(abstract, name, stacked=lambda path: int(path.startswith("blocks.")))
+    return table(abstract, name, stacked=stacked_axes)
 
 
 def connectors_table(config: ConnectorsConfig) -> list[Entry]:
-    """Every leaf of `build(TextConnectors, config)` with the published tensors that fill it."""
+    """Maps every leaf of `build(TextConnectors, config)` to the published tensors that fill it."""
     projection = "video_text_proj_in" if config.per_modality_projections else "text_proj_in"
     names = {**_CONNECTORS, "project": projection}
 
@@ -82,11 +83,11 @@ def connectors_table(config: ConnectorsConfig) -> list[Entry]:
         return f"video_connector.transformer_blocks.{index[0]}.{default_name(inner)}"
 
     abstract = build(TextConnectors, config)[1]
-    return table(abstract, name, stacked=lambda path: int(path.startswith("blocks.")))
+    return table(abstract, name, stacked=stacked_axes)
 
 
-# LTX-2's other half: the audio stream, what connects it to the video (av_, a2v, v2a), and a mark
-# for keyframes. The refiner runs none of it.
+# The other half of LTX-2: the audio stream, its connections to the video (av_, a2v, v2a), and an
+# embedding for keyframes. The refiner runs none of it.
 _AUDIO = re.compile(
     r"(transformer_blocks\.\d+\.)?"
     r"(audio_|av_cross_attn_|video_to_audio_|video_a2v_cross_attn_|keyframes_abs_pos_embedding).*"
@@ -95,10 +96,10 @@ _AUDIO_CONNECTOR = re.compile(r"audio_(connector|text_proj_in)\..*")
 
 
 def is_audio(key: str) -> bool:
-    """Tensors of the refiner's file that are left out on purpose: all that only audio needs."""
+    """Whether a tensor of the refiner's file is skipped on purpose because only audio needs it."""
     return _AUDIO.fullmatch(key) is not None
 
 
 def is_audio_connector(key: str) -> bool:
-    """Tensors of the connectors' file that are left out on purpose."""
+    """Whether a tensor of the connectors' file is skipped on purpose."""
     return _AUDIO_CONNECTOR.fullmatch(key) is not None

@@ -1,18 +1,19 @@
-"""The keys and values of other frames that a block attends to: the sink's and recent history's.
+"""The KV cache of the refiner: keys and values of the sink and of the recent history.
 
-The window's shape never changes. A layer's frames lie in one buffer, [sink | history]. History is a
-ring of frames: it fills from its first slot, then the newest frames take the oldest's slots.
-Attention does not care for the order of keys, and keys of history already carry their rotation, so
-nothing is ever moved, and the valid slots always come first: their count is all the mask that there
-is.
+The shape of the cache (the "window") never changes. Each layer has one buffer of frames, [sink |
+history]. The history is a ring buffer: it fills from its first slot, and then new frames replace
+the oldest ones. Attention does not depend on the order of keys, and the keys of the history are
+already rotated. So no frame is ever moved, and the valid slots always come first. Their count is
+the only mask.
 
-A block sees all of that beside its own keys, so it has no slots of its own: it takes those of the
-oldest frames when its last pass is done with them. Separate layers (`core.stack.Layers`) write it
-there one by one, in place where the window is donated, so that no two layers' blocks are ever held.
-Stacked layers, whose buffers a scan would copy as a whole, leave their blocks to `append_block`.
+A block attends to all of this and to its own keys. It has no slots while it is refined. When its
+last pass no longer needs the oldest frames, the block takes their slots. Separate layers
+(`core.stack.Layers`) write the block one layer at a time, and in place if the window is donated. In
+this way, the blocks of two layers are never in memory together. A scan would copy the buffers of
+stacked layers as a whole; their blocks are written later, by `append_block`.
 
 Axis letters: Y layers, B batch, F latent frames, P tokens a frame, N heads, D head size.
-Reference: diffusers `SanaWMRefinerKVCache`, which concatenates and trims instead.
+Reference: diffusers `SanaWMRefinerKVCache`, which concatenates and truncates instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jax import lax
 
 from sanawm_jax.core.stack import Layers
 
-_FRAMES = -4  # the axis, of all layers and of one
+_FRAMES = -4  # the axis of frames, in arrays of one layer and of all layers
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +36,7 @@ _FRAMES = -4  # the axis, of all layers and of one
 class KeyValue:
     """Keys and values of some tokens, (..., N, D) each."""
 
-    k: Any  # of all layers `Layers`, of one an array
+    k: Any  # `Layers` for all layers, an array for one layer
     v: Any
 
 
@@ -50,15 +51,15 @@ def _put(buffer: jax.Array, part: jax.Array, first: int | jax.Array) -> jax.Arra
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVWindow:
-    """All that the refinement of the next block needs of what came before."""
+    """The state that the refinement of the next block needs from earlier blocks."""
 
-    sink: Layers  # Y B F P N D, keys before rotation: the sink moves along with the window
-    keys: KeyValue  # Y B F P N D, rotated: the sink, then slots of history
-    refined: jax.Array  # () int32, frames refined so far
+    sink: Layers  # Y B F P N D, keys before rotation, because the sink moves with the window
+    keys: KeyValue  # Y B F P N D, rotated: the sink, then the slots of the history
+    refined: jax.Array  # () int32, the number of frames refined so far
 
     @property
     def is_separate(self) -> bool:
-        """Whether layers write a block's keys themselves."""
+        """Whether the layers themselves write the keys of a block."""
         return isinstance(self.sink, tuple)
 
     @property
@@ -67,36 +68,36 @@ class KVWindow:
 
     @property
     def history_slots(self) -> int:
-        """Frames of history that the window holds when it is full."""
+        """Number of history frames that the window holds when it is full."""
         return _frames(self.keys) - self.sink_frames
 
     @property
     def history_frames(self) -> jax.Array:
-        """() int32, frames of history that are valid."""
+        """() int32, the number of valid history frames."""
         return jnp.minimum(self.refined, self.history_slots)
 
     @property
     def block_start(self) -> jax.Array:
-        """() int32, absolute position of the next block's first frame."""
+        """() int32, the absolute position of the first frame of the next block."""
         return self.sink_frames + self.refined
 
     @property
     def sink_start(self) -> jax.Array:
-        """() int32, position that puts the sink just before the oldest frame of history."""
+        """() int32, the position at which the sink is just before the oldest history frame."""
         return self.refined - self.history_frames
 
     def slots(self, frames: int) -> jax.Array:
-        """(F,) int32, slots of a buffer that a block of so many frames takes."""
+        """(F,) int32, the slots of the buffer that a block of this many frames takes."""
         return self.sink_frames + (self.refined + jnp.arange(frames)) % self.history_slots
 
 
 def open_window(sink: KeyValue, turn: Callable[[Any], Any], *, history_slots: int) -> KVWindow:
-    """A window with a sink and no history yet.
+    """Returns a window with a sink and without history.
 
     Args:
       sink: (Y, B, F, P, N, D), keys before rotation.
-      turn: rotates such keys of one leaf to where the sink sits, its own place at first.
-      history_slots: frames of history that it can hold.
+      turn: a function that rotates the keys of one leaf to the first position of the sink.
+      history_slots: number of history frames that the window can hold.
     """
     slots = ((0, history_slots),)
 
@@ -109,16 +110,17 @@ def open_window(sink: KeyValue, turn: Callable[[Any], Any], *, history_slots: in
 
 
 def with_block(keys: KeyValue, block: KeyValue, slots: jax.Array) -> KeyValue:
-    """A window with a block's keys in these slots, of one layer or of stacked ones.
+    """Writes the keys and values of a block into slots, for one layer or for stacked layers.
 
     Args:
       keys: (..., F, P, N, D), see `KVWindow.keys`.
       block: (..., F, P, N, D), rotated.
-      slots: (F,) of the block, `KVWindow.slots`.
+      slots: (F,), the slots of the block from `KVWindow.slots`.
     """
 
     def write(a: jax.Array, new: jax.Array) -> jax.Array:
-        # frame by frame, as the ring may end inside of the block; a scatter is far slower
+        # One frame at a time, because the end of the ring buffer may be inside the block. A scatter
+        # would be far slower.
         for i, frame in enumerate(jnp.split(new, len(slots), _FRAMES)):
             a = _put(a, frame, slots[i])
         return a
@@ -129,12 +131,13 @@ def with_block(keys: KeyValue, block: KeyValue, slots: jax.Array) -> KeyValue:
 def append_block(
     window: KVWindow, written: KeyValue, frames: int, turn: Callable[[Any, jax.Array], Any]
 ) -> KVWindow:
-    """The window after a refined block: its keys are history, and the sink has moved.
+    """Returns the window after a block is refined: the block is history, and the sink has moved.
 
     Args:
-      written: of `Refiner.__call__`: separate layers' windows with the block, or stacked blocks.
-      frames: of the block, at most the history's slots.
-      turn: (k, start) rotates keys of the sink, one leaf, to where it now starts.
+      written: the second result of `Refiner.__call__`: windows that contain the block (separate
+        layers), or the block alone (stacked layers).
+      frames: number of frames of the block, at most the number of history slots.
+      turn: a function (k, start) that rotates the sink's keys of one leaf to their new position.
     """
     keys = written
     if not window.is_separate:

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax import lax
 
+from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Linear, RMSNorm
 
-_QK_NORM_EPS = 1e-6  # the reference fixes it, whatever norm_eps says
+_QK_NORM_EPS = 1e-6  # a constant in the reference, independent of norm_eps
 _FEED_FORWARD_RATIO = 4
 
 
 class Norm(nnx.Module):
-    """Root-mean-square norm, then `(1 + scale) x + shift`; all of it in float32.
+    """RMS norm followed by `(1 + scale) x + shift`, all in float32.
 
-    The reference rounds after each of the three; x's dtype comes back.
+    The result has x's dtype. In contrast, the reference rounds after each of the three operations.
     """
 
     def __init__(self, features: int, *, eps: float, has_scale: bool):
@@ -32,17 +32,16 @@ class Norm(nnx.Module):
     def __call__(
         self, x: jax.Array, scale: jax.Array | float = 0.0, shift: jax.Array | float = 0.0
     ) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        y = x.astype(jnp.float32) * inverse_rms(x, self.eps)
         if hasattr(self, "scale"):
             y = y * self.scale[...].astype(jnp.float32)
         return (y * (1.0 + scale) + shift).astype(x.dtype)
 
 
 class AttentionProjections(nnx.Module):
-    """Everything of an attention layer but the attention: q, k, v with norms, gate, output.
+    """All parts of an attention layer except the attention: q, k, v with norms, gate and output.
 
-    Queries and keys are normalised over all heads at once.
+    Queries and keys are normalised over all heads together.
     """
 
     def __init__(
@@ -69,27 +68,27 @@ class AttentionProjections(nnx.Module):
             self.gate = Linear(width, heads, rngs=rngs)
 
     def query(self, x: jax.Array) -> jax.Array:
-        """x (B, T, C) to q (B, T, N, D)."""
+        """Maps x (B, T, C) to q (B, T, N, D)."""
         return self._by_head(self.q_norm(self.q(x)))
 
     def key_value(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """context (B, S, C') to k and v (B, S, N, D)."""
+        """Maps context (B, S, C') to k and v (B, S, N, D)."""
         return self._by_head(self.k_norm(self.k(context))), self._by_head(self.v(context))
 
     def _by_head(self, x: jax.Array) -> jax.Array:
         return rearrange(x, "B T (N D) -> B T N D", N=self.heads)
 
     def project_out(self, mixed: jax.Array, x: jax.Array) -> jax.Array:
-        """Gates mixed (B, T, N, D) a head by x (B, T, C), the layer's input, and projects it."""
+        """Gates each head of mixed (B, T, N, D) by the layer's input x (B, T, C), and projects."""
         if hasattr(self, "gate"):
-            # twice a sigmoid: a gate of zeros passes everything
+            # the factor 2 makes a gate of zeros an identity
             gate = 2.0 * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
             mixed = (mixed * gate[..., None]).astype(x.dtype)
         return self.out(rearrange(mixed, "B T N D -> B T (N D)"))
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers around an activation, gated or not, by the reference's name."""
+    """Two linear layers around an activation; `kind` is its name in the reference."""
 
     def __init__(self, width: int, kind: str, *, use_bias: bool = True, rngs: nnx.Rngs):
         inner = _FEED_FORWARD_RATIO * width
@@ -105,7 +104,7 @@ class FeedForward(nnx.Module):
             h = h * (jax.nn.silu(gate) if self.kind == "swiglu" else _gelu(gate))
         elif self.kind == "gelu-approximate":
             h = jax.nn.gelu(h, approximate=True)
-        elif self.kind == "geglu-approximate":  # not gated, in spite of its name
+        elif self.kind == "geglu-approximate":  # not gated, although its name suggests it
             h = h * jax.nn.sigmoid(1.702 * h)
         elif self.kind == "linear-silu":
             h = jax.nn.silu(h)

@@ -1,11 +1,11 @@
-"""Stage 2: the video half of the LTX-2 transformer, which refines stage 1's latents.
+"""Stage 2: the video half of the LTX-2 transformer, which refines the latents of stage 1.
 
     latents -> linear -> blocks [self-attention, text, feed-forward] -> final layer -> velocity
 
-One forward pass serves every use: a block with a window of keys and values around it, a whole clip
-whose sink frames see only themselves, plain attention over all tokens, and training.
+The same forward pass is used for a block with a KV cache, for a whole clip whose sink frames see
+only themselves, for attention over all tokens, and for training.
 
-Axis letters: B batch, F latent frames, H W latent rows and columns, P = H W tokens a frame,
+Axis letters: B batch, F latent frames, H W latent rows and columns, P = H W tokens per frame,
 T = F P tokens, L text tokens, C width, N heads, D head size, M modulation vectors.
 Reference: diffusers `SanaWMLTX2RefinerTransformer3DModel`; text modulation as in
 `LTX2VideoTransformer3DModel`.
@@ -34,21 +34,21 @@ from sanawm_jax.refiner.rope import Rotation, VideoRope, rotate, rotations
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """What every layer shares."""
+    """The inputs that all layers share."""
 
     modulation: jax.Array  # B F|1 P|1 M C float32
-    text: jax.Array | None  # B L C, None if it was read already
+    text: jax.Array | None  # B L C; None if its keys and values are given
     text_mask: jax.Array | None  # B L bool
     text_modulation: jax.Array | None  # B 2 C float32
     rotation: Rotation
-    key_count: jax.Array | None  # B int32, valid keys of the window
+    key_count: jax.Array | None  # B int32, the number of valid keys in the window
     sink_frames: int
     capture: bool
-    slots: jax.Array | None  # F int32, where in the window a layer captures; None: beside it
+    slots: jax.Array | None  # F int32, slots that a layer writes; None: it returns the block alone
 
 
 class AdaLNSingle(nnx.Module):
-    """Timesteps to an embedding and to modulation vectors. Reference: `LTX2AdaLayerNormSingle`."""
+    """Maps timesteps to an embedding and modulation. Reference: `LTX2AdaLayerNormSingle`."""
 
     def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
         self.time_in = Linear(256, width, rngs=rngs)
@@ -57,10 +57,10 @@ class AdaLNSingle(nnx.Module):
         self.count = count
 
     def __call__(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """timesteps (...) to modulation (..., M, C) and embedding (..., C), both float32.
+        """Maps timesteps (...) to modulation (..., M, C) and embedding (..., C), both float32.
 
-        An fp32 island: the reference rounds each of these few vectors to the compute dtype, and
-        that error reaches every token of every block.
+        The reference rounds these few vectors to the compute dtype. That error would reach every
+        token of every block, so they stay in float32 here.
         """
         time = self.time_out(jax.nn.silu(self.time_in(timestep_features(timesteps))))
         modulation = self.modulation(jax.nn.silu(time))
@@ -68,7 +68,7 @@ class AdaLNSingle(nnx.Module):
 
 
 class CaptionProjection(nnx.Module):
-    """Two linear layers around a tanh GELU. Reference: `PixArtAlphaTextProjection`."""
+    """Two linear layers around a tanh-approximated GELU; see `PixArtAlphaTextProjection`."""
 
     def __init__(self, features: int, width: int, *, rngs: nnx.Rngs):
         self.linear_1 = Linear(features, width, rngs=rngs)
@@ -115,13 +115,13 @@ class Block(nnx.Module):
         text_keys: KeyValue | None,
         ctx: _Context,
     ) -> tuple[jax.Array, KeyValue | None]:
-        """x (B, F, P, C) to x, and keys and values as `Refiner.__call__` returns them.
+        """Maps x (B, F, P, C) to x, and to keys and values as `Refiner.__call__` returns them.
 
         Args:
-          keys: this layer's window.
-          text_keys: (B, L, N, D) of this layer; made of the text if None.
+          keys: the window of this layer.
+          text_keys: (B, L, N, D), those of this layer; computed from the text if None.
         """
-        # fp32 island: modulation and norms
+        # modulation and norms are float32
         modulation = ctx.modulation + self.modulation_table[...].astype(jnp.float32)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate, *cross = (
             modulation[..., i, :] for i in range(modulation.shape[-2])
@@ -156,11 +156,12 @@ class Block(nnx.Module):
             if ctx.capture:
                 captured = KeyValue(by_frame(k), by_frame(v))
                 if ctx.slots is not None:
-                    # written when attention has read: otherwise the compiler copies the window
+                    # The block is written after attention has read. Otherwise the compiler would
+                    # copy the window.
                     mixed, read = jax.lax.optimization_barrier((mixed, keys))
                     captured = with_block(read, captured, ctx.slots)
         elif 0 < ctx.sink_frames < frames:
-            # the sink sees itself, the rest sees all: two calls with sliced keys need no mask
+            # The sink sees itself, and the rest sees all. Two calls with sliced keys need no mask.
             cut = ctx.sink_frames * per_frame
             sink_mixed = attention(q[:, :cut], k[:, :cut], v[:, :cut])
             mixed = jnp.concatenate([sink_mixed, attention(q[:, cut:], k, v)], 1)
@@ -194,7 +195,7 @@ class Block(nnx.Module):
 
 
 class Refiner(nnx.Module):
-    """The whole stage-2 transformer; `__call__` predicts the velocity noise - clean."""
+    """The whole stage-2 transformer; `__call__` predicts the velocity, noise - clean."""
 
     def __init__(self, config: RefinerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -210,7 +211,7 @@ class Refiner(nnx.Module):
         self.final = Linear(width, config.in_channels, rngs=rngs)
 
     def timestep_scale(self) -> float:
-        """What a noise level is multiplied with to be a timestep."""
+        """The factor between a noise level and a timestep."""
         return float(self.config.timestep_scale_multiplier)
 
     def __call__(
@@ -228,29 +229,31 @@ class Refiner(nnx.Module):
         capture: bool = False,
         remat: str = "none",
     ) -> tuple[jax.Array, KeyValue | None]:
-        """Predicts the velocity of every latent; pure, and differentiable by `jax.grad`.
+        """Predicts the velocity of every latent. The function is pure and `jax.grad` works on it.
 
         Args:
           latents: (B, F, H, W, c); its dtype is the compute dtype.
           timesteps: (B, F or 1, P or 1), noise level times `timestep_scale_multiplier`.
           text: (B, L, text_width) from the connectors.
-          rope: tables of these frames and this grid, `rope.video_rope`.
-          text_mask: (B, L), non-zero for a token; None shows all, as the connectors' text needs.
-          text_timesteps: (B,), which modulates the text where the configuration says so; the
-            largest of `timesteps` by default.
-          text_keys: `read_text` of the text, which is not read then.
-          window: keys and values of other frames, which every frame sees; of the same form as the
-            parameters, see `core.stack.Layers`.
-          sink_frames: the first frames, which see only themselves; not together with a window.
-          capture: also return keys and values of these frames.
+          rope: tables for these frames and this grid, from `rope.video_rope`.
+          text_mask: (B, L), non-zero for a token. None hides nothing, which is right for the text
+            of the connectors.
+          text_timesteps: (B,), modulates the text if the configuration says so; by default the
+            largest of `timesteps`.
+          text_keys: the result of `read_text`; `text` is then not read.
+          window: keys and values of other frames, which every frame sees. It has separate or
+            stacked layers, like the parameters; see `core.stack.Layers`.
+          sink_frames: number of first frames that see only themselves; 0 with a window.
+          capture: also return the keys and values of these frames.
           remat: what the backward pass keeps of a block, see `core.stack.scan_runs`.
 
         Returns:
-          (B, F, H, W, c) in the compute dtype; and None, or to capture, (Y, B, F, P, N, D) keys
-          before rotation and values, or what `kv_window.append_block` takes with a window.
+          (B, F, H, W, c) in the compute dtype, and None. With `capture`, the second result is keys
+          before rotation and values, (Y, B, F, P, N, D) each; or, with a window, the argument
+          `written` of `kv_window.append_block`.
 
         Raises:
-          ValueError: a window with sink frames, or an unknown `remat`.
+          ValueError: there are both a window and sink frames, or `remat` is unknown.
         """
         config, dtype = self.config, latents.dtype
         if window is not None and sink_frames:
@@ -298,9 +301,10 @@ class Refiner(nnx.Module):
         return self.caption(text) if hasattr(self, "caption") else text
 
     def read_text(self, text: jax.Array) -> KeyValue | None:
-        """Keys and values (Y, B, L, N, D) of a text (B, L, text_width), in its dtype.
+        """Computes keys and values (Y, B, L, N, D) of a text (B, L, text_width), in its dtype.
 
-        None where the timestep modulates the text: they are others in every pass then.
+        The result is None if the timestep modulates the text, because the keys and values then
+        differ in every pass.
         """
         if self.config.modulates_text:
             return None
@@ -311,14 +315,14 @@ class Refiner(nnx.Module):
         return over_layers(layer, self._caption(text), self.blocks.cross_attn)[1]
 
     def turn(self, k: jax.Array, rope: VideoRope) -> jax.Array:
-        """Rotates keys (..., F, P, N, D) of the frames and the grid of these tables."""
+        """Rotates keys (..., F, P, N, D) to the frames and the grid of these tables."""
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
         tokens = rearrange(k, "... F P N D -> ... (F P) N D")
         return rotate(tokens, rotations(rope, *heads), self.config.rope_type).reshape(k.shape)
 
 
 def without_text_layers(params: Params) -> Params:
-    """Parameters without those that `read_text` alone needs, for passes with `text_keys`."""
+    """Removes the parameters that only `read_text` needs, for passes with `text_keys`."""
     cross = dict(params["blocks"]["cross_attn"])
     for name in ("k", "v", "k_norm"):
         cross[name] = dict.fromkeys(cross[name])

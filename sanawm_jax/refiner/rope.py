@@ -1,9 +1,10 @@
 """Rotary position embedding of LTX-2, for video and for text.
 
-The highest frequency turns a position of 1 by 10^4 pi / 2 radians, where a float32 angle is right
-to 1e-3 at best. The released weights were trained with those very roundings, so angles are made
-on the host, operation by operation as the reference makes them, and only their cosines and sines
-travel. Positions on an axis are independent, so a table an axis is all that has to.
+The highest frequency rotates a position of 1 by 10^4 pi / 2 radians, where a float32 angle has an
+error of at least 1e-3. The released weights were trained with exactly these rounding errors. The
+angles are therefore computed on the host, with the same operations as in the reference, and only
+their cosines and sines go to the device. The axes are independent, so one table per axis is
+enough.
 
 Axis letters: F latent frames, H W rows and columns, K frequencies, T tokens, N heads, D head size,
 B batch.
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.ucpe import rotate_pairs
 from sanawm_jax.refiner.config import INTERLEAVED, ConnectorsConfig, RefinerConfig
 
 Array = jax.Array | np.ndarray
@@ -34,11 +36,11 @@ class VideoRope(NamedTuple):
 
 
 def frequencies(count: int, theta: float, *, double_precision: bool) -> np.ndarray:
-    """Frequencies (K,) float32: theta^0 to theta^1 in geometric steps, times pi / 2."""
+    """Returns frequencies (K,) float32: theta^0 to theta^1 in geometric steps, times pi / 2."""
     if double_precision:
         powers = np.power(theta, np.linspace(0.0, 1.0, count))
         return (powers * np.pi / 2.0).astype(np.float32)
-    # float32 exponents from both ends, one rounding each, as torch spaces them
+    # float32 exponents from both ends with one rounding each, as torch.linspace computes them
     step = np.float64(np.float32(1.0) / np.float32(max(count - 1, 1)))
     i = np.arange(count)
     exponents = np.where(i < count // 2, i * step, 1.0 - (count - 1 - i) * step)
@@ -47,22 +49,22 @@ def frequencies(count: int, theta: float, *, double_precision: bool) -> np.ndarr
 
 
 def _turns(fraction: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """Cosines and sines (positions, K, 2) at fractions of the base range, float32."""
+    """Returns cosines and sines (positions, K, 2) at fractions of the base range, float32."""
     one, two = np.float32(1.0), np.float32(2.0)
     angle = (fraction.astype(np.float32)[:, None] * two - one) * frequency
-    exact = angle.astype(np.float64)  # of the rounded angle
+    exact = angle.astype(np.float64)  # cosine and sine of the rounded angle are exact
     return np.stack([np.cos(exact), np.sin(exact)], -1).astype(np.float32)
 
 
 def video_rope(
     config: RefinerConfig, num_frames: int, height: int, width: int, fps: float
 ) -> VideoRope:
-    """Tables for latent frames 0..num_frames-1 of a height x width latent grid.
+    """Returns tables for latent frames 0..num_frames-1 of a height x width latent grid.
 
-    A token sits in the middle of the pixels that it stands for; time is in seconds.
+    The position of a token is the middle of the pixels that it represents. Time is in seconds.
 
     Args:
-      fps: pixel frames a second.
+      fps: pixel frames per second.
     """
     frequency = frequencies(
         config.width // 6, config.rope_theta, double_precision=config.rope_double_precision
@@ -75,7 +77,7 @@ def video_rope(
     tables = []
     for axis, count in enumerate((num_frames, height, width)):
         edge = edges(count, axis)
-        if axis == 0:  # the first latent frame stands for one pixel frame
+        if axis == 0:  # the first latent frame represents one pixel frame
             offset = np.float32(config.causal_offset)
             edge = edge + offset - np.float32(config.vae_scale_factors[0])
             edge = np.maximum(edge, np.float32(0.0)) / np.float32(fps)
@@ -85,13 +87,13 @@ def video_rope(
 
 
 def frame_window(rope: VideoRope, first: int | jax.Array, count: int) -> VideoRope:
-    """The tables of frames first..first+count-1; `first` may be traced."""
+    """Returns the tables of frames first..first+count-1; `first` may be a traced value."""
     frames = lax.dynamic_slice_in_dim(jnp.asarray(rope.frames), first, count)
     return rope._replace(frames=frames)
 
 
 def _per_head(turns: jax.Array, heads: int, head_dim: int) -> Rotation:
-    """Turns (T, pairs, 2), padded in front with pairs that do not turn, by head."""
+    """Pads rotations (T, pairs, 2) in front with identities, and divides them over the heads."""
     missing = heads * head_dim // 2 - turns.shape[1]
     still = jnp.broadcast_to(jnp.array([1.0, 0.0], jnp.float32), (turns.shape[0], missing, 2))
     turns = jnp.concatenate([still, turns], 1).reshape(-1, heads, head_dim // 2, 2)
@@ -99,11 +101,11 @@ def _per_head(turns: jax.Array, heads: int, head_dim: int) -> Rotation:
 
 
 def rotations(rope: VideoRope, heads: int, head_dim: int) -> Rotation:
-    """Cosines and sines (T, N, D/2) of the whole grid, T = F H W, frames slowest."""
+    """Returns cosines and sines (T, N, D/2) of the grid, T = F H W; frames vary slowest."""
     frames, rows, columns = (jnp.asarray(table) for table in rope)
     grid = (len(frames), len(rows), len(columns))
     shape = (*grid, *frames.shape[1:])
-    # the three axes alternate inside a frequency
+    # for each frequency, the three axes alternate
     turns = jnp.stack(
         [
             jnp.broadcast_to(frames[:, None, None], shape),
@@ -116,7 +118,7 @@ def rotations(rope: VideoRope, heads: int, head_dim: int) -> Rotation:
 
 
 def text_rotations(config: ConnectorsConfig, length: int) -> Rotation:
-    """Cosines and sines (L, N, D/2) of text positions 0..length-1."""
+    """Returns cosines and sines (L, N, D/2) of text positions 0..length-1."""
     frequency = frequencies(
         config.width // 2, config.rope_theta, double_precision=config.rope_double_precision
     )
@@ -129,13 +131,6 @@ def text_rotations(config: ConnectorsConfig, length: int) -> Rotation:
 
 
 def rotate(x: jax.Array, rotation: Rotation, rope_type: str) -> jax.Array:
-    """Rotates the pairs of every head of x (B, T, N, D), in float32; x's dtype comes back."""
+    """Rotates the pairs of every head of x (B, T, N, D) in float32; the result has x's dtype."""
     cos, sin = rotation  # T N D/2
-    x32 = x.astype(jnp.float32)
-    if rope_type == INTERLEAVED:
-        first, second = x32[..., 0::2], x32[..., 1::2]
-        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], -1)
-        return pairs.reshape(x.shape).astype(x.dtype)
-    first, second = jnp.split(x32, 2, -1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, -1).astype(x.dtype)
+    return rotate_pairs(x, cos, sin, interleaved=rope_type == INTERLEAVED)

@@ -105,7 +105,7 @@ def next_sigmas(sigmas: np.ndarray) -> np.ndarray:
     )
 
 
-def frame_timesteps(sigma: jax.Array, conditioned: jax.Array, batch: int) -> jax.Array:
+def frame_timesteps(sigma: jax.Array | float, conditioned: jax.Array, batch: int) -> jax.Array:
     """Timestep of every frame (B, F): 1000 sigma, and 0 where `conditioned` (F,) bool."""
     timesteps = jnp.where(conditioned, 0.0, sigma * 1000.0)
     return jnp.broadcast_to(timesteps, (batch, *timesteps.shape))

@@ -38,6 +38,37 @@ class Conditions(NamedTuple):
     plucker: jax.Array | None  # B F H W 48
 
 
+def network_inputs(
+    latents: jax.Array,
+    conditions: Conditions,
+    sigma: jax.Array | float,
+    conditioned: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array | None, ...]:
+    """The six positional arguments of `DiT.__call__`, latents and cameras repeated for the text.
+
+    Args:
+      latents: (B, F, H, W, C).
+      conditions: see `Conditions`.
+      sigma: noise level of the frames that are not `conditioned` (F,) bool; those are at 0.
+      dtype: compute dtype of the network.
+    """
+    text, text_mask, *cameras = conditions
+    batch = len(text)
+
+    def repeat(a: jax.Array) -> jax.Array:  # all rows, and then all rows again
+        copies = jnp.broadcast_to(a, (batch // len(a), *a.shape))
+        return copies.reshape(batch, *a.shape[1:])
+
+    return (
+        repeat(latents).astype(dtype),
+        frame_timesteps(sigma, conditioned, batch),
+        text,
+        text_mask,
+        *[None if a is None else repeat(a) for a in cameras],
+    )
+
+
 def guided_velocity(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -60,23 +91,9 @@ def guided_velocity(
     conditioned = is_condition(latents)
     text, text_mask, *cameras = conditions
 
-    def predict(text: jax.Array, text_mask: jax.Array) -> jax.Array:
-        batch = len(text)
-
-        def repeat(a: jax.Array) -> jax.Array:  # all rows, and then all rows again
-            copies = jnp.broadcast_to(a, (batch // len(a), *a.shape))
-            return copies.reshape(batch, *a.shape[1:])
-
-        return apply(
-            graphdef,
-            params,
-            repeat(latents).astype(dtype),
-            frame_timesteps(sigma, conditioned, batch),
-            text,
-            text_mask,
-            *[None if a is None else repeat(a) for a in cameras],
-            chunk_starts=chunk_starts,
-        )
+    def predict(*texts: jax.Array) -> jax.Array:
+        inputs = network_inputs(latents, Conditions(*texts, *cameras), sigma, conditioned, dtype)
+        return apply(graphdef, params, *inputs, chunk_starts=chunk_starts)
 
     copies = len(text) // len(latents)
     if len(latents) == 1 and copies * widest_elements(params, latents) > INDEX_LIMIT:

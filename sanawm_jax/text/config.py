@@ -1,4 +1,4 @@
-"""Configuration of the Gemma text towers, read from a published `config.json`."""
+"""Configuration of the Gemma text encoders, read from a published `config.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sanawm_jax.runtime.errors import InputError
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-# what a published file says besides; none of it changes a hidden state
+# other fields of published files; none of them changes a hidden state
 _BOOKKEEPING = """architectures model_type dtype torch_dtype transformers_version use_cache
 cache_implementation bos_token_id eos_token_id pad_token_id initializer_range
 max_position_embeddings attention_dropout final_logit_softcapping tie_word_embeddings hidden_act
@@ -21,25 +21,26 @@ is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type"""
 _ACTIVATION = "gelu_pytorch_tanh"
 GEMMA2 = "gemma2"
 GEMMA3 = "gemma3_text"
-# a field that a Gemma-3 file leaves out takes the value of transformers' `Gemma3TextConfig`
+# a field that a Gemma-3 file does not have takes the value of transformers' `Gemma3TextConfig`
 _GEMMA3_DEFAULTS: dict[str, Any] = dict(vocab_size=262208, attn_logit_softcapping=None)
 _GEMMA3_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
-_GEMMA3_PERIOD = 6  # five sliding layers, then a full one
+_GEMMA3_PERIOD = 6  # five sliding layers, then one full layer
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
     """Fields of transformers' `Gemma2Config` and `Gemma3TextConfig` that change a hidden state.
 
-    The defaults are Gemma-2 2B. Gemma 3 (`model_type="gemma3_text"`) also normalises queries and
-    keys, rotates its sliding layers with another base, `rope_local_theta`, and divides the
-    frequencies of its full layers by `rope_factor`.
+    The defaults are those of Gemma-2 2B. Gemma 3 (`model_type="gemma3_text"`) also normalises
+    queries and keys, uses another rotary base `rope_local_theta` in its sliding layers, and divides
+    the frequencies of its full layers by `rope_factor`.
 
-    `layer_types` names each layer's attention, sliding or full; empty alternates the two, sliding
-    first. A sliding layer sees a token and the `sliding_window - 1` before it.
+    `layer_types` gives the attention of each layer, sliding or full. If it is empty, the two
+    alternate, and the first layer is sliding. In a sliding layer, a token sees itself and the
+    `sliding_window - 1` tokens before it.
 
     Raises:
-      InputError: sizes that do not divide, or layer types that this tower does not have.
+      InputError: sizes do not divide, or a layer type is unknown.
     """
 
     vocab_size: int = 256000
@@ -56,12 +57,12 @@ class GemmaConfig:
     sliding_window: int | None = 4096
     layer_types: tuple[str, ...] = ()
     model_type: str = GEMMA2
-    rope_local_theta: float | None = None  # of sliding layers; None: rope_theta
+    rope_local_theta: float | None = None  # the base of sliding layers; None: rope_theta
     rope_factor: float = 1.0
 
     @property
     def use_qk_norm(self) -> bool:
-        """Whether queries and keys are normalised a head, as in Gemma 3."""
+        """Whether queries and keys are normalised per head, as in Gemma 3."""
         return self.model_type == GEMMA3
 
     def __post_init__(self) -> None:
@@ -95,16 +96,18 @@ class GemmaConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> GemmaConfig:
-        """From the dictionary of a published `config.json`.
+        """Reads the dictionary of a published `config.json`.
 
-        Takes the files of `Gemma2Model`, `Gemma2ForCausalLM`, `Gemma3TextModel`,
-        `Gemma3ForCausalLM` and `Gemma3ForConditionalGeneration`, whose `text_config` it reads.
+        It accepts the files of `Gemma2Model`, `Gemma2ForCausalLM`, `Gemma3TextModel`,
+        `Gemma3ForCausalLM` and `Gemma3ForConditionalGeneration`; of the last one it reads the
+        `text_config`.
 
         Raises:
-          InputError: another model, an unknown field, or a feature that this tower does not have.
+          InputError: the file is of another model, has an unknown field, or needs a feature that is
+            not implemented.
         """
         what = "text encoder config"
-        if raw.get("model_type") == "gemma3":  # text and vision towers
+        if raw.get("model_type") == "gemma3":  # it has a text part and a vision part
             raw = {"model_type": GEMMA3, **(raw.get("text_config") or {})}
         kind = raw.get("model_type", GEMMA2)
         if kind not in (GEMMA2, GEMMA3):
@@ -127,7 +130,7 @@ class GemmaConfig:
         return cls(**config_fields(cls, {**named, "model_type": kind}, what=what))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a `config.json` holds them; `from_json` reads them back."""
+        """Returns the fields in the form of a `config.json`, which `from_json` reads."""
         out = {**dataclasses.asdict(self), "layer_types": list(self.layer_types)}
         factor, local = out.pop("rope_factor"), out.pop("rope_local_theta")
         if self.model_type == GEMMA2:
@@ -139,7 +142,7 @@ class GemmaConfig:
 
 
 def _gemma2_rope(raw: dict[str, Any], what: str) -> dict[str, Any]:
-    """The rotary base of a Gemma-2 file: newer files hold `rope_parameters`, older the base."""
+    """The rotary base of a Gemma-2 file; newer files hold it in `rope_parameters`."""
     if raw.get("rope_scaling") is not None:
         raise InputError(f"{what}: rope_scaling={raw['rope_scaling']!r} is not supported")
     rope = dict(raw.get("rope_parameters") or {})
@@ -150,13 +153,14 @@ def _gemma2_rope(raw: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _gemma3_fields(raw: dict[str, Any], what: str) -> dict[str, Any]:
-    """What a Gemma-3 file says in another way: layer types, and a rotary embedding a layer type.
+    """The fields that a Gemma-3 file stores differently: layer types and rotary embeddings.
 
-    Newer files hold `rope_parameters`, one dictionary a layer type; older ones `rope_theta` and
-    `rope_scaling` of the full layers and `rope_local_base_freq` of the sliding ones.
+    Newer files hold `rope_parameters` with one dictionary per layer type. Older files hold
+    `rope_theta` and `rope_scaling` for the full layers and `rope_local_base_freq` for the sliding
+    layers.
     """
     fields = {k: raw.get(k, v) for k, v in _GEMMA3_DEFAULTS.items()}
-    fields["attn_logit_softcapping"] = None  # read by no layer of the reference
+    fields["attn_logit_softcapping"] = None  # no layer of the reference reads it
     if not raw.get("layer_types"):
         period = raw.get("sliding_window_pattern") or _GEMMA3_PERIOD
         count = raw.get("num_hidden_layers", GemmaConfig.num_hidden_layers)

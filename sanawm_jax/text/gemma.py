@@ -1,6 +1,6 @@
-"""The Gemma-2 and Gemma-3 text towers: token ids to hidden states.
+"""The Gemma-2 and Gemma-3 text encoders, from token ids to hidden states.
 
-Axis letters: B batch, L text tokens, S keys (= L), C width, K key-value heads, G queries a
+Axis letters: B batch, L text tokens, S keys (= L), C width, K key-value heads, G queries per
 key-value head, D head size.
 Reference: Gemma 2 (arXiv 2408.00118), Gemma 3 (arXiv 2503.19786), transformers `Gemma2Model` and
 `Gemma3TextModel`.
@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from kernels_pallas.ucpe import inverse_rms, rotate_pairs
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, apply, build, draw, stack
 from sanawm_jax.memory.streaming import Runner, call
@@ -31,36 +32,34 @@ Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L
 def rope_tables(
     length: int, head_dim: int, theta: float, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (L, D) of rotary embedding for positions 0..L-1, float32.
+    """Cosines and sines (L, D/2) of the rotary embedding for positions 0..L-1, float32.
 
     Args:
       theta: base of the frequencies.
-      factor: what linear scaling divides them by.
+      factor: linear scaling divides the frequencies by this.
     """
     frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim) / factor).astype(np.float32)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-    angle = jnp.concatenate([angle, angle], -1)  # the two halves of a head are the pair
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + D/2) of x (B, L, ..., D) by `rope_tables`, in float32.
 
-    The reference rounds cosines, sines and products to x's dtype.
+    In contrast, the reference rounds cosines, sines and products to x's dtype.
     """
     shape = (1, cos.shape[0], *(1,) * (x.ndim - 3), cos.shape[1])
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    x32 = x.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, -1)
-    return (x32 * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+    return rotate_pairs(x, cos.reshape(shape), sin.reshape(shape), interleaved=False)
 
 
 def attention_masks(mask: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """Which keys a query sees in a full and in a sliding layer: causal, and never padding.
+    """Returns which keys a query sees in a full and in a sliding layer.
+
+    Attention is causal, and padding is never seen.
 
     Args:
       mask: (B, L), nonzero for tokens.
-      window: keys that a query of a sliding layer sees, itself included; None is all.
+      window: number of keys that a query of a sliding layer sees, with its own; None means all.
 
     Returns:
       Two (B, L, S) bool arrays.
@@ -87,38 +86,38 @@ def grouped_attention(
       k: (B, S, K, D).
       v: (B, S, K, D).
       mask: (B, L, S) bool.
-      scale: of the logits.
-      softcap: bound of the logits before masking; None leaves them.
+      scale: factor of the logits.
+      softcap: bound of the logits before masking; None means no bound.
 
     Returns:
       (B, L, K, G, D) in q's dtype.
     """
-    # fp32 island: logits, cap and softmax
+    # logits, cap and softmax are float32
     logits = jnp.einsum("BLKGD,BSKD->BKGLS", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    # finite, so that a padded query that sees nothing averages all keys, as in the reference
+    # A finite number, so that a padding query that sees nothing averages all keys, as in the
+    # reference.
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, -1).astype(q.dtype)
     return jnp.einsum("BKGLS,BSKD->BLKGD", weights, v)
 
 
 class GemmaNorm(nnx.Module):
-    """Root-mean-square norm scaled by 1 + scale, all of it in float32."""
+    """RMS norm with the factor 1 + scale, computed in float32."""
 
     def __init__(self, features: int, *, eps: float):
         self.scale = nnx.Param(jnp.zeros((features,)))
         self.eps = eps
 
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
-        """x (..., C) to the same in `dtype`, x's by default."""
-        x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        """Normalises x (..., C); the result has `dtype`, by default that of x."""
+        y = x.astype(jnp.float32) * inverse_rms(x, self.eps)
         return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(dtype or x.dtype)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped queries, rotary positions and capped logits."""
+    """Causal self-attention with grouped queries, rotary embedding and capped logits."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -154,7 +153,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Gated MLP with tanh GELU."""
+    """Gated MLP with the tanh approximation of GELU."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
@@ -167,9 +166,9 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each between two norms and inside a residual.
+    """Attention and MLP, each between two norms and with a residual connection.
 
-    The residual is float32: the reference rounds it to the compute dtype twice a layer.
+    The residual is float32, while the reference rounds it to the compute dtype twice per layer.
     """
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
@@ -182,7 +181,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array], dtype: Any
     ) -> jax.Array:
-        """x (B, L, C) float32 -> the same; attention and MLP run in `dtype`."""
+        """Maps x (B, L, C) float32 to the same shape; attention and MLP run in `dtype`."""
         y = self.attn(self.pre_attn_norm(x, dtype), mask, rope)
         x = x + self.post_attn_norm(y, jnp.float32)
         y = self.mlp(self.pre_mlp_norm(x, dtype))
@@ -190,7 +189,7 @@ class Layer(nnx.Module):
 
 
 class GemmaTower(nnx.Module):
-    """Embedding, layers stacked on a leading axis and run by one scan, final norm."""
+    """Embedding, layers that are stacked on a leading axis and run by one scan, and final norm."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -203,10 +202,10 @@ class GemmaTower(nnx.Module):
         self.norm = GemmaNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def embed(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
-        """Embeddings (B, L, C) of ids times sqrt(C), in `dtype` or the table's."""
+        """Embeddings (B, L, C) of ids times sqrt(C), in `dtype` or in the dtype of the table."""
         x = self.embed_table[...][ids]
         x = x if dtype is None else x.astype(dtype)
-        # the factor is rounded to the model's dtype, as the weights were trained
+        # the factor is rounded to the model's dtype, as in the training of the weights
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
 
     def __call__(
@@ -217,17 +216,18 @@ class GemmaTower(nnx.Module):
         dtype: Any = None,
         all_states: bool = False,
     ) -> jax.Array:
-        """Hidden states of token ids, padded on either side.
+        """Computes hidden states of token ids, which may be padded on either side.
 
         Args:
-          ids: (B, L) integers; positions count from the left, padding included.
+          ids: (B, L) integers; positions count from the left and include padding.
           mask: (B, L), nonzero for tokens.
-          dtype: compute dtype; the embedding table's by default.
-          all_states: return every state, not only the last.
+          dtype: compute dtype; by default that of the embedding table.
+          all_states: return every hidden state, not only the last one.
 
         Returns:
-          (B, L, C) after the final norm, the reference's `hidden_states[-1]`; with `all_states`
-          (layers + 1, B, L, C): the embeddings, each layer but the last, and that.
+          (B, L, C) after the final norm, which is `hidden_states[-1]` of the reference. With
+          `all_states`, (layers + 1, B, L, C): the embeddings, the output of each layer except the
+          last, and the state after the final norm.
         """
         config = self.config
         full, sliding = attention_masks(mask, config.sliding_window)
@@ -273,27 +273,27 @@ def text_tower(
     all_states: bool = False,
     run: Runner = call,
 ) -> Tower:
-    """The compiled function (ids (B, L), mask (B, L)) -> last hidden state (B, L, C).
+    """Returns the compiled function (ids (B, L), mask (B, L)) -> last hidden state (B, L, C).
+
+    The function raises InputError for ids that the embedding does not have. The tokenizer and the
+    text encoder are then from different models.
 
     Args:
-      params: of `GemmaTower`, as `keys.load_text_encoder` returns them.
-      dtype: compute dtype; the parameters' by default.
-      all_states: give every hidden state, (layers + 1, B, L, C).
+      params: parameters of `GemmaTower`, as `keys.load_text_encoder` returns them.
+      dtype: compute dtype; by default that of the parameters.
+      all_states: return every hidden state, (layers + 1, B, L, C).
       run: how the compiled function is called, see `memory.streaming`.
-
-    The function raises InputError for ids that the embedding does not have, which means that
-    tokenizer and text encoder are not of one model.
     """
     graphdef, _ = build(GemmaTower, config)
 
     def tower(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-        # on an accelerator a lookup past the table is silent
+        # on an accelerator, a lookup past the end of the table gives no error
         if (largest := int(np.max(ids))) >= config.vocab_size:
             raise InputError(
                 f"token id {largest} is past the text encoder's {config.vocab_size} embeddings; "
                 "tokenizer/ and text_encoder/ must come from one model"
             )
-        # a mere copy, where jnp.asarray is a program for every shape
+        # This only copies, while jnp.asarray would compile a program for every shape.
         arrays = jax.device_put((ids, mask))
         return run(_run, graphdef, params, *arrays, dtype=dtype, all_states=all_states)
 

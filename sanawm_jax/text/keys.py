@@ -1,4 +1,4 @@
-"""Published names of the text tower's tensors, and its loader."""
+"""The published tensor names of the text encoder, and its loader."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.core.params import Params, build
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower
 
-# of the bare text model, of its causal language model, and of Gemma 3 with its vision tower, as it
-# was published and as transformers 5 names it
+# The prefixes of: the text model alone, its causal language model, and Gemma 3 with its vision part
+# (first the published names, then those of transformers 5).
 _PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")
 _EMBEDDING = "embed_tokens.weight"
 _LAYER = {
@@ -35,13 +36,13 @@ _LAYER = {
 
 
 def find_prefix(keys: Iterable[str]) -> str:
-    """What stands before every name in these tensors; empty if none of them is a text tower's."""
+    """Returns the prefix of every name; empty if the tensors are not those of a text encoder."""
     keys = set(keys)
     return next((p for p in _PREFIXES if p + _EMBEDDING in keys), "")
 
 
 def key_table(config: GemmaConfig, prefix: str = "") -> list[keymap.Entry]:
-    """Every leaf of `build(GemmaTower, config)` with the published tensors that fill it."""
+    """Maps every leaf of `build(GemmaTower, config)` to the published tensors that fill it."""
 
     def name(path: str, index: tuple[int, ...]) -> str:
         if path == "embed_table":
@@ -52,7 +53,7 @@ def key_table(config: GemmaConfig, prefix: str = "") -> list[keymap.Entry]:
         return prefix + keymap.default_name(f"layers.{index[0]}.{_LAYER[module]}.{leaf}")
 
     abstract = build(GemmaTower, config)[1]
-    return keymap.table(abstract, name, stacked=lambda path: int(path.startswith("layers.")))
+    return keymap.table(abstract, name, stacked=stacked_axes)
 
 
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -60,12 +61,15 @@ _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
 
 def is_ignored(key: str) -> bool:
-    """The head that predicts tokens, and Gemma 3's eyes: no hidden state of a text needs them."""
+    """Whether a tensor belongs to the language head or to Gemma 3's vision part.
+
+    No hidden state of a text depends on these.
+    """
     return key in _HEADS or _VISION.fullmatch(key) is not None
 
 
 def check_text_encoder(folder: str | Path) -> GemmaConfig:
-    """Compares names and shapes of all tensors, from the file headers alone.
+    """Checks names and shapes of all tensors; it reads only the file headers.
 
     Raises:
       InputError: see `load_text_encoder`.
@@ -88,8 +92,8 @@ def load_text_encoder(
     """Reads a `text_encoder/` folder: config.json and safetensors, single or sharded.
 
     Args:
-      dtype: of the parameters; None keeps the file's.
-      sharding: a sharding or a tree of them for `jax.device_put`.
+      dtype: dtype of the parameters; None keeps that of the file.
+      sharding: a sharding, or a tree of shardings, for `jax.device_put`.
       place: see `keymap.load`.
 
     Raises:

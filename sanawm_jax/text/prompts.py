@@ -1,4 +1,4 @@
-"""Prompts to the hidden states that condition the DiT.
+"""From prompts to the hidden states that condition the DiT.
 
 Axis letters: B batch, L text tokens, C width.
 """
@@ -17,8 +17,8 @@ from sanawm_jax.text.tokenizer import Tokenizer
 
 MAX_LENGTH = 300  # text tokens of the released models
 
-# The instruction that precedes every caption. The released models were trained with exactly this
-# string, so it is data: a changed character changes what they see.
+# The instruction before every caption. The released models were trained with exactly this string,
+# so it must not change by a single character.
 CHI_PROMPT: tuple[str, ...] = (
     (
         'Given a user prompt, generate an "Enhanced prompt" that provides detailed visual '
@@ -60,20 +60,20 @@ def encode_texts(
     max_length: int = MAX_LENGTH,
     chi_prompt: Sequence[str] = CHI_PROMPT,
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states of captions after the chi prompt, cut back to the captions.
+    """Computes the hidden states of captions that follow the chi prompt.
 
-    The tower reads chi prompt and caption together; BOS and the last L - 1 positions are kept.
-    With the released tokenizers those start at the caption's first word, because the chi prompt's
-    last token, a space, melts into it.
+    The text encoder reads the chi prompt and the caption together. Only BOS and the last L - 1
+    positions are kept. With the released tokenizers these positions start at the first word of the
+    caption, because the last character of the chi prompt, a space, becomes a part of that token.
 
     Args:
       tower: see `gemma.text_tower`.
       texts: B captions.
-      max_length: L, BOS included; longer captions lose their end.
-      chi_prompt: its lines; empty reads the captions alone.
+      max_length: L, including BOS; longer captions are truncated at the end.
+      chi_prompt: the lines of the chi prompt; if it is empty, the captions are read without it.
 
     Returns:
-      hidden states (B, L, C) and mask (B, L) int32, 0 on padding.
+      hidden states (B, L, C) and mask (B, L) int32, which is 0 on padding.
 
     Raises:
       InputError: max_length is below 2.
@@ -87,14 +87,14 @@ def encode_texts(
 
     if total == max_length:
         return hidden, jax.device_put(mask)
-    # XLA's gather of a few rows is one program, where cutting and joining them were three
+    # A gather of these rows is one program, while slicing and joining them would be three.
     rows = np.r_[0, total - max_length + 1 : total]
     return _rows(hidden, rows), jax.device_put(mask[:, rows])
 
 
 @jax.jit
 def _rows(states: jax.Array, rows: np.ndarray) -> jax.Array:
-    """States (B, L, C) at some positions."""
+    """Returns the states (B, L, C) at the given positions."""
     return states[:, rows]
 
 
@@ -107,7 +107,7 @@ def encode_prompt(
     max_length: int = MAX_LENGTH,
     chi_prompt: Sequence[str] = CHI_PROMPT,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Conditions of one video; the negative prompt is read without the chi prompt.
+    """Encodes prompt and negative prompt of one video; the negative one has no chi prompt.
 
     Reference: diffusers `SanaWMPipeline.encode_prompt`.
 
@@ -132,16 +132,16 @@ def encode_prompt(
 
 
 def read_prompt(text_or_path: str) -> str:
-    """The prompt itself, or the contents of the UTF-8 file that it names, stripped.
+    """Returns the prompt, or the stripped contents of the UTF-8 file that it names.
 
     Raises:
-      InputError: the file is empty or not UTF-8, `something.txt` does not exist, or the text holds
-        half characters, as a command line in another encoding gives.
+      InputError: the file is empty or not UTF-8, a file `something.txt` does not exist, or the text
+        has invalid characters because the command line uses another encoding.
     """
     path = Path(text_or_path)
     try:
         is_file = path.is_file()
-    except (OSError, ValueError):  # too long, or characters that no path has
+    except (OSError, ValueError):  # too long for a path, or with characters that no path has
         is_file = False
     if not is_file:
         if path.suffix == ".txt" and len(text_or_path.split()) == 1:

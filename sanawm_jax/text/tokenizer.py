@@ -1,6 +1,6 @@
 """Token ids from a published `tokenizer.json`.
 
-Reference: transformers `GemmaTokenizer`, whose ids, truncation and padding these are.
+Reference: transformers `GemmaTokenizer`; ids, truncation and padding equal those of this class.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from sanawm_jax.runtime.errors import InputError
 
 
 def _content(token: Any) -> str | None:
-    """A special token's text; the configuration holds it bare or inside an object."""
+    """The text of a special token; the configuration holds a string or an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 class Tokenizer:
-    """The tokenizer of one folder, e.g. `tokenizer/`.
+    """The tokenizer of one folder, for example `tokenizer/`.
 
-    `tokenizer.json` says how text is split and that BOS comes first; `tokenizer_config.json`, if
-    there, names the padding token (else `<pad>`) and the side that truncation cuts (else right).
+    `tokenizer.json` says how text is split and that BOS comes first. `tokenizer_config.json`, if it
+    exists, gives the padding token (otherwise `<pad>`) and the side on which text is truncated
+    (otherwise right).
 
     Raises:
-      InputError: no folder, no or a corrupt tokenizer.json, or an unknown padding token.
+      InputError: the folder or tokenizer.json does not exist or is damaged, or the padding token is
+        unknown.
     """
 
     def __init__(self, folder: str | Path):
@@ -56,34 +58,34 @@ class Tokenizer:
         self.pad_id: int = pad_id
         baked = self._tokenizer.truncation or {}
         self._truncation_side = baked.get("direction") or config.get("truncation_side") or "right"
-        # what the file bakes in must not cut or pad `encode`
+        # the file's own truncation and padding must not apply to `encode`
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
+        """Number of ids, including added tokens."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text with its special tokens, neither truncated nor padded."""
+        """Returns the ids of a text with its special tokens, without truncation and padding."""
         return self._tokenizer.encode(text).ids
 
     def __call__(
         self, texts: Sequence[str], max_length: int, *, padding_side: str = "right"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of texts, truncated and padded to one length.
+        """Returns the ids of texts, truncated and padded to one length.
 
         Args:
           texts: B strings.
-          max_length: L, special tokens included.
-          padding_side: right, or left as the refiner reads them.
+          max_length: L, including special tokens.
+          padding_side: right, or left, as the refiner needs it.
 
         Returns:
           ids and mask, both (B, L) int32; mask is 1 on tokens and 0 on padding.
 
         Raises:
-          InputError: max_length leaves no room beside the special tokens.
+          InputError: max_length has no room for tokens besides the special ones.
         """
         special = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= special:

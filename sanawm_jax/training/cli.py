@@ -36,10 +36,10 @@ def _run(_: list[str]) -> None:
     from sanawm_jax.runtime.compiler_flags import use_compiler_flags
     from sanawm_jax.runtime.errors import InputError
     from sanawm_jax.runtime.processes import is_first, join_processes
-    from sanawm_jax.training.engine.dry_run import describe
     from sanawm_jax.training.engine.interrupt import Stopped
     from sanawm_jax.training.engine.loop import train
     from sanawm_jax.training.engine.metrics import TrainingDiverged
+    from sanawm_jax.training.recipes.dry_run import describe
 
     given = flags.FLAGS
     show_notes()

@@ -1,7 +1,7 @@
 """Building blocks of the video autoencoder.
 
-Axis letters: B batch, F frames, H rows, W columns, C channels; `p q r` strides over F, H, W.
-Activations are channels-last `B F H W C`. Source: the LTX2Video blocks of diffusers'
+Axis letters: B batch, F frames, H rows, W columns, C channels. `p q r` are strides over F, H, W.
+Activations are channels-last, `B F H W C`. Source: the LTX2Video blocks of diffusers'
 `autoencoder_kl_ltx2.py`.
 """
 
@@ -18,25 +18,25 @@ from einops import rearrange, reduce
 from flax import nnx
 from jax import lax
 
+from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Conv, Linear, modulation_table
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import DownStage, Strides, UpStage
 
-Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one after each convolution
+Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one for each convolution
 
 
 def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     """Divides every location by the RMS of its channels; statistics in float32."""
-    x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    # Where channels lie innermost, XLA would write the normalised array, and pad it after: one
-    # more pass than to read x again on the way into the padded array.
+    scale = inverse_rms(x, eps)
+    # With channels as the last axis in memory, XLA would write the normalised array and then pad
+    # it. It is one pass less to read x again when the padded array is written.
     scale = lax.optimization_barrier(scale)
-    return (x32 * scale).astype(x.dtype)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def space_to_depth(x: jax.Array, strides: Strides) -> jax.Array:
-    """(B, F*p, H*q, W*r, C) -> (B, F, H, W, C*p*q*r), the offsets fastest."""
+    """(B, F*p, H*q, W*r, C) -> (B, F, H, W, C*p*q*r); the offsets p q r vary fastest."""
     p, q, r = strides
     return rearrange(x, "B (F p) (H q) (W r) C -> B F H W (C p q r)", p=p, q=q, r=r)
 
@@ -49,19 +49,19 @@ def depth_to_space(x: jax.Array, strides: Strides) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
-    """x (B, F, H, W, C) with edge frames before and after it, and a border of one in space.
+    """Pads x (B, F, H, W, C) with edge frames in time and with a border of one in space.
 
-    One gather of locations, which XLA fuses with whatever makes x: the padded array is written
-    once, by one kernel, borders and all.
+    The padding is one gather of locations. XLA fuses it with the operation that computes x, so one
+    kernel writes the padded array once, including its borders.
 
     Args:
-      time: frames before and after.
-      mode: reflect, replicate or circular; None leaves space as it is.
+      time: numbers of frames before and after.
+      mode: reflect, replicate or circular; None does not pad in space.
     """
-    source = jnp.zeros((), jnp.int32)  # (F', H', W') numbers of locations, once all axes are in
+    source = jnp.zeros((), jnp.int32)  # after the loop: (F', H', W') indices of locations
     for axis, (before, after), how in _widths(time, mode):
         size = x.shape[axis]
-        # from an iota, since a constant for all locations would be megabytes in the program
+        # an iota, because a constant with all locations would be megabytes in the program
         places = _sources(lax.iota(jnp.int32, before + size + after) - before, size, how)
         source = source[..., None] * size + places
     locations = jnp.asarray(x).reshape(x.shape[0], -1, x.shape[-1])
@@ -74,18 +74,18 @@ def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
 def _widths(
     time: tuple[int, int], mode: str | None
 ) -> list[tuple[int, tuple[int, int], str | None]]:
-    """Axis, its widths before and after, and how its border is made."""
+    """Returns for each axis: its number, its widths before and after, and its padding mode."""
     space = (1, 1) if mode else (0, 0)
     return [(1, time, "replicate"), (2, space, mode), (3, space, mode)]
 
 
 def _sources(i: Any, size: int, mode: str | None) -> Any:
-    """Which of an axis' `size` entries stands at i, of which those outside are borders."""
+    """Returns which of the `size` entries of an axis is at position i, inside or outside of it."""
     if mode == "circular":
         return i % size
     if mode == "reflect":
         i = size - 1 - abs(size - 1 - abs(i))
-    # also a side of one, which cannot be reflected: it is repeated where torch refuses
+    # An axis of size one cannot be reflected. It is repeated here, while torch raises an error.
     return i.clip(0, size - 1)
 
 
@@ -96,7 +96,10 @@ def _pad_forward(x: jax.Array, time: tuple[int, int], mode: str | None) -> tuple
 def _pad_backward(
     time: tuple[int, int], mode: str | None, _: None, d: jax.Array
 ) -> tuple[jax.Array]:
-    """Borders go back to what they repeat; the gather's own gradient would scatter everything."""
+    """Adds the gradient of each border to the entry that the border repeats.
+
+    The gradient of the gather itself would scatter all locations.
+    """
     for axis, (before, after), how in _widths(time, mode):
         size = d.shape[axis] - before - after
         whole, d = d, lax.slice_in_dim(d, before, before + size, axis=axis)
@@ -112,9 +115,9 @@ _pad.defvjp(_pad_forward, _pad_backward)
 
 
 class CausalConv(nnx.Module):
-    """3x3x3 convolution; time is padded with edge frames, space by `padding_mode`.
+    """3x3x3 convolution. Time is padded with edge frames, and space by `padding_mode`.
 
-    Whether time is padded on the left only is chosen at the call.
+    The argument `causal` of a call decides whether time is padded only on the left.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class TimeEmbedder(nnx.Module):
         self.linear_2 = Linear(features, features, rngs=rngs)
 
     def __call__(self, timestep: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        # float32 phases: bfloat16 cannot tell neighbouring timesteps of 0..1000 apart
+        # The phases are float32: in bfloat16, neighbouring timesteps of 0..1000 would be equal.
         frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(128, dtype=jnp.float32) / 128)
         phase = timestep.astype(jnp.float32).reshape(-1, 1) * frequencies
         waves = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1).astype(dtype)
@@ -169,7 +172,10 @@ class TimeEmbedder(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Pre-norm residual block, optionally modulated by a timestep and perturbed by noise."""
+    """Residual block with norms before its convolutions.
+
+    It is optionally modulated by a timestep, and it optionally adds noise.
+    """
 
     def __init__(
         self,
@@ -189,7 +195,7 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = (
             Conv(in_features, out_features, (1, 1, 1), rngs=rngs) if widens else None
         )
-        # noise starts switched off
+        # noise has no effect at the start
         scale = (1, 1, in_features)
         self.per_channel_scale1 = nnx.Param(jnp.zeros(scale)) if inject_noise else None
         self.per_channel_scale2 = nnx.Param(jnp.zeros(scale)) if inject_noise else None
@@ -209,7 +215,7 @@ class ResnetBlock(nnx.Module):
         modulation = None
         if self.scale_shift_table is not None:
             table = self.scale_shift_table[...].astype(x.dtype)
-            # shift and scale of the first norm, then of the second
+            # shift and scale of the first norm, then those of the second norm
             modulation = rearrange(temb, "B (k C) -> k B 1 1 1 C", k=4)
             modulation = modulation + table[:, None, None, None, None]
 
@@ -236,11 +242,11 @@ class ResnetBlock(nnx.Module):
     def _noise(noise: Noise | None, index: int, like: jax.Array) -> jax.Array:
         if noise is None:
             raise InputError("this VAE injects noise in its decoder; pass noise=draw_noise(...)")
-        return noise[index].astype(like.dtype)[:, :, None]  # H W 1: shared by frames and batch
+        return noise[index].astype(like.dtype)[:, :, None]  # H W 1, shared by frames and batch
 
 
 class Downsampler(nnx.Module):
-    """Space-to-depth after a convolution, plus the grouped mean of the folded input."""
+    """Space-to-depth after a convolution, plus the mean over groups of the folded input."""
 
     def __init__(self, stage: DownStage, *, padding_mode: str, rngs: nnx.Rngs):
         assert stage.strides is not None
@@ -253,7 +259,7 @@ class Downsampler(nnx.Module):
 
     def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
         if self.strides[0] > 1:
-            # the first frame stands for the frames before the clip, so that 8k+1 divides
+            # The first frame is repeated for the frames before the clip, so that 8k+1 divides.
             x = jnp.concatenate([x[:, : self.strides[0] - 1], x], axis=1)
         folded = space_to_depth(x, self.strides)
         skip = reduce(folded, "B F H W (C g) -> B F H W C", "mean", g=self.group_size)
@@ -261,7 +267,7 @@ class Downsampler(nnx.Module):
 
 
 class Upsampler(nnx.Module):
-    """Depth-to-space after a convolution, plus (optionally) the unfolded input, repeated."""
+    """Depth-to-space after a convolution, plus optionally the repeated and unfolded input."""
 
     def __init__(self, stage: UpStage, *, padding_mode: str, rngs: nnx.Rngs):
         assert stage.strides is not None
@@ -280,12 +286,12 @@ class Upsampler(nnx.Module):
         return y + jnp.tile(self._unfold(x), (1, 1, 1, 1, self.repeats))
 
     def _unfold(self, x: jax.Array) -> jax.Array:
-        # frames that would lie before the clip are dropped
+        # frames that would be before the clip are removed
         return depth_to_space(x, self.strides)[:, self.strides[0] - 1 :]
 
 
 class DownBlock(nnx.Module):
-    """Resnets, then a downsampler."""
+    """Residual blocks, then a downsampler."""
 
     def __init__(self, stage: DownStage, *, eps: float, padding_mode: str, rngs: nnx.Rngs):
         width = stage.in_channels
@@ -313,7 +319,7 @@ class DownBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Resnets at one width, with their own embedding of the timestep."""
+    """Residual blocks of one width, with their own embedding of the timestep."""
 
     def __init__(
         self,
@@ -359,7 +365,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(MidBlock):
-    """A change of width if needed, an upsampler, then resnets."""
+    """A change of width if needed, an upsampler, then residual blocks."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Configuration of the video autoencoder, with the stages that it implies.
+"""Configuration of the video autoencoder, and the stages that follow from it.
 
 Source of the fields and of their defaults: diffusers' `AutoencoderKLLTX2Video`.
 """
@@ -24,18 +24,18 @@ _DOWN_BLOCK = "LTX2VideoDownBlock3D"
 
 @dataclasses.dataclass(frozen=True)
 class DownStage:
-    """One encoder block: resnets at `in_channels`, then a downsampler to `out_channels`."""
+    """One encoder block: residual blocks of `in_channels`, then a downsampler to `out_channels`."""
 
     in_channels: int
     out_channels: int
     num_layers: int
-    strides: Strides | None  # None: the block keeps its resolution
-    strided_conv: bool = False  # a strided convolution in place of space-to-depth
+    strides: Strides | None  # None: the block keeps the resolution
+    strided_conv: bool = False  # a strided convolution instead of space-to-depth
 
 
 @dataclasses.dataclass(frozen=True)
 class UpStage:
-    """One decoder block: a change of width if needed, an upsampler, then resnets."""
+    """One decoder block: a change of width if needed, an upsampler, then residual blocks."""
 
     in_channels: int
     out_channels: int
@@ -50,11 +50,11 @@ class UpStage:
 class VAEConfig:
     """Fields of the published `vae/config.json`.
 
-    Decoder tuples other than `upsample_type` are written from the output side inwards, as
-    published; `upsample_type` is in the order of execution.
+    The tuples of the decoder begin at the output side, as in the published file. Only
+    `upsample_type` is in the order of execution.
 
     Raises:
-      InputError: a combination that the reference cannot run either.
+      InputError: the combination of fields cannot run; the reference cannot run it either.
     """
 
     in_channels: int = 3
@@ -86,10 +86,10 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> VAEConfig:
-        """From a parsed `config.json` without its underscored keys.
+        """Reads a parsed `config.json` without its keys that begin with an underscore.
 
         Raises:
-          InputError: unknown fields or a combination that cannot run.
+          InputError: a field is unknown, or the combination of fields cannot run.
         """
         return cls(**config_fields(cls, raw, what="the VAE's config.json"))
 
@@ -109,10 +109,10 @@ class VAEConfig:
 
     @property
     def spatial_ratio(self) -> int:
-        """Pixels a latent along rows and columns, as the reference states it.
+        """Pixels per latent along rows and columns, as the reference computes it.
 
-        Unless given, it counts every scaling block as a spatial one, so published configurations
-        give it.
+        If the configuration does not give it, every scaling block counts as a spatial one. For this
+        reason, published configurations give it.
         """
         if self.spatial_compression_ratio is not None:
             return self.spatial_compression_ratio
@@ -120,7 +120,7 @@ class VAEConfig:
 
     @property
     def temporal_ratio(self) -> int:
-        """Frames a latent frame after the first; see `spatial_ratio`."""
+        """Pixel frames per latent frame after the first one; see `spatial_ratio`."""
         if self.temporal_compression_ratio is not None:
             return self.temporal_compression_ratio
         return self.patch_size_t * 2 ** sum(self._encoder_scaling)
@@ -131,12 +131,12 @@ class VAEConfig:
 
     @property
     def mid_inject_noise(self) -> bool:
-        """Whether the decoder's middle block takes noise."""
+        """Whether the middle block of the decoder takes noise."""
         return _spread(self.decoder_inject_noise, len(self.decoder_layers_per_block))[-1]
 
     @property
     def down_stages(self) -> tuple[DownStage, ...]:
-        """The encoder's blocks; the first works at the latents' width, as in the reference."""
+        """The encoder's blocks; the first has the width of the latents, as in the reference."""
         stages = []
         width = self.latent_channels
         for i, out in enumerate(self.block_out_channels):
@@ -149,7 +149,7 @@ class VAEConfig:
 
     @property
     def up_stages(self) -> tuple[UpStage, ...]:
-        """The decoder's blocks in the order of execution."""
+        """The blocks of the decoder in the order of execution."""
         blocks = len(self.decoder_layers_per_block)
         widths = self.decoder_block_out_channels[::-1]
         layers = self.decoder_layers_per_block[::-1]
@@ -175,10 +175,10 @@ class VAEConfig:
         return tuple(stages)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a video.
+        """Returns the latent frames, rows and columns of a video.
 
         Raises:
-          InputError: the video does not divide into latents.
+          InputError: the size of the video does not divide into latents.
         """
         size = (frames, height, width)
         problem = f"a video of {frames} frames of {height}x{width} does not divide into latents"
@@ -201,7 +201,7 @@ class VAEConfig:
         return size
 
     def video_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Pixel frames, rows and columns that latents of this size decode to."""
+        """Returns the pixel frames, rows and columns to which latents of this size decode."""
         for stage in self.up_stages:
             if stage.strides is not None:
                 t, h, w = stage.strides
@@ -250,7 +250,7 @@ class VAEConfig:
         for i, s in enumerate(self.up_stages):
             where = f"decoder block {i} ({s.in_channels} to {s.out_channels} channels)"
             if s.in_channels != s.out_channels:
-                # the reference's width change takes neither a timestep embedding nor noise
+                # in the reference, a change of width takes neither a timestep embedding nor noise
                 extra = self.timestep_conditioning or s.inject_noise
                 _require(not extra, f"{where} cannot change its width and be conditioned")
                 _require(arriving == s.in_channels, f"{where} is given {arriving} channels")
@@ -277,9 +277,9 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(f"VAE: {message}")
 
 
-# 128x128 video of 8k+1 frames <-> (k+1, 16, 16, 48) latents. Patches bring it to the latents' grid
-# at once: a stage that halves rows and columns would squeeze a lone first frame through the few
-# channels of its convolution.
+# 128x128 video of 8k+1 frames <-> (k+1, 16, 16, 48) latents. The patches have the size of a latent,
+# so no stage halves rows and columns. Such a stage would have to encode a single first frame with
+# the few channels of its convolution.
 SMALL_WORLD_VAE = VAEConfig(
     latent_channels=48,
     block_out_channels=(96, 96, 96),

@@ -1,4 +1,4 @@
-"""Latents -> video. Axis letters as in `blocks`."""
+"""The decoder, from latents to video. Axis letters are those of `blocks`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sanawm_jax.vae.blocks import (
 )
 from sanawm_jax.vae.config import VAEConfig
 
-# one entry a block (middle first); None where the block takes no noise
+# one entry per block, the middle block first; None for a block without noise
 DecoderNoise = tuple[tuple[Noise, ...] | None, ...]
 
 
 def draw_noise(
     key: jax.Array, cfg: VAEConfig, height: int, width: int, dtype: jnp.dtype = jnp.float32
 ) -> DecoderNoise:
-    """Standard normal fields for a decoder that injects noise, in the order of their use.
+    """Draws standard normal fields for a decoder that injects noise, in the order of their use.
 
     Args:
-      height, width: of the latents.
+      height, width: size of the latents.
     """
     blocks = []
     strides = (1, 1)
@@ -48,7 +48,7 @@ def draw_noise(
 
 
 class Decoder(nnx.Module):
-    """A middle block, depth-to-space residual blocks, unpatchify.
+    """A middle block, blocks with depth-to-space upsampling, and the conversion to pixels.
 
     Source: `LTX2VideoDecoder3d`.
     """
@@ -87,17 +87,17 @@ class Decoder(nnx.Module):
 
         Args:
           latents: (B, f, h, w, C), denormalised.
-          temb: (B,) timesteps in [0, 1], if the configuration is conditioned on them.
+          temb: (B,) timesteps in [0, 1], if the configuration has timestep conditioning.
           noise: from `draw_noise`, if the configuration injects noise.
-          causal: True forces causal time padding; otherwise the configuration decides. As in the
-            reference, False cannot switch a causal decoder off.
+          causal: True forces causal time padding. Otherwise the configuration decides: as in the
+            reference, False does not make a causal decoder non-causal.
           remat: recompute each block in the backward pass instead of keeping its activations.
 
         Returns:
-          (B, F, H, W, 3), about [-1, 1], not clipped.
+          (B, F, H, W, 3), in about [-1, 1], not clipped.
 
         Raises:
-          InputError: a conditioned decoder without timesteps, or noise that is missing.
+          InputError: the decoder needs timesteps or noise that the call does not give.
         """
         cfg = self.cfg
         causal = bool(causal or cfg.decoder_causal)
@@ -124,5 +124,5 @@ class Decoder(nnx.Module):
             x = x * (1 + scale) + shift
         x = self.conv_out(jax.nn.silu(x), causal=causal)
         p, t = cfg.patch_size, cfg.patch_size_t
-        # columns before rows within a patch
+        # within a patch, columns come before rows
         return rearrange(x, "B F H W (C p r q) -> B (F p) (H q) (W r) C", p=t, q=p, r=p)

@@ -1,4 +1,7 @@
-"""Video -> parameters of the latents' Gaussian. Axis letters as in `blocks`."""
+"""The encoder, from video to the parameters of the latents' Gaussian distribution.
+
+Axis letters are those of `blocks`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from sanawm_jax.vae.config import VAEConfig
 
 
 class Encoder(nnx.Module):
-    """Patchify, strided residual blocks, a middle block, mean and one shared log-variance.
+    """Patches, downsampling blocks, a middle block; the output is a mean and one log-variance.
 
     Source: `LTX2VideoEncoder3d`.
     """
@@ -36,15 +39,15 @@ class Encoder(nnx.Module):
 
         Args:
           video: (B, F, H, W, 3) in [-1, 1].
-          causal: True forces causal time padding; otherwise the configuration decides. As in the
-            reference, False cannot switch a causal encoder off.
+          causal: True forces causal time padding. Otherwise the configuration decides: as in the
+            reference, False does not make a causal encoder non-causal.
           remat: recompute each block in the backward pass instead of keeping its activations.
 
         Returns:
           mean, logvar: each (B, f, h, w, C); all channels of logvar are equal.
 
         Raises:
-          InputError: the video does not divide into latents.
+          InputError: the size of the video does not divide into latents.
         """
         cfg = self.cfg
         if cfg.patch_size_t != 1:
@@ -52,7 +55,7 @@ class Encoder(nnx.Module):
         cfg.latent_shape(*video.shape[1:4])
         causal = bool(causal or cfg.encoder_causal)
         p = cfg.patch_size
-        # columns before rows within a patch
+        # within a patch, columns come before rows
         x = rearrange(video, "B F (H q) (W r) C -> B F H W (C r q)", q=p, r=p)
         x = self.conv_in(x, causal=causal)
         for block in (*self.down_blocks, self.mid_block):

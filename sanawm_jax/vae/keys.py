@@ -1,4 +1,4 @@
-"""Published tensor names of `AutoencoderKLLTX2Video` for our parameter tree."""
+"""The published tensor names of `AutoencoderKLLTX2Video` for our parameter tree."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ _NOISE_SCALE = keymap.Layout((2, 0, 1))  # (1, 1, C) <-> (C, 1, 1)
 
 
 def key_table(cfg: VAEConfig, module: type[VideoVAE] = VideoVAE) -> list[keymap.Entry]:
-    """The entries that load and export a `VideoVAE`, or half of one, of this configuration."""
+    """Returns the entries that load and export a `VideoVAE`, or one half of it."""
     _, abstract = build(module, cfg)
     return keymap.table(abstract, _name, layout=_layout)
 
 
 def check_vae(folder: str | Path, module: type[VideoVAE] = VideoVAE) -> None:
-    """Compares names and shapes with the file headers of a `vae/` folder.
+    """Compares names and shapes of tensors with the file headers of a `vae/` folder.
 
     Args:
-      module: `VideoEncoder` or `VideoDecoder` leave the other half's tensors out.
+      module: `VideoEncoder` or `VideoDecoder` ignore the tensors of the other half.
 
     Raises:
-      InputError: what is absent, broken, missing, unexpected or mis-shaped.
+      InputError: a file is absent or broken, or a tensor is missing, unexpected or has the wrong
+        shape.
     """
     config = VAEConfig.from_json(read_config(folder))
     keymap.check(
@@ -51,8 +52,8 @@ def load_vae(
     """Reads a `vae/` folder: config.json and safetensors.
 
     Args:
-      dtype: of the parameters; None keeps the file's.
-      module: `VideoEncoder` or `VideoDecoder` read that half alone.
+      dtype: dtype of the parameters; None keeps that of the file.
+      module: `VideoEncoder` or `VideoDecoder` read only that half.
 
     Raises:
       InputError: a file is absent or broken, or the tensors do not fit the configuration.

@@ -1,4 +1,4 @@
-"""The latents' Gaussian and their normalisation for the diffusion model.
+"""The Gaussian distribution of the latents, and their normalisation for the diffusion model.
 
 Sources: diffusers' `DiagonalGaussianDistribution` and the encode and decode steps of
 `SanaWMPipeline`.
@@ -11,28 +11,28 @@ import jax.numpy as jnp
 
 
 def clip_logvar(logvar: jax.Array) -> jax.Array:
-    """Keeps the log-variance where its exponential is finite."""
+    """Clips the log-variance so that its exponential is finite."""
     return jnp.clip(logvar, -30.0, 20.0)
 
 
 def mode_posterior(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """The most likely latents, (B, f, h, w, C)."""
+    """Returns the most likely latents, (B, f, h, w, C)."""
     del logvar
     return mean
 
 
 def sample_posterior(mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
-    """Latents drawn from the posterior.
+    """Draws latents from the posterior.
 
     Args:
       mean, logvar: (B, f, h, w, C) from the encoder.
-      noise: standard normal of the same shape.
+      noise: standard normal noise of the same shape.
     """
     return mean + jnp.exp(0.5 * clip_logvar(logvar)) * noise
 
 
 def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL to the standard normal in nats a latent location, (B, f, h, w); float32."""
+    """KL divergence to the standard normal, in nats per latent location: (B, f, h, w) float32."""
     mean, logvar = mean.astype(jnp.float32), clip_logvar(logvar.astype(jnp.float32))
     return 0.5 * jnp.sum(mean * mean + jnp.exp(logvar) - 1.0 - logvar, axis=-1)
 
@@ -40,7 +40,7 @@ def kl_divergence(mean: jax.Array, logvar: jax.Array) -> jax.Array:
 def normalise(
     latents: jax.Array, mean: jax.Array, std: jax.Array, scaling_factor: float = 1.0
 ) -> jax.Array:
-    """VAE latents -> what the diffusion model sees; mean and std are (C,)."""
+    """Converts VAE latents to those of the diffusion model; mean and std are (C,)."""
     mean, std = mean.astype(latents.dtype), std.astype(latents.dtype)
     return (latents - mean) * scaling_factor / std
 

@@ -16,8 +16,8 @@ from sanawm_jax.vae.encoder import Encoder
 class VideoVAE(nnx.Module):
     """Encoder, decoder and the statistics of the latents.
 
-    `latents_mean` and `latents_std` are constants that travel with the weights; no gradient
-    reaches them, and an optimiser with weight decay should leave them out.
+    `latents_mean` and `latents_std` are constants that are stored with the weights. They have no
+    gradient, and an optimizer with weight decay should exclude them.
 
     Source: `AutoencoderKLLTX2Video`.
     """
@@ -38,7 +38,7 @@ class VideoVAE(nnx.Module):
     def encode(
         self, video: jax.Array, *, causal: bool | None = None, remat: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """(B, F, H, W, 3) in [-1, 1] -> mean, logvar (B, f, h, w, C); see `Encoder`."""
+        """Encodes (B, F, H, W, 3) in [-1, 1] to mean and logvar (B, f, h, w, C); see `Encoder`."""
         return self.encoder(video, causal=causal, remat=remat)
 
     def decode(
@@ -50,20 +50,20 @@ class VideoVAE(nnx.Module):
         causal: bool | None = None,
         remat: bool = False,
     ) -> jax.Array:
-        """(B, f, h, w, C) -> (B, F, H, W, 3); see `Decoder`."""
+        """Decodes (B, f, h, w, C) to (B, F, H, W, 3); see `Decoder`."""
         return self.decoder(latents, temb, noise=noise, causal=causal, remat=remat)
 
     def encode_normalised(self, video: jax.Array) -> jax.Array:
-        """Video -> the diffusion model's latents: the posterior's mode, normalised, float32."""
+        """Encodes video to the diffusion model's latents: normalised posterior mode, float32."""
         mean, _ = self.encode(video)
         return self.normalise(mean).astype(jnp.float32)
 
     def normalise(self, latents: jax.Array) -> jax.Array:
-        """VAE latents -> the diffusion model's."""
+        """Converts VAE latents to those of the diffusion model."""
         return latents_lib.normalise(latents, *self._statistics())
 
     def denormalise(self, latents: jax.Array) -> jax.Array:
-        """The diffusion model's latents -> the VAE's."""
+        """Converts the latents of the diffusion model to those of the VAE."""
         return latents_lib.denormalise(latents, *self._statistics())
 
     def _statistics(self) -> tuple[jax.Array, jax.Array, float]:
@@ -73,14 +73,14 @@ class VideoVAE(nnx.Module):
 
 
 class VideoEncoder(VideoVAE):
-    """The half that encodes, with the whole's parameter names; it cannot decode."""
+    """The encoding half, with the parameter names of the whole VAE; it cannot decode."""
 
     def _build_halves(self, rngs: nnx.Rngs) -> None:
         self.encoder = Encoder(self.cfg, rngs=rngs)
 
 
 class VideoDecoder(VideoVAE):
-    """The half that decodes, with the whole's parameter names; it cannot encode."""
+    """The decoding half, with the parameter names of the whole VAE; it cannot encode."""
 
     def _build_halves(self, rngs: nnx.Rngs) -> None:
         self.decoder = Decoder(self.cfg, rngs=rngs)

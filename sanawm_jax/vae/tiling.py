@@ -1,10 +1,11 @@
-"""Encoding and decoding in overlapping tiles whose results are blended linearly.
+"""Encoding and decoding in overlapping tiles, whose results are blended linearly.
 
-Axis letters as in `blocks`. The tile function is the caller's, usually one jitted function that
-compiles once a tile shape: a long clip has at most three lengths, and two sizes a side. Tiles run
-in row-major order within a window of time, windows in order. Source: `tiled_encode`,
-`tiled_decode`, `_temporal_tiled_encode` and `_temporal_tiled_decode` of diffusers'
-`AutoencoderKLLTX2Video`; as there, a tile is blended against its already blended neighbours.
+Axis letters are those of `blocks`. The caller gives the function that processes a tile. Usually it
+is one jitted function that is compiled once per tile shape: the tiles of a long clip have at most
+three lengths, and two sizes per side. Tiles run in row-major order within a window of time, and the
+windows run in order. Source: `tiled_encode`, `tiled_decode`, `_temporal_tiled_encode` and
+`_temporal_tiled_decode` of diffusers' `AutoencoderKLLTX2Video`. As there, a tile is blended with
+neighbours that are already blended.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Tiling:
     """Sizes of tiles and distances between them, in pixels and pixel frames.
 
     Attributes:
-      use_tiling: tile rows and columns of what is larger than a tile.
-      use_framewise: tile time, when encoding too; the reference's `use_framewise_decoding` (its
-        `use_framewise_encoding` is never read).
+      use_tiling: divide rows and columns into tiles if they are larger than a tile.
+      use_framewise: divide time into windows, in decoding and in encoding. This is
+        `use_framewise_decoding` of the reference, which never reads its `use_framewise_encoding`.
     """
 
     use_tiling: bool = True
@@ -44,7 +45,7 @@ class Tiling:
     tile_sample_stride_num_frames: int = 8
 
 
-# how the published models are run at 704x1280
+# the tiles with which the published models run at 704x1280
 LONG_VIDEO = Tiling(
     use_framewise=True, tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64
 )
@@ -52,10 +53,10 @@ LONG_VIDEO = Tiling(
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-    """One tiled axis; `limit`, `size`, `step` count inputs, `keep` and `overlap` outputs."""
+    """One tiled axis. `limit`, `size` and `step` count inputs; `keep` and `overlap` outputs."""
 
-    tiled: bool  # whether this axis may be tiled at all
-    limit: int  # longest input that is not tiled
+    tiled: bool  # whether this axis may be tiled
+    limit: int  # the longest input that is not tiled
     size: int
     step: int
     keep: int
@@ -75,7 +76,7 @@ def tiled_encode(
       mean, logvar: each (B, f, h, w, C).
 
     Raises:
-      InputError: a tile or a stride smaller than one latent.
+      InputError: a tile or a stride is smaller than one latent.
     """
 
     def run(tile: jax.Array) -> jax.Array:
@@ -89,7 +90,7 @@ def tiled_encode(
         video,
         time,
         (frames - 1) // t + 1,
-        # the first latent of a later window sees no past
+        # The first latent of a later window is encoded without its past, so it is removed.
         trim=lambda y: y[:, 1:],
     )
     moments = jnp.concatenate(list(windows), axis=1)
@@ -110,7 +111,7 @@ def decode_windows(
       The finished pixel frames of each window in order, (B, F', H, W, 3).
 
     Raises:
-      InputError: a tile or a stride smaller than one latent.
+      InputError: a tile or a stride is smaller than one latent.
     """
     time, rows, columns = _axes(tiling, cfg, encode=False)
     frames, height, width = latents.shape[1:4]
@@ -120,8 +121,8 @@ def decode_windows(
         latents,
         time,
         (frames - 1) * t + 1,
-        # as in the reference: the doubled frame is the first, yet the last is dropped, so that
-        # later windows run one frame late
+        # As in the reference: the frame that occurs twice is the first one, but the last one is
+        # removed, so later windows are one frame late.
         trim=lambda y: y[:, :-1],
         skip_single=cfg.patch_size_t == 1,
     )
@@ -130,15 +131,15 @@ def decode_windows(
 def tiled_decode(
     decode_tile: DecodeTile, latents: jax.Array, cfg: VAEConfig, tiling: Tiling
 ) -> jax.Array:
-    """All windows of `decode_windows` as one array, (B, F, H, W, 3)."""
+    """Returns all windows of `decode_windows` as one array, (B, F, H, W, 3)."""
     return jnp.concatenate(list(decode_windows(decode_tile, latents, cfg, tiling)), axis=1)
 
 
 def blend(before: jax.Array, after: jax.Array, *, axis: int, overlap: int) -> jax.Array:
-    """`after` with its start faded in from the end of `before` along `axis`.
+    """Blends the start of `after` with the end of `before` along `axis`, and returns `after`.
 
     Args:
-      overlap: entries to blend, at most; fewer if one of the two is shorter.
+      overlap: the number of entries to blend; fewer if one of the two is shorter.
     """
     n = min(before.shape[axis], after.shape[axis], overlap)
     if n <= 0:
@@ -164,7 +165,7 @@ def _settle(
     overlaps: tuple[int, ...],
     keeps: tuple[int, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Blends a tile with the edges before it; returns what is final and its own edges."""
+    """Blends a tile with the edges of earlier tiles; returns its final part and its own edges."""
     for edge, axis, overlap in zip(before, axes, overlaps, strict=True):
         if edge is not None:
             y = blend(edge, y, axis=axis, overlap=overlap)
@@ -189,7 +190,7 @@ def _axes(tiling: Tiling, cfg: VAEConfig, *, encode: bool) -> tuple[_Axis, _Axis
                 f"use at least {ratio}"
             )
         small, short = size // ratio, step // ratio
-        # a window of time holds one entry more than its size: the frame that it starts from
+        # a window of time has one entry more than its size: the frame from which it starts
         extra = 1 if name == "num_frames" else 0
         if encode:
             axes.append(_Axis(tiled, size, size + extra, step, short, small - short))
@@ -214,7 +215,7 @@ def _windows(
     edge = None
     for start in range(0, frames, time.step):
         if skip_single and start and start == frames - 1:
-            return  # its one result is what `trim` removes
+            return  # `trim` would remove its only result
         y = run(x[:, start : start + time.size])
         keep = min(time.keep + (start == 0), total)
         y = trim(y) if start else y
@@ -241,7 +242,7 @@ def _grid(
         keeps=(rows.keep, columns.keep),
     )
     lefts = range(0, width, columns.step)
-    above: list[jax.Array | None] = [None] * len(lefts)  # lower edges of the row above
+    above: list[jax.Array | None] = [None] * len(lefts)  # lower edges of the tiles above
     strips = []
     for top in range(0, height, rows.step):
         strip = []

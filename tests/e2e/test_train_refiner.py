@@ -144,11 +144,11 @@ def test_lora_run(stage1: Path, base: Path, tmp_path: Path) -> None:
     config.lora.rank = 4
     config.optimizer.learning_rate = 1e-2
     state = train(config, tmp_path)
-    paths = {path for path, _ in leaves(state.params)}
+    paths = {path for path, _ in leaves(state.model.params)}
     assert paths == {f"blocks.attn.{p}.lora_{x}" for p in "qkv" for x in "ab"}
-    assert {path for path, _ in leaves(state.ema)} == paths
+    assert {path for path, _ in leaves(state.model.average)} == paths
     # first and second moment of the adapters alone
-    moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim > 1]
+    moments = [a for a in jax.tree.leaves(state.model.moments) if a.ndim > 1]
     assert len(moments) == 2 * len(paths)
 
     files = sorted(p.name for p in (tmp_path / "export").iterdir())
@@ -156,7 +156,7 @@ def test_lora_run(stage1: Path, base: Path, tmp_path: Path) -> None:
     folder = RefinerFolder(tmp_path / "export")
     lora, adapters = folder.load_lora()
     assert (lora.rank, lora.scale) == (4, 1.0)
-    ema = jax.tree.map(lambda a: np.asarray(a.astype("bfloat16"), np.float32), state.ema)
+    ema = jax.tree.map(lambda a: np.asarray(a.astype("bfloat16"), np.float32), state.model.average)
     jax.tree.map(np.testing.assert_array_equal, adapters, ema)
     plain, adapted = refine(base / "export"), refine(tmp_path / "export")
     assert np.abs(plain - adapted).max() > 1e-4
@@ -167,7 +167,7 @@ def test_whole_clips_with_the_other_levels(stage1: Path, base: Path, tmp_path: P
     config = config_of(stage1, base, base_dir=str(base / "export"), steps=2, save_every=2)
     config.update(objective="clip", levels="shifted_logit_normal", stage1_noise=(0.0, 0.2))
     state = train(config, tmp_path)
-    assert "blocks.ffn.up.kernel" in dict(leaves(state.params))
+    assert "blocks.ffn.up.kernel" in dict(leaves(state.model.params))
     RefinerFolder(tmp_path / "export").check()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from PIL import Image
 
 from sanawm_jax.camera.intrinsics import default_intrinsics
 from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.checkpoints.files import published_fields
 from sanawm_jax.checkpoints.folder import Stage1Folder
 from sanawm_jax.checkpoints.random_weights import write_random
 from sanawm_jax.checkpoints.sizes import TINY
@@ -30,10 +30,10 @@ from sanawm_jax.data.zip_latents import ZipLatents
 from sanawm_jax.media.image import resize_and_center_crop
 from sanawm_jax.media.video import read_mp4, write_mp4
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.engine.dry_run import describe
 from sanawm_jax.training.engine.loop import train
+from sanawm_jax.training.recipes.dry_run import describe
+from sanawm_jax.training.recipes.registry import make_recipe
 from sanawm_jax.training.recipes.stage1_zip import first_samples
-from sanawm_jax.training.recipes.tasks import make_task
 from tests.e2e.tiny_config import get_config
 from tests.zip_set import flip_bytes, folders, random_path
 
@@ -257,12 +257,12 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
 def test_adapters_are_trained_on_them_too(encoded: Path, weights: Path, tmp_path: Path) -> None:
     """Their base is with the data, and the export has them alone beside the whole."""
     config = config_of(encoded, weights)
-    config.dit = ConfigDict(dataclasses.asdict(TINY.dit), convert_dict=False)
+    config.dit = ConfigDict(published_fields(TINY.dit), convert_dict=False)
     config.init_weights = str(weights)
     config.lora.rank = 2
-    task = make_task(config, tmp_path)
-    assert "base" in task.resident and task.flops > 0
-    task.export(task.init(None))
+    recipe = make_recipe(config, tmp_path)
+    assert "base" in recipe.resident and recipe.flops > 0
+    recipe.export(recipe.init(None))
     names = ("lora/adapter_config.json", "transformer/config.json")
     assert all((tmp_path / "export" / name).is_file() for name in names)
 

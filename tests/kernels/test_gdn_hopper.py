@@ -1,4 +1,7 @@
-"""The Mosaic GPU kernels of tokens in their interpreter, with its race detector, and lowered."""
+"""The Mosaic GPU kernels of tokens in their interpreter, with its race detector, and lowered.
+
+Before JAX 0.11 these kernels cannot be built, and the Triton ones run in their place.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from benchmarks import tiles
 from kernels_pallas import choice, gdn
@@ -22,9 +24,10 @@ from kernels_pallas.gdn import (
     reference,
 )
 from kernels_pallas.gdn.gpu import Run
+from tests.kernels import interpreter
 from tests.kernels.lowering import lowered
 
-pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="an older Mosaic GPU")
+IS_BUILT = jax.__version_info__ >= (0, 11)  # else it is an older Mosaic GPU
 SHAPE = (1, 2, 328, 2, 112)  # five tiles of 64 tokens, more than are held at once, and an eighth
 ROUNDING = 2**-9  # of bfloat16
 
@@ -34,61 +37,18 @@ def _normal(index, shape, dtype=jnp.float32):
 
 
 @pytest.fixture
-def interpret(monkeypatch):
-    """Parameters of the interpreter.
+def semaphores(monkeypatch):
+    if jax.__version_info__ < interpreter.FIRST_VERSION:
+        pytest.skip("an older interpreter")
+    return interpreter.teach(monkeypatch)
 
-    It knows neither sums that go on, nor their effect, nor a factor in registers, nor semaphores,
-    and JAX 0.11's wants every barrier to be waited for up to the end.
-    """
-    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    from jax._src import effects
-    from jax._src.pallas.mosaic_gpu import core
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    effects.lowerable_effects.add_type(core._WGMMAPipelineEffect)
+@pytest.fixture
+def interpret(semaphores):
+    """Parameters of the interpreter, which knows all that the kernels use."""
+    from jax._src.pallas.mosaic_gpu.interpret import params
 
-    def add_products(starts, terms):
-        sums = list(starts)
-        for i, a, b in terms():
-            sums[i] += gpu_hopper.products(sums[i].shape, (a, b))
-        return tuple(sums)
-
-    in_shared_memory = gpu_hopper.products
-
-    def products(shape, *pairs):
-        if not isinstance(pairs[0][0], jax.Array):
-            return in_shared_memory(shape, *pairs)
-        return sum(jnp.dot(a, b[...], preferred_element_type=jnp.float32) for a, b in pairs)
-
-    def multiply(start, parts, maps, adjoint, meanwhile):
-        size = maps.shape[1]
-        w = sum(_wide(*(maps[pl.ds(j * size, size)] for j in range(2))))
-        state = sum(_wide(*parts))
-        meanwhile()
-        return start + reference.einsum("vd,ed->ve" if adjoint else "vd,de->ve", state, w)
-
-    class Semaphore:  # blocks run one after the other
-        def __getitem__(self, index):
-            return self
-
-        at = property(lambda self: self)
-
-    def deallocate(barrier):
-        with barrier.cv:
-            barrier.ref_count -= 1
-
-    if jax.__version_info__ < (0, 12):
-        from jax._src.pallas.mosaic_gpu.interpret import shared_memory
-
-        monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-    monkeypatch.setattr(gpu_hopper, "add_products", add_products)
-    monkeypatch.setattr(gpu_hopper, "products", products)
-    monkeypatch.setattr(gpu_scan_hopper, "_multiply", multiply)
-    monkeypatch.setattr(pl, "get_global", lambda semaphore: Semaphore())
-    for name in ("semaphore_signal", "semaphore_wait"):
-        monkeypatch.setattr(plgpu, name, lambda *_, **__: None)
-    # later versions end at the first race, and warpgroups write the rows that both have alike
-    return params.InterpretGPUParams(detect_races=jax.__version_info__ < (0, 12))
+    return params.InterpretGPUParams(detect_races=True, on_race="warn")
 
 
 @pytest.fixture
@@ -117,19 +77,21 @@ def _wide(*arrays):
     return [a.astype(jnp.float32) for a in arrays]
 
 
-def _races(capfd):
+def _races(caplog):
     """Accesses that raced, but for rows that both warpgroups have and write alike."""
     found = []
-    for report in capfd.readouterr().out.split("RACE DETECTED")[1:]:
-        lines = [line.strip() for line in report.splitlines() if "HostAllocationKey" in line][:2]
+    for report in caplog.messages:
+        if "RACE DETECTED" not in report:
+            continue
+        lines = [line.strip() for line in report.splitlines() if "Key(" in line]
         places = {line.rpartition(", ")[2] for line in lines}
         if len(places) > 1 or not all(line.startswith("write") for line in lines):
-            found.append(lines)
+            found.append(lines or report)
     return found
 
 
 @pytest.mark.parametrize("has_values", [True, False])
-def test_maps(has_values, tokens, interpret, capfd):
+def test_maps(has_values, tokens, interpret, caplog):
     k, v, beta, decay = (tokens[n] for n in ("k", "v", "beta", "decay"))
     names = [k, v] if has_values else [k]
     function = reference.frame_transitions if has_values else reference.normaliser_transitions
@@ -141,11 +103,11 @@ def test_maps(has_values, tokens, interpret, capfd):
         k, v if has_values else None, beta, decay, dw, du, interpret=interpret
     )
     _assert_close(found, vjp((dw, du)))
-    assert not _races(capfd)
+    assert not _races(caplog)
 
 
 @pytest.mark.parametrize("is_normalised", [True, False])
-def test_read_out(is_normalised, tokens, interpret, capfd):
+def test_read_out(is_normalised, tokens, interpret, caplog):
     q, dy, states = tokens["q"], tokens["d"], tokens["s"]
     z, plain, eps = (tokens["z"], tokens["p"], 1e-2) if is_normalised else (None, None, None)
 
@@ -160,14 +122,14 @@ def test_read_out(is_normalised, tokens, interpret, capfd):
     _assert_close([found], [wanted])
     found = gpu_read_hopper.read_gradient(states, q, z, plain, dy, eps, interpret=interpret)
     _assert_close(found, vjp(*_wide(dy)))
-    assert not _races(capfd)
+    assert not _races(caplog)
 
 
 @pytest.mark.parametrize(
     "runs", [[Run(False, False)], [Run(False, False), Run(True, True)]], ids=["one", "both"]
 )
 @pytest.mark.parametrize("adjoint", [False, True])
-def test_recurrence(runs, adjoint, interpret, capfd):
+def test_recurrence(runs, adjoint, interpret, caplog):
     batch, frames, heads, size = 1, 5, 2, 80
     shape = (batch, frames, heads, size, size)
     w = jnp.eye(size) * 0.9 + _normal(0, shape) * 0.02
@@ -197,12 +159,12 @@ def test_recurrence(runs, adjoint, interpret, capfd):
             w, u[None], start, drop, tuple(runs), adjoint=False, interpret=interpret
         )
     _assert_close(found, wanted)
-    assert not _races(capfd)
+    assert not _races(caplog)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_states_of_tokens(reverse, exclusive, interpret, capfd):
+def test_states_of_tokens(reverse, exclusive, interpret, semaphores, caplog):
     batch, frames, count, heads, size = shape = (2, 3, 72, 2, 80)
     k = (_normal(0, shape) * (size * count) ** -0.5).astype(jnp.bfloat16)
     v, beta = _normal(1, shape, jnp.bfloat16), jax.nn.sigmoid(_normal(2, shape[:4]))
@@ -217,12 +179,15 @@ def test_states_of_tokens(reverse, exclusive, interpret, capfd):
         keeps_maps=True, interpret=interpret,
     )  # fmt: skip
     _assert_close(found, (*wanted, *maps))
-    # the states themselves are guarded by what it does not know
-    assert not [race for race in _races(capfd) if "memory_space_id=0" not in race[0]]
+    # each block but those of the first frame waited for the block before it
+    waited = {(turn, chain, group) for turn in (1, 2) for chain in range(4) for group in range(2)}
+    assert semaphores.waits == waited
+    # the race detector does not know that semaphores guard the states in the device's memory
+    assert not [race for race in _races(caplog) if "memory_space_id=0" not in race[0]]
 
 
 def test_recurrence_takes_what_fits():
-    assert gpu_scan_hopper.takes(112, 112, 256)
+    assert gpu_scan_hopper.takes(112, 112, 256) == IS_BUILT
     assert not gpu_scan_hopper.takes(112, 112, 257)  # flags of all frames come in one copy
     assert not gpu_scan_hopper.takes(128, 128, 5)
 
@@ -284,10 +249,10 @@ def test_lowers(monkeypatch, size):
         (read, (matrix, token, row, token)),
     ):
         text = lowered(functools.partial(function, gdn.Tiles()), *args)
-        assert "mosaic_gpu" in text and "xla.gpu.triton" not in text
+        assert ("mosaic_gpu" in text) == IS_BUILT == ("xla.gpu.triton" not in text)
         text = lowered(functools.partial(function, gdn.Tiles(mosaic=())), *args)
         assert "xla.gpu.triton" in text
-        assert function is states or "mosaic_gpu" not in text  # its recurrence is Mosaic's
+        assert (IS_BUILT and function is states) == ("mosaic_gpu" in text)  # of its recurrence
 
 
 @pytest.mark.parametrize(
@@ -295,4 +260,4 @@ def test_lowers(monkeypatch, size):
     [(880, 112, True), (72, 64, True), (390, 112, False), (880, 72, False), (880, 128, False)],
 )
 def test_takes(tokens, size, is_fit):
-    assert gpu_hopper.takes(tokens, size) == is_fit
+    assert gpu_hopper.takes(tokens, size) == (is_fit and IS_BUILT)

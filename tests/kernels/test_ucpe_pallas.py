@@ -27,6 +27,7 @@ GPU_CASES = [
 FORMS = (
     "to ray space",
     "to ray space, keys",
+    "to ray space, uncapped",
     "from ray space",
     "unrotated",
     "rotated",
@@ -57,7 +58,9 @@ def _form(name, x, matrices, angles, scale, options):
         return function(x, angles, of, **options)
     half = angles[..., : angles.shape[-1] // 2]
     if name.startswith("to"):
-        return ucpe.to_ray_space(x, matrices, half, of, **options)
+        return ucpe.to_ray_space(
+            x, matrices, half, of, capped=not name.endswith("uncapped"), **options
+        )
     is_turned = name != "unrotated"
     return ucpe.apply_ucpe(x, matrices, half if is_turned else None, inverse=is_turned, **options)
 
@@ -154,8 +157,8 @@ def test_lowers_for_cuda(tiles):
     shape = (1, 121, 880, 20, 112)
     inputs = jax.eval_shape(lambda: _inputs(shape, jnp.bfloat16))
     calls = {
-        "ucpe_bounded_featured": gpu.Form(True, bounded=True, featured=True, relu=True),
-        "ucpe_bounded": gpu.Form(True, bounded=True),
+        "ucpe_measured_featured": gpu.Form(True, measured=True, featured=True, relu=True),
+        "ucpe_measured": gpu.Form(True, measured=True),
         "ucpe": gpu.Form(True, rotated=False),
         "rope_plain_featured": gpu.Form(plain=True, featured=True, relu=True),
         "rope": gpu.Form(),

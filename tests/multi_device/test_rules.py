@@ -14,6 +14,7 @@ from sanawm_jax.core.sharding import make_mesh, parameter_spec, shardings
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.optimizer import make_optimizer
 from sanawm_jax.training.engine.state import TrainState
 from sanawm_jax.vae.config import VAEConfig
@@ -43,13 +44,12 @@ def test_next_to_nothing_of_the_release_is_replicated(shape: dict[str, int]) -> 
 def test_every_kind_of_dit_and_the_training_state_match(config: DiTConfig) -> None:
     _, params = build(DiT, config)
     mesh = make_mesh(fsdp=2, tensor=2, context=2)
-    optimizer = make_optimizer()
-    state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params), params
-    )
-    placed = shardings(state, mesh)
-    assert placed.params == placed.ema
-    moments = [s for s in jax.tree.leaves(placed.opt_state) if s.spec != P()]
+    rule = UpdateRule(make_optimizer(), lambda step, fraction: step, decay=0.9)
+    learner = jax.eval_shape(rule.begin, params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), {MODEL: learner})  # pyright: ignore
+    placed = shardings(state, mesh).model
+    assert placed.params == placed.average
+    moments = [s for s in jax.tree.leaves(placed.moments) if s.spec != P()]
     weights = [s for s in jax.tree.leaves(placed.params) if s.spec != P()]
     assert len(moments) == 2 * len(weights)
 

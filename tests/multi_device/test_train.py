@@ -44,7 +44,9 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[floa
 
 
 def _assert_close(state: Any, other: Any, rtol: float = 1e-4) -> None:
-    for (path, a), (_, b) in zip(leaves(state.params), leaves(other.params), strict=True):
+    for (path, a), (_, b) in zip(
+        leaves(state.model.params), leaves(other.model.params), strict=True
+    ):
         a, b = np.asarray(a), np.asarray(b)
         assert np.linalg.norm(a - b) <= rtol * max(np.linalg.norm(b), 1e-3), path
 
@@ -55,7 +57,7 @@ def test_resumes_on_another_mesh(one_device: Any, tmp_path: Path) -> None:
     mesh = {"data": 2, "context": 2, "fsdp": 2}
     first = train(_config(steps=2, accumulation=2, mesh=mesh), tmp_path)
     assert _losses(tmp_path) == pytest.approx(losses[:2], rel=1e-5)
-    kernel = first.params["segments"]["0"]["runs"]["0"]["layers"]["attn"]["qkv"]["kernel"]
+    kernel = first.model.params["segments"]["0"]["runs"]["0"]["layers"]["attn"]["qkv"]["kernel"]
     assert kernel.sharding.spec == P(None, None, "fsdp", "tensor")
 
     state = train(_config(mesh={"fsdp": 4, "tensor": 2}), tmp_path)
@@ -63,10 +65,10 @@ def test_resumes_on_another_mesh(one_device: Any, tmp_path: Path) -> None:
     # Adam's first updates are near the sign of a gradient: tiny differences show
     assert _losses(tmp_path) == pytest.approx(losses, rel=1e-4)
     _assert_close(state, whole, 1e-3)
-    for tree in (state.params, state.ema):
+    for tree in (state.model.params, state.model.average):
         for path, leaf in leaves(tree):
             assert leaf.sharding.spec == parameter_spec(path, leaf.shape), path
-    moments = jax.tree.leaves(state.opt_state)
+    moments = jax.tree.leaves(state.model.moments)
     assert any(leaf.sharding.spec == P(None, None, "fsdp", "tensor") for leaf in moments)
     assert (tmp_path / "export" / "transformer" / "config.json").is_file()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from diffusers import SanaWMTransformer3DModel
 
 from sanawm_jax.checkpoints import keymap
-from sanawm_jax.checkpoints.files import SafetensorsFolder, Tensors, read_config
+from sanawm_jax.checkpoints.files import SafetensorsFolder, Tensors, published_fields, read_config
 from sanawm_jax.core.params import apply, build, count, leaves
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors, is_ignored, key_table
@@ -29,11 +28,16 @@ BASE: dict[str, Any] = dict(
     in_channels=8,
     caption_channels=16,
 )
-# name -> (config over BASE, latent grid (F, H, W), batch, masked frames or 0)
-CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int], int, int]] = {
+Case = tuple[dict[str, Any], tuple[int, int, int], int, int | tuple[int, ...]]
+# name -> (config over BASE, latent grid (F, H, W), batch, and which frames of the last clip are
+# padding: a number of frames at its end, or the frames)
+CASES: dict[str, Case] = {
     "base": ({}, (3, 4, 6), 2, 0),
     "one_frame": ({}, (1, 3, 5), 1, 0),
     "odd_grid_masked": ({}, (6, 3, 5), 2, 2),
+    "padding_in_the_middle": (dict(softmax_every_n=2), (6, 3, 2), 2, (2, 3)),
+    "padding_in_the_middle_of_gdn": (dict(softmax_every_n=0, num_layers=1), (5, 3, 2), 1, (1,)),
+    "padding_at_the_start": (dict(softmax_every_n=2, num_layers=2), (5, 2, 3), 1, (0, 1)),
     "three_heads_every_3": (
         dict(hidden_size=96, linear_head_dim=32, softmax_every_n=3, num_layers=7),
         (4, 2, 3),
@@ -101,7 +105,11 @@ def poses(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def make_inputs(
-    rng: np.random.Generator, model: SanaWMTransformer3DModel, grid: tuple, batch: int, masked: int
+    rng: np.random.Generator,
+    model: SanaWMTransformer3DModel,
+    grid: tuple,
+    batch: int,
+    masked: int | tuple[int, ...],
 ) -> dict[str, np.ndarray]:
     frames, rows, columns = grid
     config, tokens = model.config, 7
@@ -128,7 +136,8 @@ def make_inputs(
     }
     if masked:
         frame_mask = np.ones((batch, frames))
-        frame_mask[-1, -masked:] = 0
+        padding = masked if isinstance(masked, tuple) else range(frames - masked, frames)
+        frame_mask[-1, list(padding)] = 0
         inputs["frame_mask"] = frame_mask
     return {k: v.astype(np.float32) for k, v in inputs.items()}
 
@@ -163,7 +172,7 @@ def loaded(model: SanaWMTransformer3DModel, folder: Path) -> tuple[DiTConfig, An
     return config, graphdef, params
 
 
-def make(name: str) -> tuple[SanaWMTransformer3DModel, tuple, int, int]:
+def make(name: str) -> tuple[SanaWMTransformer3DModel, tuple, int, int | tuple[int, ...]]:
     overrides, grid, batch, masked = CASES[name]
     model = SanaWMTransformer3DModel(**{**BASE, **overrides})
     return randomise(model, seed=len(name)), grid, batch, masked
@@ -263,7 +272,7 @@ def test_config_fields_are_the_reference_s() -> None:
 
     signature = inspect.signature(SanaWMTransformer3DModel.__init__).parameters
     theirs = {k: v.default for k, v in signature.items() if k != "self"}
-    assert dataclasses.asdict(DiTConfig()) == theirs
+    assert published_fields(DiTConfig()) == theirs
 
 
 def test_export_restores_every_tensor(tmp_path: Path) -> None:

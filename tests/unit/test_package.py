@@ -26,7 +26,8 @@ SOURCES = [
 NUMPY_ONLY = {("sanawm_jax", "camera"), ("sanawm_jax", "media")}
 # imported where they are used, so that what does not need them runs without them
 INSIDE_FUNCTIONS = {"av", "gradio", "qwix", "tensorflow_datasets"}
-# a box, a folder or one file of it, may import its own layer and the ones above, never one below
+# Every module of the package, by its folder or by its own name, which counts for more. A module may
+# import from its own layer and from the ones above it, never from one below.
 LAYERS = (
     {"runtime"},
     {"camera", "core", "media", "memory.program_pieces", "memory.programs", "memory.streaming"},
@@ -47,6 +48,8 @@ LAYERS = (
 )
 # programs: run as `python -m` and imported by nothing
 COMMANDS = {Path("sanawm_jax/weights/export.py"), Path("sanawm_jax/weights/random_init.py")}
+# what users import, by lazy imports from any layer; and the empty file of the programs' folder
+NO_LAYER = {*COMMANDS, Path("sanawm_jax/__init__.py"), Path("sanawm_jax/weights/__init__.py")}
 DEPTH = {box: depth for depth, layer in enumerate(LAYERS) for box in layer}
 
 # a fresh interpreter in which the reference cannot be imported, whatever is installed
@@ -91,10 +94,13 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
         yield from ((name, id(node) in inside) for name in names)
 
 
-def depth(parts: list[str]) -> int:
+def depth(parts: list[str]) -> int | None:
     """Layer of a module by its path inside the package; the longest name in `LAYERS` counts."""
-    file = ".".join(parts[:2])
-    return DEPTH[file] if file in DEPTH else DEPTH[parts[0]]
+    return DEPTH.get(".".join(parts[:2]), DEPTH.get(parts[0]))
+
+
+def layer_of(file: Path) -> int | None:
+    return depth(module_name(file).split(".")[1:])
 
 
 def is_allowed(file: Path, name: str, is_inside: bool) -> bool:
@@ -111,10 +117,11 @@ def is_allowed(file: Path, name: str, is_inside: bool) -> bool:
         return file.name == "builder.py"  # itself imported inside functions
     if any(name.startswith(module_name(command)) for command in COMMANDS):
         return False
-    if file in COMMANDS:
+    if file in NO_LAYER:
         return True
-    if top == "sanawm_jax" and rest and file.parts[0] == "sanawm_jax" and len(file.parts) > 2:
-        return depth(rest) <= depth(list(file.with_suffix("").parts[1:]))
+    if top == "sanawm_jax" and rest and file.parts[0] == "sanawm_jax":
+        theirs, ours = depth(rest), layer_of(file)
+        return theirs is not None and ours is not None and theirs <= ours
     return True
 
 
@@ -131,9 +138,21 @@ def test_direction_of_imports() -> None:
     assert {"camera", "core", "dit", "media", "sampling", "vae"} <= boxes  # files were found
 
 
+def test_every_module_has_a_layer() -> None:
+    ours = {file for file in SOURCES if file.parts[0] == "sanawm_jax"} - NO_LAYER
+    assert [str(file) for file in sorted(ours) if layer_of(file) is None] == []
+    names = {".".join(file.with_suffix("").parts[1:]) for file in ours}
+    names |= {name.removesuffix(".__init__") for name in names}
+    assert DEPTH.keys() - names == set()  # nothing is listed that is gone
+    assert len(DEPTH) == sum(map(len, LAYERS))  # nor twice
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [
+        ("sanawm_jax/unlisted/model.py", "sanawm_jax.core.layers"),
+        ("sanawm_jax/unlisted.py", "sanawm_jax.core.layers"),
+        ("sanawm_jax/training/export.py", "sanawm_jax.unlisted"),
         ("sanawm_jax/dit/model.py", "torch.nn"),
         ("kernels_pallas/gdn/reference.py", "sanawm_jax.core"),
         ("sanawm_jax/camera/rays.py", "jax.numpy"),

@@ -1,8 +1,8 @@
 """Orbax checkpoints of the whole run: state, loader position, seed, time used.
 
-A checkpoint is written in the background under another name and appears under its step when it is
-complete; one that is given up is moved out of sight in one piece and deleted later. A run that is
-killed at any moment therefore finds complete checkpoints only.
+A checkpoint is written in the background under a temporary name, and gets the name of its step when
+it is complete. To delete a checkpoint, its folder is renamed first. A run that is killed at any
+moment therefore finds only complete checkpoints.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from absl import logging
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.processes import is_first
+from sanawm_jax.training.engine.learner import MODEL, Learner
 from sanawm_jax.training.engine.state import TrainState
 
 _DELETED = ".deleted"
-_PARTIAL = "*.orbax-checkpoint-tmp*"  # how Orbax names what is not complete
+_PARTIAL = "*.orbax-checkpoint-tmp*"  # Orbax's names of incomplete checkpoints
 LOSS = "loss"
 
 
 class Checkpoints:
-    """The folder `workdir/checkpoints`, one for all processes of a run.
+    """The folder `workdir/checkpoints`, which all processes of a run share.
 
     Args:
       folder: made if absent.
-      keep: how many of the latest stay.
-      keep_best: how many of those with the least loss stay besides.
-      keep_period: steps that are a multiple of it stay for ever; 0: none.
+      keep: how many of the latest are kept.
+      keep_best: how many of those with the lowest loss are kept, too.
+      keep_period: steps that are a multiple of it are never deleted; 0: none.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Step of the one with the least loss."""
+        """Step of the checkpoint with the lowest loss."""
         return self._manager.best_step()
 
     def path(self, step: int) -> Path:
@@ -76,17 +77,17 @@ class Checkpoints:
         return self._folder / str(step)
 
     def save(self, state: TrainState, run: dict[str, Any], *, loss: float | None = None) -> bool:
-        """Starts saving, after the save before has ended; a step that is saved is left alone.
+        """Starts saving once the previous save has ended; a step that is saved already is kept.
 
-        A disk that cannot take it is a warning: the run goes on, older checkpoints stay.
+        If the disk is full, that is a warning: the run goes on, older checkpoints stay.
 
         Args:
           state: at the step to save.
           run: JSON values: the loader's state, seed, seconds used.
-          loss: by which the best are kept.
+          loss: decides which checkpoints are the best.
 
         Returns:
-          Whether saving has started, or had ended already.
+          Whether saving has started, or the step was saved already.
         """
         step = int(state.step)
         self.wait()
@@ -101,14 +102,14 @@ class Checkpoints:
         return self._guarded(save)
 
     def wait(self) -> bool:
-        """Waits for saving to finish; False if it failed, of which a warning has told."""
+        """Waits for saving to finish; False if it failed, after a warning."""
         return self._guarded(self._manager.wait_until_finished)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint as `(state, run)`.
 
         Args:
-          like: a state of the same shapes and shardings.
+          like: a state of the same shapes, dtypes and shardings.
 
         Raises:
           InputError: the checkpoint is of another model or optimizer.
@@ -127,7 +128,7 @@ class Checkpoints:
                 f"the checkpoint in {self._folder} does not fit this configuration "
                 f"({reason}); use another --workdir"
             ) from error
-        return TrainState(**restored["state"]), restored["run"]
+        return _from_dict(restored["state"]), restored["run"]
 
     def close(self) -> None:
         """Waits for saving to finish."""
@@ -136,13 +137,13 @@ class Checkpoints:
         self._manager.close()
 
     def _guarded(self, save: Callable[[], Any]) -> bool:
-        """Runs part of a save; a failure of the disk is one line and False."""
+        """Runs a part of a save; if the disk fails, it logs one line and returns False."""
         try:
             save()
         except Exception as error:
             if not _is_of_the_disk(error):
                 raise
-            # Orbax has forgotten the older ones, and left a part of this one
+            # Orbax has lost its list of the older ones, and left a part of this one on disk
             self._clean()
             self._manager.reload()
             left = self.latest()
@@ -157,7 +158,7 @@ class Checkpoints:
         return True
 
     def _clean(self) -> None:
-        """Removes what is deleted, and what is partial; no save may be under way."""
+        """Removes deleted and partial checkpoints; no save may be running."""
         if not is_first():
             return
         for folder in (self._folder / _DELETED, *self._folder.glob(_PARTIAL)):
@@ -169,11 +170,29 @@ def _loss_of(metrics: Any) -> float:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "ema", "guard")}
+    """The tree on disk.
+
+    A state whose only learner is `model` keeps the layout from before learners had names, so that
+    checkpoints of that time are restored.
+    """
+    tree: dict[str, Any] = {"step": state.step, "guard": state.guard}
+    if state.learners.keys() != {MODEL}:
+        return {**tree, "learners": {name: vars(one) for name, one in state.learners.items()}}
+    model = state.model
+    return {**tree, "params": model.params, "opt_state": model.moments, "ema": model.average}
+
+
+def _from_dict(tree: dict[str, Any]) -> TrainState:
+    """Inverse of `_as_dict`."""
+    if "learners" in tree:
+        learners = {name: Learner(**one) for name, one in tree["learners"].items()}
+    else:
+        learners = {MODEL: Learner(tree["params"], tree["opt_state"], tree["ema"])}
+    return TrainState(tree["step"], learners, tree["guard"])
 
 
 def _is_of_the_disk(error: BaseException | None) -> bool:
-    """Whether a file could not be written, as Python or TensorStore says it."""
+    """Whether Python or TensorStore reports that a file could not be written."""
     while error is not None:
         if isinstance(error, OSError) or "OS error" in str(error) or "writing" in str(error):
             return True

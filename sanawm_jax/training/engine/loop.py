@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +32,12 @@ from sanawm_jax.training.engine.interrupt import (
     TerminationSignal,
 )
 from sanawm_jax.training.engine.metrics import MetricsWriter
-from sanawm_jax.training.engine.optimizer import learning_rate, optimizer_of
+from sanawm_jax.training.engine.recipe import Recipe
 from sanawm_jax.training.engine.spikes import SpikePolicy
 from sanawm_jax.training.engine.state import TrainState, create_state
 from sanawm_jax.training.engine.step import StepFunction, compile_steps
 from sanawm_jax.training.engine.watch import Watcher, make_sinks, make_watchers
-from sanawm_jax.training.recipes.tasks import Task, make_task
+from sanawm_jax.training.recipes.registry import make_recipe
 
 if TYPE_CHECKING:  # it imports grain
     from sanawm_jax.data.zip_stream import ZipStream
@@ -73,23 +72,23 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         # process writes what it makes, the others find it
         if not is_first():
             wait_for_all("data of the first process")
-        task = make_task(config, workdir)
+        recipe = make_recipe(config, workdir)
         if is_first():
             wait_for_all("data of the first process")
-            logging.info("%s: %.2f M parameters", config.task, count(task.abstract) / 1e6)
+            logging.info("%s: %.2f M parameters", config.task, count(recipe.abstract) / 1e6)
         with jax.set_mesh(mesh):
-            return _train_on(mesh, config, workdir, task, signal)
+            return _train_on(mesh, config, workdir, recipe, signal)
 
 
 def _train_on(
     mesh: Mesh,
     config: ml_collections.ConfigDict,
     workdir: Path,
-    task: Task,
+    recipe: Recipe,
     signal: TerminationSignal,
 ) -> TrainState:
     spike = SpikePolicy(**config.spike.to_dict())
-    state, resident, steps = start_run(mesh, config, task)
+    state, resident, steps = start_run(mesh, config, recipe)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         keep=config.keep_checkpoints,
@@ -102,10 +101,10 @@ def _train_on(
         logging.info("resumed at step %d", state.step)
         if run["seed"] != config.seed:
             logging.warning("the run began with seed %d and keeps it", run["seed"])
-    if task.stream is None:
-        loader = Loader(range(task.size), config.batch_size, seed=run["seed"])
+    if recipe.stream is None:
+        loader = Loader(range(recipe.size), config.batch_size, seed=run["seed"])
     else:
-        loader = task.stream(local_rows(mesh, config.batch_size), run["seed"])
+        loader = recipe.stream(local_rows(mesh, config.batch_size), run["seed"])
     if "loader" in run:
         loader.restore(run["loader"])
     metrics = MetricsWriter(
@@ -114,14 +113,14 @@ def _train_on(
         seed=run["seed"],
         seconds=run["seconds"],
         spike=spike if spike.is_on else None,
-        sinks=make_sinks(config, workdir, task, mesh),
+        sinks=make_sinks(config, workdir, recipe, mesh),
     )
-    watchers = make_watchers(config, workdir, task, resident)
+    watchers = make_watchers(config, workdir, recipe, resident)
     try:
         state = _run(
             mesh,
             config,
-            task,
+            recipe,
             state,
             resident,
             steps,
@@ -139,52 +138,37 @@ def _train_on(
             watcher.close()
     best = to_first(state.best)
     if is_first():
-        task.export(best)
+        recipe.export(best)
         logging.info("exported to %s", workdir / "export")
     wait_for_all("export")
     return state
 
 
 def start_run(
-    mesh: Mesh, config: ml_collections.ConfigDict, task: Task
+    mesh: Mesh, config: ml_collections.ConfigDict, recipe: Recipe
 ) -> tuple[TrainState, Any, StepFunction]:
     """What a run has before its first step: state, resident data and the compiled steps.
 
-    The mesh is to be set (`jax.set_mesh`), here and where the steps are called.
+    The caller sets the mesh (`jax.set_mesh`), here and where the steps are called.
 
     Raises:
-      InputError: an optimizer, schedule or policy that does not exist.
+      InputError: a policy that does not exist.
     """
-    optimizer, spike = optimizer_of(config), SpikePolicy(**config.spike.to_dict())
-    params = task.init(shardings(task.abstract, mesh))
-    average = config.ema_decay > 0
-    state = create_state(params, optimizer, mesh, average=average, guarded=spike.is_on)
-    resident = _place_resident(task.resident, mesh)
-    optim = config.optimizer
-    rate = functools.partial(
-        learning_rate,
-        peak=optim.learning_rate,
-        warmup_steps=optim.warmup_steps,
-        num_steps=config.steps,
-        schedule=optim.schedule,
-        final_fraction=optim.final_fraction,
-    )
+    spike = SpikePolicy(**config.spike.to_dict())
+    params = recipe.init(shardings(recipe.abstract, mesh))
+    state = create_state(params, recipe.rules, mesh, guarded=spike.is_on)
+    resident = _place_resident(recipe.resident, mesh)
     steps = compile_steps(
         state_shardings=jax.tree.map(lambda a: a.sharding, state),
         resident_shardings=jax.tree.map(lambda a: a.sharding, resident),
-        prepare=task.prepare,
-        loss=task.loss,
-        optimizer=optimizer,
-        rate=rate,
-        decay=config.ema_decay,
-        accumulation=config.accumulation,
+        update=recipe.update,
         spike=spike if spike.is_on else None,
     )
     return state, resident, steps
 
 
 def _place_resident(resident: Any, mesh: Mesh) -> Any:
-    """Whole on every device, but for a frozen `base`, which lies like trained weights."""
+    """Replicated, except for the frozen networks of `base`, which are sharded like trained ones."""
     whole = NamedSharding(mesh, PartitionSpec())
     if not isinstance(resident, dict) or "base" not in resident:
         return place(resident, whole)
@@ -196,7 +180,7 @@ def _place_resident(resident: Any, mesh: Mesh) -> Any:
 def _run(
     mesh: Mesh,
     config: ml_collections.ConfigDict,
-    task: Task,
+    recipe: Recipe,
     state: TrainState,
     resident: Any,
     steps: StepFunction,
@@ -238,7 +222,7 @@ def _run(
         if isinstance(loader, Loader):  # every process knows the whole order and reads its own rows
             indices = batches
             own = indices[:, rows]
-            batches = own if task.read is None else task.read(own)
+            batches = own if recipe.read is None else recipe.read(own)
         else:
             indices = loader.indices(k)
         batches = place_batches(batches, mesh, config.batch_size)

@@ -10,10 +10,12 @@ import optax
 from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params, from_leaves, leaves
+from sanawm_jax.core.stack import stacked_axes
 from sanawm_jax.runtime.errors import InputError
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
+MOMENTS_DTYPES = ("float32", "bfloat16")
 
 
 def decay_mask(params: Params) -> Params:
@@ -24,8 +26,9 @@ def decay_mask(params: Params) -> Params:
 def matrix_axes(params: Params) -> Any:
     """Which axes of a leaf make the matrix that Muon orthogonalises; None leaves it to AdamW.
 
-    A kernel maps all its axes but the last to the last; the axes along which layers are stacked
-    are none of it. Depthwise kernels are no matrices.
+    A kernel maps all its axes but the last to the last one. The axes along which layers are
+    stacked do not belong to the matrix: each layer is orthogonalised alone. Depthwise kernels are
+    not matrices.
     """
     from optax.contrib import MuonDimensionNumbers
 
@@ -33,8 +36,8 @@ def matrix_axes(params: Params) -> Any:
         # optax also asks about trees from which AdamW's leaves are taken out
         if not path.endswith("kernel") or not hasattr(leaf, "shape") or leaf.shape[-2] == 1:
             return None
-        stacked = 2 if ".layers." in path else 0  # see `core.stack.scan_runs`
-        return MuonDimensionNumbers(tuple(range(stacked, leaf.ndim - 1)), (leaf.ndim - 1,))
+        inputs = range(stacked_axes(path), leaf.ndim - 1)
+        return MuonDimensionNumbers(tuple(inputs), (leaf.ndim - 1,))
 
     return from_leaves({path: one(path, leaf) for path, leaf in leaves(params)})
 
@@ -46,18 +49,25 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
+    moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """An optimizer at learning rate 1; the train step scales its updates by `learning_rate`.
 
     Args:
       name: adamw; or muon, which orthogonalises the updates of matrices (arXiv 2502.16982, their
         size matched to AdamW's) and leaves all else to AdamW.
+      moments_dtype: of the first moments in memory and in checkpoints. AdamW's second moments stay
+        float32: a step changes them by 1 - betas[1] of their value, less than bfloat16 resolves.
 
     Raises:
-      InputError: unknown name.
+      InputError: unknown name or dtype.
     """
     if name not in OPTIMIZERS:
         raise InputError(f"optimizer.name={name!r}; use one of {', '.join(OPTIMIZERS)}")
+    if moments_dtype not in MOMENTS_DTYPES:
+        raise InputError(
+            f"optimizer.moments_dtype={moments_dtype!r}; use one of {', '.join(MOMENTS_DTYPES)}"
+        )
     if name == "muon":
         from optax.contrib import muon
 
@@ -70,21 +80,29 @@ def make_optimizer(
             weight_decay_mask=decay_mask,
             muon_weight_dimension_numbers=matrix_axes,  # pyright: ignore[reportArgumentType]
             consistent_rms=0.2,
+            mu_dtype=moments_dtype,
         )
     else:
-        rule = optax.adamw(1.0, *betas, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+        rule = optax.adamw(
+            1.0,
+            *betas,
+            eps=eps,
+            mu_dtype=moments_dtype,
+            weight_decay=weight_decay,
+            mask=decay_mask,
+        )
     return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer that the fields of `config.optimizer` name."""
-    optim = config.optimizer
+    """The optimizer that `config.optimizer`, given here, describes."""
     return make_optimizer(
-        name=optim.name,
-        betas=tuple(optim.betas),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
+        name=config.name,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        moments_dtype=config.moments_dtype,
     )
 
 

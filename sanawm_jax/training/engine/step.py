@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sanawm_jax.core.params import Params
 from sanawm_jax.core.sharding import batch_sharding, signal_sharding
 from sanawm_jax.runtime.compiler_flags import options_on
-from sanawm_jax.training.engine.optimizer import ema_decay
+from sanawm_jax.training.engine.learner import MODEL, Learner, UpdateRule
 from sanawm_jax.training.engine.spikes import SpikePolicy, judge, keep_if
 from sanawm_jax.training.engine.state import TrainState
 
@@ -25,7 +25,7 @@ STOP = "stop"  # the metric in which all processes read the same wish to stop
 
 
 class Share(NamedTuple):
-    """A metric that is a mean over some of a batch's elements only, which may be none of a part's.
+    """A metric that is a mean over some elements of a batch; a part of it may have none of them.
 
     Attributes:
       total: () sum of their values, divided by the number of rows.
@@ -40,12 +40,30 @@ class Share(NamedTuple):
         return self.total / self.weight
 
 
+class Update(Protocol):
+    """(state, batch, key) -> state and metrics, () float32 or `Share`: one step of a recipe.
+
+    It replaces `state.learners`; step and guard belong to the engine. The key is that of the step.
+    The metrics `loss` and `grad_norm` are what the guard judges a step by.
+    """
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Any,
+        key: jax.Array,
+        *,
+        resident: Any,
+        wall_fraction: jax.Array,
+    ) -> tuple[TrainState, Metrics]: ...
+
+
 class Prepare(Protocol):
     """(resident data, batch, key) -> examples, arrays with the batch's rows on axis 0.
 
     All randomness of a step is drawn here, for the whole batch: a row's noise then depends neither
-    on how many parts the batch is accumulated in nor on how many devices it lies on. One that
-    changes over the run has a method `at_step`: () int32 -> what prepares that step.
+    on how many parts the batch is accumulated in nor on how many devices it lies on. A `Prepare`
+    that changes over the run has a method `at_step`: () int32 -> the `Prepare` of that step.
     """
 
     def __call__(self, resident: Any, batch: Any, key: jax.Array) -> Any: ...
@@ -54,8 +72,7 @@ class Prepare(Protocol):
 class Loss(Protocol):
     """(params, examples) -> loss and further metrics, () float32 or `Share`, means over the rows.
 
-    One that reads more than what is trained, a frozen base, has a method `given`: resident data ->
-    the loss with them.
+    A loss that also reads frozen weights has a method `given`: resident data -> the loss with them.
     """
 
     def __call__(self, params: Params, examples: Any) -> tuple[jax.Array, Metrics]: ...
@@ -103,6 +120,59 @@ def accumulated_gradients(
     return jax.tree.map(lambda a: a / parts, total)
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientUpdate:
+    """The `Update` of a recipe whose only learner descends the gradient of a loss.
+
+    Attributes:
+      rule: of the learner.
+      prepare, loss: the objective.
+      accumulation: parts into which a batch is divided, to fit the memory.
+    """
+
+    rule: UpdateRule
+    prepare: Prepare
+    loss: Loss
+    accumulation: int = 1
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Any,
+        key: jax.Array,
+        *,
+        resident: Any,
+        wall_fraction: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
+        prepare, loss = self.prepare, self.loss
+        if isinstance(prepare, ChangingPrepare):
+            prepare = prepare.at_step(state.step)
+        if isinstance(loss, LossOnResident):
+            loss = loss.given(resident)
+        examples = prepare(resident, batch, key)
+        (value, aux), gradients = accumulated_gradients(
+            loss, state.model.params, examples, self.accumulation
+        )
+        model, metrics = self.rule.update(state.model, gradients, state.step, wall_fraction)
+        after = dataclasses.replace(state, learners={MODEL: model})
+        return after, {"loss": value, **metrics, **aux}
+
+
+def every_nth(
+    n: int, step: jax.Array, update: Callable[[], tuple[Learner, Metrics]], learner: Learner
+) -> tuple[Learner, Metrics]:
+    """`update()` in the steps 0, n, 2n...; in the others `learner`, with metrics that are NaN.
+
+    `metrics.jsonl` shows NaN as null. The other steps compute nothing of the update.
+    """
+    _, metrics = jax.eval_shape(update)
+
+    def skip() -> tuple[Learner, Metrics]:
+        return learner, jax.tree.map(lambda m: jnp.full(m.shape, jnp.nan, m.dtype), metrics)
+
+    return lax.cond(step % n == 0, update, skip)
+
+
 def train_step(
     state: TrainState,
     resident: Any,
@@ -110,59 +180,33 @@ def train_step(
     key: jax.Array,
     wall_fraction: jax.Array,
     *,
-    prepare: Prepare,
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
-    rate: Callable[[jax.Array, jax.Array], jax.Array],
-    decay: float,
-    accumulation: int = 1,
+    update: Update,
     spike: SpikePolicy | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One update, or with `spike` none if the gradients are bad.
+    """One step of any recipe; with `spike` it changes no learner if the gradients are bad.
 
     Args:
       state: before.
       resident: data that stay on the device for the whole run.
       batch: what the loader gave for this step, e.g. indices into `resident`.
-      key: the run's key; the step folds its number in, so that a resumed run repeats itself.
+      key: of the run; the number of the step is folded in, so that a resumed run repeats itself.
       wall_fraction: () share of the time limit used up.
-      prepare, loss: the objective.
-      optimizer: at learning rate 1.
-      rate: (step, wall_fraction) -> learning rate.
-      decay: of the moving average.
-      accumulation: parts that a batch is cut into, to fit the memory.
+      update: of the recipe.
       spike: which gradients are bad, if the state has a guard.
 
     Returns:
-      the state after, and float32 scalars: loss, learning_rate, grad_norm, the loss's own and the
-      guard's.
+      the state after, and () float32 metrics: those of the update and of the guard.
     """
     step_key = jax.random.fold_in(key, state.step)
-    if isinstance(prepare, ChangingPrepare):
-        prepare = prepare.at_step(state.step)
-    if isinstance(loss, LossOnResident):
-        loss = loss.given(resident)
-    examples = prepare(resident, batch, step_key)
-    (value, aux), gradients = accumulated_gradients(loss, state.params, examples, accumulation)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    lr = rate(state.step, wall_fraction)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: lr * u, updates))
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1.0 - ema_decay(state.step, decay))
-    norm = optax.global_norm(gradients)
-    metrics = {"loss": value, "learning_rate": lr, "grad_norm": norm, **aux}
-    guard = state.guard
+    after, metrics = update(state, batch, step_key, resident=resident, wall_fraction=wall_fraction)
+    learners, guard = after.learners, state.guard
     if guard is not None and spike is not None:
-        good, guard, decided = judge(guard, value, norm, spike)
-        before = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = keep_if(good, (params, opt_state, ema), before)
-        metrics.update(decided)
+        good, guard, decided = judge(guard, metrics["loss"], metrics["grad_norm"], spike)
+        learners = keep_if(good, learners, state.learners)
+        metrics = {**metrics, **decided}
     scalars = {k: v.mean() if isinstance(v, Share) else v for k, v in metrics.items()}
     scalars = {name: jnp.asarray(v, jnp.float32) for name, v in scalars.items()}
-    # Optax types trees as single arrays
-    after = TrainState(state.step + 1, params, opt_state, ema, guard)  # pyright: ignore[reportArgumentType]
-    return after, scalars
+    return TrainState(state.step + 1, learners, guard), scalars
 
 
 def compile_steps(
@@ -172,9 +216,9 @@ def compile_steps(
 
     Args:
       state_shardings: of a state on a mesh; batches are then split over their second axis, and
-        all else is whole on every device. By default everything is on one device.
-      resident_shardings: of resident data that are not whole on every device.
-      parts: keyword arguments of `train_step`.
+        everything else is replicated. By default everything is on one device.
+      resident_shardings: of resident data that are not replicated.
+      parts: the keyword arguments of `train_step`.
 
     Returns:
       (state, resident, batches (K, ...), key, wall_fraction) -> state, metrics (K,). On a mesh

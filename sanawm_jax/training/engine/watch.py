@@ -17,8 +17,8 @@ from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.peak import mfu, peak_flops
 from sanawm_jax.runtime.processes import is_first
 from sanawm_jax.training.engine.metrics import RowSink
+from sanawm_jax.training.engine.recipe import Recipe
 from sanawm_jax.training.engine.state import TrainState
-from sanawm_jax.training.recipes.tasks import Task
 
 PROFILE_TRIGGER = "PROFILE"  # a file in the workdir that asks for a profile
 _CURVES_SECONDS = 300.0  # between drawings of a long run
@@ -200,13 +200,13 @@ class Profiler:
 class Films:
     """Samples into `workdir/samples/STEP` every `every` steps; all processes take part."""
 
-    def __init__(self, task: Task, resident: Any, workdir: Path, every: int):
-        self._task, self._resident, self._folder = task, resident, workdir / "samples"
+    def __init__(self, recipe: Recipe, resident: Any, workdir: Path, every: int):
+        self._recipe, self._resident, self._folder = recipe, resident, workdir / "samples"
         self._every = every
 
     def after(self, before: int, step: int, state: TrainState) -> None:
-        if self._task.sample and before // self._every < step // self._every:
-            self._task.sample(state.best, self._resident, self._folder / str(step))
+        if self._recipe.sample and before // self._every < step // self._every:
+            self._recipe.sample(state.best, self._resident, self._folder / str(step))
 
     def close(self) -> None:
         pass
@@ -242,7 +242,7 @@ class Curves:
 
 
 def make_sinks(
-    config: ml_collections.ConfigDict, workdir: Path, task: Task, mesh: Mesh
+    config: ml_collections.ConfigDict, workdir: Path, recipe: Recipe, mesh: Mesh
 ) -> Sequence[RowSink]:
     """What shows the metrics besides `metrics.jsonl`, in the first process.
 
@@ -260,7 +260,7 @@ def make_sinks(
         Progress(
             config.log_every,
             config.steps,
-            flops=task.flops * config.batch_size,
+            flops=recipe.flops * config.batch_size,
             devices=mesh.size,
             peak=peak_flops(mesh.devices.flat[0]),
             boards=boards,
@@ -269,12 +269,12 @@ def make_sinks(
 
 
 def make_watchers(
-    config: ml_collections.ConfigDict, workdir: Path, task: Task, resident: Any
+    config: ml_collections.ConfigDict, workdir: Path, recipe: Recipe, resident: Any
 ) -> Sequence[Watcher]:
     """What looks at the state while it trains."""
     watchers: list[Watcher] = []
     if "samples" in config and config.samples.every:
-        watchers.append(Films(task, resident, workdir, config.samples.every))
+        watchers.append(Films(recipe, resident, workdir, config.samples.every))
     if is_first():
         watchers.append(Profiler(workdir, config.profile.start, config.profile.steps))
         if config.curves:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from sanawm_jax.checkpoints.initial_weights import load_initial
 from sanawm_jax.core.frames import chunk_starts
 from sanawm_jax.core.lora import build_adapted, init_adapters, merge_lora
 from sanawm_jax.core.params import Params, apply, build, cast, init
@@ -21,10 +22,9 @@ from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.flops import forward_flops, training_flops
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.adapters import AdaptedLoss, lora_of
 from sanawm_jax.training.engine.precision import compute_dtype
 from sanawm_jax.training.engine.step import Loss, Metrics, Share
-from sanawm_jax.training.initial_weights import load_initial
+from sanawm_jax.training.objectives.adapters import AdaptedLoss, lora_of
 from sanawm_jax.training.objectives.flow import (
     drop_captions,
     frame_errors,

@@ -45,20 +45,17 @@ from sanawm_jax.text.config import GEMMA3
 from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
-from sanawm_jax.training.adapters import lora_of
 from sanawm_jax.training.engine.precision import compute_dtype
+from sanawm_jax.training.engine.recipe import Recipe, one_learner
+from sanawm_jax.training.objectives.adapters import lora_of
 from sanawm_jax.training.objectives.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
-from sanawm_jax.training.recipes.tasks import (
-    Task,
-    cache_folder,
-    cached_clips,
-    open_source,
-)
+from sanawm_jax.training.recipes.cached_clips import cache_folder, cached_clips
+from sanawm_jax.training.recipes.clips import open_source
 
 _TEXT_HEAD = 32  # channels a head of the small connectors
 
 
-def refiner_task(config: ConfigDict, workdir: Path) -> Task:
+def refiner_recipe(config: ConfigDict, workdir: Path) -> Recipe:
     """The base or its adapters on cached pairs, all of which stay on the device.
 
     Raises:
@@ -115,8 +112,16 @@ def refiner_task(config: ConfigDict, workdir: Path) -> Task:
         else:
             _export_whole(config, model, params, base, workdir / "export", sigmas)
 
-    prepare = PrepareRefiner(objective, clips)
-    return Task(abstract, make, resident, len(data["stage1"]), prepare, loss, export)
+    return one_learner(
+        config,
+        abstract=abstract,
+        init=make,
+        prepare=PrepareRefiner(objective, clips),
+        loss=loss,
+        export=export,
+        resident=resident,
+        size=len(data["stage1"]),
+    )
 
 
 def _base(config: ConfigDict) -> RefinerFolder | None:

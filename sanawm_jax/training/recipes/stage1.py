@@ -1,143 +1,127 @@
-"""Stage 1 from a folder of latents, read as they are needed, or from latents made up.
+"""Trains stage 1: on clips encoded by a trained autoencoder, or on latents that others made.
 
-Axis letters: n clips, F latent frames, H W latent rows and columns, c latent channels, U captions,
-L text tokens.
+Axis letters: B batch, F latent frames, H W latent rows and columns, L text tokens.
 """
 
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
 
-from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.checkpoints.adapters import save_adapters
+from sanawm_jax.checkpoints.export import export_transformer
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import Params
-from sanawm_jax.data.latent_cache import read_rows
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.keys import key_table
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
+from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
-from sanawm_jax.training.recipes.tasks import Task, export_stage1
-from sanawm_jax.training.samples import first_rows, stage1_samples
-
-_NAMES = ("latents", "camera", "plucker", "caption", "text", "text_mask")
-
-
-def open_latents(folder: str | Path) -> dict[str, np.ndarray]:
-    """Memory maps of a folder that `data.latent_cache.build_cache` wrote.
-
-    Raises:
-      InputError: a file is missing, or the arrays are not of one set of clips.
-    """
-    folder = Path(folder)
-    missing = [name for name in _NAMES if not (folder / f"{name}.npy").is_file()]
-    if missing:
-        raise InputError(f"data_dir={folder} lacks {', '.join(f'{name}.npy' for name in missing)}")
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _NAMES}
-    lengths = {len(arrays[name]) for name in _NAMES[:4]}
-    if len(lengths) > 1 or arrays["caption"].max(initial=0) >= len(arrays["text"]):
-        raise InputError(f"data_dir={folder} holds arrays of different sets of clips")
-    return arrays
+from sanawm_jax.training.recipes.cached_clips import cached_clips, text_folder
+from sanawm_jax.training.recipes.clips import open_source
+from sanawm_jax.training.recipes.latent_source import LatentSource, array_source
+from sanawm_jax.training.recipes.samples import first_rows, stage1_samples
+from sanawm_jax.training.recipes.stage1_zip import zip_source
 
 
-def synthetic_latents(
-    clips: int, latent_frames: int, height: int, width: int, channels: int, text: int, captions: int
-) -> dict[str, np.ndarray]:
-    """Smooth random latents with cameras that turn, in the layout of `open_latents`.
+def dit_config(config: ml_collections.ConfigDict) -> DiTConfig:
+    """The network of a run; fields that `config.dit` leaves out are those of the release."""
+    return DiTConfig(**config.dit.to_dict())
 
-    A clip pans over a random picture as its camera turns, so that past frames, camera and caption
-    tell something about the next frame: a loss on them goes down.
+
+def dit_recipe(config: ml_collections.ConfigDict, workdir: Path) -> Recipe:
+    """Trains stage 1 on cached latents of a trained autoencoder."""
+    if not config.vae_dir:
+        raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
+    return recipe_of_cache(config, workdir, cached_clips(config, workdir, open_source(config)))
+
+
+def recipe_of_cache(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    cache: dict[str, np.ndarray],
+    **options: Any,
+) -> Recipe:
+    """Stage 1 on encoded clips that lie on the device.
 
     Args:
-      clips, latent_frames, height, width, channels: n, F, H, W, c.
-      text: width of the text's hidden states.
-      captions: how many distinct ones; a caption decides the picture's mean colour.
+      cache: of `cached_clips`.
+      options: of every call of the network, see `Stage1Objective`.
     """
-    rng = np.random.default_rng(0)
-    frames = 8 * (latent_frames - 1) + 1
-    hidden = rng.normal(size=(captions + 1, 8, text)).astype(np.float32)
-    hidden[-1] = 0.0  # the empty caption
-    mask = np.ones((captions + 1, 8), bool)
-    mask[-1, 1:] = False
-    colours = rng.normal(size=(captions, channels))
-    caption = rng.integers(0, captions, clips).astype(np.int32)
-    rows: dict[str, list[np.ndarray]] = {"latents": [], "camera": [], "plucker": []}
-    size = 8.0 * max(height, width)
-    for clip in range(clips):
-        speed = rng.uniform(-0.01, 0.01)
-        c2w = np.tile(np.eye(4, dtype=np.float32), (frames, 1, 1))
-        yaw = speed * np.arange(frames)
-        c2w[:, 0, 0], c2w[:, 0, 2] = np.cos(yaw), np.sin(yaw)
-        c2w[:, 2, 0], c2w[:, 2, 2] = -np.sin(yaw), np.cos(yaw)
-        centre = np.array([size, size, 4.0 * width, 4.0 * height], np.float32)
-        intrinsics = np.broadcast_to(centre, (frames, 4))
-        camera, plucker = camera_conditions(c2w, intrinsics, 8 * height, 8 * width, 8, 8)
-        phase = rng.uniform(0, 2 * np.pi, channels) + np.arange(width)[:, None]
-        pan = (8 * speed * np.arange(latent_frames) * size / 8)[:, None, None, None]
-        picture = np.sin(phase + pan) * np.cos(np.arange(height))[:, None, None]
-        rows["latents"].append(picture + 0.5 * colours[caption[clip]])
-        rows["camera"].append(camera)
-        rows["plucker"].append(plucker)
-    stacked = {name: np.stack(value).astype(np.float32) for name, value in rows.items()}
-    return {**stacked, "caption": caption, "text": hidden, "text_mask": mask}
+    folder = workdir / "export"
+    resident: dict[str, Any] = {name: np.asarray(a) for name, a in cache.items()}
+    size = len(cache["latents"])
+    logging.info(
+        "%d clips, %.2f GiB on the device", size, sum(a.nbytes for a in resident.values()) / 2**30
+    )
+    model = DiTConfig(
+        in_channels=cache["latents"].shape[-1],
+        caption_channels=cache["text"].shape[-1],
+        chunk_plucker_channels=cache["plucker"].shape[-1],
+        **config.dit.to_dict(),
+    )
+    objective = Stage1Objective(config, model, cache["latents"].shape[1], **options)
+
+    def prepare(resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> Any:
+        rows = {name: resident[name][batch] for name in ("latents", "camera", "plucker")}
+        caption = resident["caption"][batch]
+        text, mask = resident["text"], resident["text_mask"]
+        rows = {**rows, "text": text[caption], "text_mask": mask[caption]}
+        return objective.prepare(rows, (text[-1], mask[-1]), key)
+
+    def export(params: Params) -> None:
+        export_stage1(objective, model, params, config, folder)
+        shutil.copytree(config.vae_dir, folder / "vae", dirs_exist_ok=True)
+        text = text_folder(config, workdir)
+        for part in ("tokenizer", "text_encoder") if text != folder else ():
+            shutil.copytree(text / part, folder / part, dirs_exist_ok=True)
+        write_index(folder, Schedule(shift=config.flow_shift))
+
+    resident.update(objective.frozen())
+    return one_learner(
+        config,
+        abstract=objective.abstract,
+        init=objective.init,
+        resident=resident,
+        size=size,
+        prepare=prepare,
+        loss=objective.loss,
+        export=export,
+        flops=objective.flops(cache["latents"].shape[2:4], cache["text"].shape[1]),
+        sample=stage1_samples(config, objective, functools.partial(first_rows, cache)),
+    )
 
 
-def stage1_task(config: ml_collections.ConfigDict, workdir: Path) -> Task:
+def stage1_recipe(config: ml_collections.ConfigDict, workdir: Path) -> Recipe:
     """Trains stage 1 on `config.data_dir`, or without one on `config.synthetic` latents."""
     model = dit_config(config)
     if config.data.format not in ("npy", "zip_latents"):
         raise InputError(f"data.format={config.data.format!r}; use npy or zip_latents")
     if config.data.format == "zip_latents":
-        from sanawm_jax.training.recipes.stage1_zip import zip_latents_task
-
-        return zip_latents_task(config, workdir, model)
-    if config.data_dir:
-        arrays = open_latents(config.data_dir)
+        source = zip_source(config, workdir, model)
     else:
-        logging.warning("no data_dir is given: training on latents that are made up")
-        arrays = synthetic_latents(
-            **config.synthetic.to_dict(),
-            channels=model.in_channels,
-            text=model.caption_channels,
-        )
-    check_channels(model, {n: arrays[n].shape[-1] for n in ("latents", "plucker", "text")})
-    objective = Stage1Objective(config, model, arrays["latents"].shape[1])
-    return task_of_latents(
-        config,
-        workdir,
-        model,
-        objective,
-        null=(np.asarray(arrays["text"][-1]), np.asarray(arrays["text_mask"][-1])),
-        grid=arrays["latents"].shape[2:4],
-        size=len(arrays["latents"]),
-        read=functools.partial(read_rows, arrays),
-        sample=stage1_samples(config, objective, functools.partial(first_rows, arrays)),
-    )
+        source = array_source(config, model)
+    objective = Stage1Objective(config, model, source.frames)
+    return recipe_of_latents(config, workdir, model, objective, source)
 
 
-def task_of_latents(
+def recipe_of_latents(
     config: ml_collections.ConfigDict,
     workdir: Path,
     model: DiTConfig,
     objective: Stage1Objective,
-    *,
-    null: tuple[np.ndarray, np.ndarray],
-    grid: tuple[int, ...],
-    size: int,
-    **reading: Any,
-) -> Task:
-    """Stage 1 on batches of latents, cameras and text, wherever they are read.
-
-    Args:
-      null: text (L, width) and mask (L,) of the empty caption.
-      grid: H and W of the latents.
-      size: number of examples.
-      reading: the fields of `Task` that say how batches are read and shown.
-    """
+    source: LatentSource,
+) -> Recipe:
+    """Stage 1 on batches that the host reads."""
 
     def prepare(
         resident: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array
@@ -147,37 +131,39 @@ def task_of_latents(
     def export(params: Params) -> None:
         export_stage1(objective, model, params, config, workdir / "export")
 
-    text, text_mask = null
-    return Task(
+    text, text_mask = source.null
+    return one_learner(
+        config,
         abstract=objective.abstract,
         init=objective.init,
         resident={"text": text, "text_mask": text_mask, **objective.frozen()},
-        size=size,
+        size=source.size,
         prepare=prepare,
         loss=objective.loss,
         export=export,
-        flops=objective.flops(grid, len(text)),
-        **reading,
+        read=source.read,
+        stream=source.stream,
+        flops=objective.flops(source.grid, len(text)),
+        sample=source.first and stage1_samples(config, objective, source.first),
     )
 
 
-def check_channels(model: DiTConfig, found: dict[str, int]) -> None:
-    """Compares the channels of latents, plucker and text with the network's.
-
-    Raises:
-      InputError: they differ.
-    """
-    for axis, name, expected in (
-        ("in_channels", "latents", model.in_channels),
-        ("chunk_plucker_channels", "plucker", model.chunk_plucker_channels),
-        ("caption_channels", "text", model.caption_channels),
-    ):
-        if found[name] != expected:
-            raise InputError(
-                f"{name} of data_dir has {found[name]} channels and dit.{axis} is {expected}"
-            )
-
-
-def dit_config(config: ml_collections.ConfigDict) -> DiTConfig:
-    """The network of a run; fields that `config.dit` leaves out are the release's."""
-    return DiTConfig(**config.dit.to_dict())
+def export_stage1(
+    objective: Stage1Objective,
+    model: DiTConfig,
+    params: Params,
+    config: ml_collections.ConfigDict,
+    folder: Path,
+) -> None:
+    """Writes `transformer/`, adapters merged into it, and those alone as `lora/` for PEFT."""
+    if objective.lora:
+        save_adapters(
+            folder / "lora",
+            params,
+            objective.lora,
+            key_table(model),
+            base=config.init_weights,
+            dtype=jnp.dtype(config.export_dtype),
+        )
+    whole = objective.merged(params)
+    export_transformer(model, whole, folder / "transformer", config.export_dtype)

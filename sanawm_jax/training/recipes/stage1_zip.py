@@ -1,4 +1,4 @@
-"""Stage 1 from zip latents: samples and captions stream from disk, see `data.zip_stream`."""
+"""Stage 1 reads zips of latents: examples and captions stream from disk, see `data.zip_stream`."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from sanawm_jax.data.zip_writer import LATENTS, RAW
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.processes import is_first
-from sanawm_jax.training.objectives.stage1 import Stage1Objective, compute_dtype
-from sanawm_jax.training.recipes.stage1 import check_channels, task_of_latents
-from sanawm_jax.training.recipes.tasks import Task, caption_encoder
-from sanawm_jax.training.samples import stage1_samples
+from sanawm_jax.training.engine.precision import compute_dtype
+from sanawm_jax.training.recipes.cached_clips import caption_encoder
+from sanawm_jax.training.recipes.latent_source import LatentSource, check_channels
 
 _PLUCKER_CHANNELS = 6  # of one pixel frame
 
 
 def zip_folders(data_dir: str, latent_dir: str) -> list[tuple[Path, Path]]:
-    """(raw, latents) of each set; several are separated by commas.
+    """The folders (raw, latents) of each data set.
 
     Args:
-      data_dir: raw folders, or without `latent_dir` folders with raw/ and latents/ in them.
-      latent_dir: latent folders in the same order, or empty.
+      data_dir: raw folders, separated by commas; without `latent_dir`, folders that hold raw/ and
+        latents/.
+      latent_dir: latent folders in the same order, separated by commas; or empty.
 
     Raises:
       InputError: a folder is missing, or the two differ in number.
@@ -66,7 +66,7 @@ def open_zips(
 
     Args:
       config: of the run.
-      model: the network, whose Plücker channels say how many pixel frames a latent has.
+      model: of the network; its Plücker channels tell how many pixel frames a latent frame has.
 
     Raises:
       InputError: no usable samples, or too many bad ones.
@@ -90,8 +90,8 @@ def open_zips(
     return source, counter
 
 
-def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: DiTConfig) -> Task:
-    """Trains stage 1 on the zips of `config.data_dir`; `config.data` says how they are read.
+def zip_source(config: ml_collections.ConfigDict, workdir: Path, model: DiTConfig) -> LatentSource:
+    """The zips of `config.data_dir`; `config.data` says how they are read.
 
     Raises:
       InputError: see `open_zips`; no text encoder; another network's channels.
@@ -104,7 +104,6 @@ def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: Di
     assert source.shape is not None
     plucker = source.temporal * _PLUCKER_CHANNELS
     check_channels(model, {"latents": source.shape[0], "plucker": plucker, "text": text.width})
-    objective = Stage1Objective(config, model, source.latent_frames)
 
     def stream(rows: np.ndarray, seed: int) -> ZipStream:
         data = config.data
@@ -119,16 +118,13 @@ def zip_latents_task(config: ml_collections.ConfigDict, workdir: Path, model: Di
             buffer=data.buffer,
         )
 
-    return task_of_latents(
-        config,
-        workdir,
-        model,
-        objective,
-        null=text(""),
-        grid=source.shape[1:],
+    return LatentSource(
         size=len(source),
+        frames=source.latent_frames,
+        grid=source.shape[1:],
+        null=text(""),
         stream=stream,
-        sample=stage1_samples(config, objective, functools.partial(first_samples, source)),
+        first=functools.partial(first_samples, source),
     )
 
 
@@ -153,7 +149,7 @@ def first_samples(source: ZipLatents, clips: int) -> dict[str, np.ndarray]:
 
 
 def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list[str]) -> TextCache:
-    """The captions as the run's text encoder reads them; the others wait in `training.loop`."""
+    """The captions as the run's text encoder reads them; the first process encodes them."""
     data = config.data
     cache = Path(data.text_cache).expanduser() if data.text_cache else workdir / "text"
     name = data.text_dir or config.init_weights
@@ -167,7 +163,7 @@ def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list
         dtype = compute_dtype(config.dtype)
 
         @functools.cache
-        def encoder() -> TextEncoder:  # loaded only if captions are left to encode
+        def encoder() -> TextEncoder:  # loaded only if some captions are not encoded yet
             return caption_encoder(*folder.load_text(dtype), data.text_length)
 
         def encode(texts: Sequence[str]) -> tuple[jax.Array, jax.Array]:

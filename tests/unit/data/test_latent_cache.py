@@ -14,7 +14,7 @@ from sanawm_jax.core.params import init
 from sanawm_jax.data import latent_cache
 from sanawm_jax.data.latent_cache import build_cache, clip_encoder
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.recipes.tasks import crop_clips, pack_clips
+from sanawm_jax.training.recipes.clips import crop_clips, pack_clips
 from sanawm_jax.vae.config import SMALL_WORLD_VAE
 from sanawm_jax.vae.model import VideoVAE
 

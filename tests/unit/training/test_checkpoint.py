@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,18 +11,47 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
 from sanawm_jax.training.engine.checkpoint import Checkpoints
+from sanawm_jax.training.engine.learner import MODEL, Learner, UpdateRule
+from sanawm_jax.training.engine.optimizer import make_optimizer
+from sanawm_jax.training.engine.spikes import Guard
 from sanawm_jax.training.engine.state import TrainState, create_state
 
 
 def _state(step: int, size: int = 8) -> TrainState:
     values = np.random.default_rng(step).normal(size=(size, 64)).astype(np.float32)
     params = {"a": {"kernel": jax.numpy.asarray(values)}}
-    state = create_state(params, optax.sgd(1.0), average=False, guarded=True)
-    return TrainState(**{**vars(state), "step": jax.numpy.int32(step)})
+    rule = UpdateRule(optax.sgd(1.0), lambda step, fraction: step)
+    state = create_state({MODEL: params}, {MODEL: rule}, guarded=True)
+    return dataclasses.replace(state, step=jax.numpy.int32(step))
+
+
+def test_a_checkpoint_from_before_learners_had_names_is_restored(tmp_path: Path) -> None:
+    values = jax.random.normal(jax.random.key(0), (2, 8, 4))
+    params, gradients = ({"a": {"kernel": value, "bias": value[0]}} for value in values)
+    optimizer = make_optimizer()
+    _, moments = optimizer.update(gradients, optimizer.init(params), params)
+    zero = jax.numpy.int32(0)
+    guard = Guard(jax.numpy.float32(0.7), zero + 3, zero + 1, zero)
+    average = jax.tree.map(lambda a: 0.9 * a, params)
+    before = {"step": zero + 4, "params": params, "opt_state": moments, "ema": average}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        state = ocp.args.StandardSave({**before, "guard": guard})
+        run = ocp.args.JsonSave({"seed": 5, "seconds": 1.5})
+        manager.save(4, args=ocp.args.Composite(state=state, run=run))
+
+    rule = UpdateRule(optimizer, lambda step, fraction: step, decay=0.9)
+    zeros = jax.tree.map(jax.numpy.zeros_like, params)
+    checkpoints = Checkpoints(tmp_path)
+    restored, run = checkpoints.restore(create_state({MODEL: zeros}, {MODEL: rule}, guarded=True))
+    expected = TrainState(zero + 4, {MODEL: Learner(params, moments, average)}, guard)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert run == {"seed": 5, "seconds": 1.5}
+    checkpoints.close()
 
 
 def _steps(folder: Path) -> list[int]:
@@ -80,7 +110,9 @@ def test_a_full_disk_is_one_warning_and_older_ones_stay(
     assert "File too large" in warnings[0]
     assert checkpoints.latest() == 1 and [p.name for p in tmp_path.iterdir()] == ["1"]
     restored, run = checkpoints.restore(_state(0))
-    np.testing.assert_array_equal(restored.params["a"]["kernel"], _state(1).params["a"]["kernel"])
+    np.testing.assert_array_equal(
+        restored.model.params["a"]["kernel"], _state(1).model.params["a"]["kernel"]
+    )
     assert run == {"seed": 0}
 
     assert checkpoints.save(_state(5, 2048), {"seed": 0})

@@ -11,6 +11,7 @@ import pytest
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.checkpoint import Checkpoints
+from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.line_file import truncate
 from sanawm_jax.training.engine.metrics import MetricsWriter, TrainingDiverged
 from sanawm_jax.training.engine.optimizer import make_optimizer
@@ -58,22 +59,22 @@ def test_truncate(tmp_path):
 
 
 def test_checkpoint_round_trip(tmp_path):
-    optimizer = make_optimizer()
+    rule = UpdateRule(make_optimizer(), lambda step, fraction: step, decay=0.9)
     params = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
-    state = create_state(params, optimizer)
+    state = create_state({MODEL: params}, {MODEL: rule})
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     assert checkpoints.latest() is None
     checkpoints.save(state, {"loader": {"next_index": 3}, "seconds": 1.5})
     checkpoints.close()
 
     checkpoints = Checkpoints(tmp_path / "c")
-    like = create_state(jax.tree.map(jnp.zeros_like, params), optimizer)
+    like = create_state({MODEL: jax.tree.map(jnp.zeros_like, params)}, {MODEL: rule})
     restored, run = checkpoints.restore(like)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert run == {"loader": {"next_index": 3}, "seconds": 1.5}
 
-    other = create_state({"b": {"kernel": jnp.zeros((2, 3))}}, optimizer)
+    other = create_state({MODEL: {"b": {"kernel": jnp.zeros((2, 3))}}}, {MODEL: rule})
     with pytest.raises(InputError, match="does not fit this configuration"):
         checkpoints.restore(other)
     checkpoints.close()

@@ -18,9 +18,10 @@ from sanawm_jax.core.sharding import parameter_spec
 from sanawm_jax.refiner.config import LTX_2_19B, RefinerConfig
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
+from sanawm_jax.training.engine.learner import UpdateRule
 from sanawm_jax.training.engine.optimizer import make_optimizer
 from sanawm_jax.training.engine.state import create_state
-from sanawm_jax.training.engine.step import train_step
+from sanawm_jax.training.engine.step import GradientUpdate, train_step
 from sanawm_jax.training.objectives import refiner_history as history
 from sanawm_jax.training.objectives.refiner_flow import sequence_loss, stream_sequence
 from sanawm_jax.training.objectives.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
@@ -179,7 +180,7 @@ def test_a_training_step_moves_the_adapters_and_not_the_base(params: Params) -> 
     adapters = init_adapters(abstract, jax.random.key(2))
     prepare, loss = parts(settings(objective="clip"))
     loss = dataclasses.replace(loss, graphdef=graphdef)
-    optimizer = make_optimizer()
+    rule = UpdateRule(make_optimizer(), lambda step, fraction: jnp.float32(1e-2))
     data = {**resident(), "base": params}
     step = jax.jit(
         lambda state: train_step(
@@ -188,22 +189,18 @@ def test_a_training_step_moves_the_adapters_and_not_the_base(params: Params) -> 
             jnp.arange(BATCH),
             jax.random.key(3),
             jnp.float32(0),
-            prepare=prepare,
-            loss=loss,
-            optimizer=optimizer,
-            rate=lambda step, fraction: jnp.float32(1e-2),
-            decay=0.0,
+            update=GradientUpdate(rule, prepare, loss),
         )
     )
-    state = create_state(adapters, optimizer)
+    state = create_state({"model": adapters}, {"model": rule})
     after, metrics = step(state)
     assert float(metrics["grad_norm"]) > 0
-    assert jax.tree.structure(after.params) == jax.tree.structure(adapters)
-    moved = after.params["blocks"]["attn"]["q"]["lora_b"]
+    assert jax.tree.structure(after.model.params) == jax.tree.structure(adapters)
+    moved = after.model.params["blocks"]["attn"]["q"]["lora_b"]
     assert 0 < np.abs(moved).max() < 0.1
     before, now = (
         loss.given(data)(p, prepare(data, jnp.arange(BATCH), jax.random.key(4)))[0]
-        for p in (adapters, after.params)
+        for p in (adapters, after.model.params)
     )
     assert float(before) != float(now)
     plain = dataclasses.replace(loss, graphdef=build(Refiner, MODEL)[0])
@@ -220,6 +217,6 @@ def test_every_weight_has_a_place_on_a_mesh() -> None:
         base = build(Refiner, config)[1]
         adapters = build_adapted(Refiner, LTX_2_19B, LoraConfig(384, targets))[1]
         for path, leaf in [*leaves(base), *leaves(adapters)]:
-            for prefix in ("", "opt_state.1.0.mu."):
+            for prefix in ("", "learners.model.moments.1.0.mu."):
                 assert len(parameter_spec(prefix + path, leaf.shape)) == leaf.ndim
     assert parameter_spec("blocks.attn.q.kernel", (48, 4096, 4096))[1:] == ("fsdp", "tensor")

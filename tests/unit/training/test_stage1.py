@@ -25,11 +25,12 @@ from sanawm_jax.core.params import leaves
 from sanawm_jax.data.zip_index import Selection
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import Schedule
-from sanawm_jax.training.engine.dry_run import describe
 from sanawm_jax.training.engine.loop import train
 from sanawm_jax.training.engine.step import accumulated_gradients
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
-from sanawm_jax.training.recipes.stage1 import dit_config, open_latents, synthetic_latents
+from sanawm_jax.training.recipes.dry_run import describe
+from sanawm_jax.training.recipes.latent_source import open_latents, synthetic_latents
+from sanawm_jax.training.recipes.stage1 import dit_config
 
 _ROOT = Path(__file__).parents[3]
 
@@ -139,7 +140,7 @@ def test_folder_of_latents_and_weights(tmp_path):
     _save(tmp_path / "latents", arrays)
     config.data_dir = str(tmp_path / "latents")
     state = train(config, tmp_path / "run")
-    assert state.ema is None
+    assert state.model.average is None
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert np.isfinite(json.loads(rows[0])["loss"])
 
@@ -152,7 +153,9 @@ def test_folder_of_latents_and_weights(tmp_path):
     config.init_weights = str(folder)
     config.steps = 0
     again = train(config, tmp_path / "again")
-    for (path, a), (_, b) in zip(leaves(again.params), leaves(state.params), strict=True):
+    for (path, a), (_, b) in zip(
+        leaves(again.model.params), leaves(state.model.params), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=path)
     config.dit.hidden_size = 64
     with pytest.raises(InputError, match="another network"):

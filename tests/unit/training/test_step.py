@@ -10,8 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from sanawm_jax.core.params import leaves
+from sanawm_jax.core.params import build, leaves
+from sanawm_jax.core.stack import stacked_axes
+from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.optimizer import (
     decay_mask,
     ema_decay,
@@ -20,8 +23,9 @@ from sanawm_jax.training.engine.optimizer import (
     matrix_axes,
 )
 from sanawm_jax.training.engine.state import create_state
-from sanawm_jax.training.engine.step import compile_steps
+from sanawm_jax.training.engine.step import GradientUpdate, compile_steps
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, edge_loss, vae_loss
+from tests import tiny_refiner
 
 
 def _prepare(resident, batch, key):
@@ -36,16 +40,9 @@ def _loss(params, examples):
 
 def _setup(rate=lambda step, wall: 0.01, accumulation=1, **kwargs):
     params = {"a": {"kernel": jnp.array(2.0), "bias": jnp.array(0.5)}}
-    optimizer = make_optimizer(**kwargs)
-    steps = compile_steps(
-        prepare=_prepare,
-        loss=_loss,
-        optimizer=optimizer,
-        rate=rate,
-        decay=0.9,
-        accumulation=accumulation,
-    )
-    return params, create_state(params, optimizer), steps
+    rule = UpdateRule(make_optimizer(**kwargs), rate, decay=0.9)
+    steps = compile_steps(update=GradientUpdate(rule, _prepare, _loss, accumulation))
+    return params, create_state({MODEL: params}, {MODEL: rule}), steps
 
 
 def _batches(steps):
@@ -69,7 +66,7 @@ def test_equals_optax_adamw():
         ema = jax.tree.map(lambda e, x, d=d: d * e + (1 - d) * x, ema, p)
     state, metrics = steps(state, resident, batches, key, jnp.float32(0))
     assert int(state.step) == 5 and metrics["loss"].shape == (5,)
-    for ours, theirs in ((state.params, p), (state.ema, ema)):
+    for ours, theirs in ((state.model.params, p), (state.model.average, ema)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
     assert len(np.unique(metrics["noise"])) == 5  # every step has its own key
 
@@ -99,7 +96,7 @@ def test_accumulation_equals_the_whole_batch(parts):
 def test_state_is_donated():
     _, state, steps = _setup()
     steps(state, jnp.arange(10.0), _batches(1), jax.random.key(0), jnp.float32(0))
-    assert state.params["a"]["kernel"].is_deleted()
+    assert state.model.params["a"]["kernel"].is_deleted()
 
 
 def test_learning_rate():
@@ -173,6 +170,56 @@ def test_muon_takes_matrices_of_every_layer_alone() -> None:
         assert 0.1 < np.sqrt(np.mean(matrix**2)) < 0.3  # as large as an update of AdamW
 
 
+def test_muon_update_of_a_refiner_layer_is_the_update_of_that_layer_alone() -> None:
+    abstract = build(Refiner, tiny_refiner.CONFIG)[1]
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(jax.tree.leaves(abstract))))
+
+    def draw(tree):
+        return jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape), tree)
+
+    params, gradients = draw(abstract), draw(abstract)
+    optimizer = make_optimizer(name="muon", clip_norm=1e9, weight_decay=0.1)
+
+    def update(params, gradients):
+        return dict(leaves(optimizer.update(gradients, optimizer.init(params), params)[0]))
+
+    together = update(params, gradients)
+    stacked = {path for path in together if stacked_axes(path)}
+    assert stacked == {path for path in together if path.startswith("blocks.")}
+    for i in range(tiny_refiner.CONFIG.num_layers):
+        one_layer = (
+            {"layer": jax.tree.map(lambda a, i=i: a[i], t["blocks"])} for t in (params, gradients)
+        )
+        alone = update(*one_layer)
+        for path in stacked:
+            expected = alone[path.replace("blocks.", "layer.", 1)]
+            np.testing.assert_allclose(
+                together[path][i], expected, rtol=2e-4, atol=2e-5, err_msg=path
+            )
+
+
 def test_unknown_optimizer() -> None:
     with pytest.raises(InputError, match=r"optimizer.name='sgd'; use one of adamw, muon"):
         make_optimizer(name="sgd")
+    with pytest.raises(InputError, match=r"moments_dtype='int8'; use one of float32, bfloat16"):
+        make_optimizer(moments_dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_first_moments_in_bfloat16(name: str) -> None:
+    params = {"a": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones((4,))}}
+    gradients = jax.tree.map(lambda a: 0.3 * a, params)
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(name=name, moments_dtype=dtype)
+        update, state = optimizer.update(gradients, optimizer.init(params), params)
+        flat = jax.tree_util.tree_flatten_with_path(state)[0]
+        first, second = (
+            {leaf.dtype.name for path, leaf in flat if f".{part}" in jax.tree_util.keystr(path)}
+            for part in ("mu", "nu")
+        )
+        assert first == {dtype} and second == {"float32"}
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(update)} == {"float32"}
+        updates[dtype] = update
+    # the first update is made before the moments are rounded
+    jax.tree.map(np.testing.assert_array_equal, *updates.values())

@@ -29,7 +29,7 @@ from sanawm_jax.training.engine.watch import (
     TensorBoard,
     WeightsAndBiases,
 )
-from sanawm_jax.training.samples import false_colours
+from sanawm_jax.training.recipes.samples import false_colours
 
 
 class _Board:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from configs import curriculum, lora, stage1_bidirectional
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.export import export_transformer
+from sanawm_jax.checkpoints.initial_weights import load_initial
 from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import init, leaves
 from sanawm_jax.dit.config import DiTConfig
@@ -22,11 +23,10 @@ from sanawm_jax.dit.keys import key_table
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import Schedule
-from sanawm_jax.training.initial_weights import load_initial
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
-from sanawm_jax.training.recipes.stage1 import dit_config, synthetic_latents
-from sanawm_jax.training.recipes.tasks import export_stage1
-from sanawm_jax.training.samples import first_rows, stage1_samples
+from sanawm_jax.training.recipes.latent_source import synthetic_latents
+from sanawm_jax.training.recipes.samples import first_rows, stage1_samples
+from sanawm_jax.training.recipes.stage1 import dit_config, export_stage1
 from tests.e2e import resumable_config
 
 _RECURRENT = DiTConfig(

@@ -1,4 +1,4 @@
-"""The weights that a stage-1 run starts from, those of a network that grew included."""
+"""The weights that a stage-1 run starts from; their network may have grown since."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sanawm_jax.runtime.errors import InputError
 def load_initial(name: str, config: DiTConfig) -> Params:
     """Float32 host arrays of `build(DiT, config)` from a folder.
 
-    The folder's network may have softmax attention in other layers: both kinds have the same
-    parameters but for the short convolutions of the recurrence, which a layer that became softmax
-    leaves behind.
+    The folder's network may have softmax attention in other layers. Both kinds of attention have
+    the same parameters, except for the short convolutions of the recurrence; those of a layer that
+    becomes softmax attention are ignored.
 
     Args:
       name: a stage-1 folder in diffusers or upstream layout, `small_world`, or a hub name.
       config: of the run's network.
 
     Raises:
-      InputError: the folder is of another network, or see `pipeline.upstream_folder.open_stage1`.
+      InputError: the folder is of another network, or see `open_stage1`.
     """
     abstract = build(DiT, config)[1]
     found, _, params = open_stage1(name).load_dit(np.float32, place=lambda path, array: array)

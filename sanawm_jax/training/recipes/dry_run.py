@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from sanawm_jax.core.frames import chunk_starts
@@ -19,10 +18,10 @@ from sanawm_jax.core.sharding import check_batch, check_heads, plan_mesh, shardi
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.training.engine.optimizer import optimizer_of
+from sanawm_jax.training.engine.learner import update_rule
 from sanawm_jax.training.engine.precision import compute_dtype
-from sanawm_jax.training.engine.state import TrainState
-from sanawm_jax.training.recipes.stage1 import dit_config, open_latents
+from sanawm_jax.training.recipes.latent_source import open_latents
+from sanawm_jax.training.recipes.stage1 import dit_config
 from sanawm_jax.training.recipes.stage1_zip import open_zips
 
 _GIB = 2**30
@@ -43,16 +42,15 @@ def describe(config: ml_collections.ConfigDict) -> str:
     mesh = plan_mesh(**config.mesh.to_dict())
     check_batch(mesh, config.batch_size, config.accumulation)
     _, params = build(DiT, model)
-    moments = jax.eval_shape(optimizer_of(config).init, params)
-    ema = params if config.ema_decay > 0 else None
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    placed = shardings(TrainState(step, params, moments, ema), mesh)
+    rule = update_rule(config.optimizer, config.steps, config.ema_decay)
+    learner = jax.eval_shape(rule.begin, params)
+    placed = shardings(learner, mesh)
     check_heads(model.num_heads, mesh.shape["tensor"])
 
     parts = {
         "parameters": (params, placed.params),
-        "optimizer": (moments, placed.opt_state),
-        "average": (ema, placed.ema),
+        "optimizer": (learner.moments, placed.moments),
+        "average": (learner.average, placed.average),
         "gradients": (params, placed.params),
     }
     sizes = {name: _bytes(*part) for name, part in parts.items()}

@@ -38,7 +38,7 @@ def stage1_samples(
     objective: Any,
     read: Callable[[int], dict[str, np.ndarray]],
 ) -> Callable[[Params, Any, Path], None]:
-    """What `Task.sample` is for stage 1.
+    """What `Recipe.sample` is for stage 1.
 
     Every clip of the first `config.samples.clips` is begun with its own first latent and follows
     its own camera and caption, always from the same noise. With `config.vae_dir` a film is decoded,
