@@ -35,7 +35,7 @@ def run_config(given: argparse.Namespace) -> Any:
     """The configuration of a run, by default on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
     from sanawm_jax.checkpoints.files import published_fields
-    from sanawm_jax.checkpoints.random_weights import TINY
+    from sanawm_jax.checkpoints.sizes import TINY
 
     recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
     config = recipe.get_config()
