@@ -36,10 +36,17 @@ def step_of(devices: int, dtype: Any, frames: int, given: argparse.Namespace) ->
     config, _, grid, text = sizes(given)
     mesh = make_mesh(context=devices)
     whole = NamedSharding(mesh, PartitionSpec())
-    graphdef, params = common.random_params(
-        DiT, config, dtype, place=lambda _, a: jax.device_put(a, whole)
-    )
-    start, conditions = jax.device_put(inputs(config, frames, grid, text, dtype), whole)
+    drawn = common.jax_dtype(given.tiny)  # float32 gets the same numbers, not more precise ones
+
+    def place(tree: Any) -> Any:
+        def one(a: Any) -> Any:
+            a = a.astype(dtype) if a.dtype == drawn else a
+            return jax.device_put(a, whole)
+
+        return jax.tree.map(one, tree)
+
+    graphdef, params = common.random_params(DiT, config, drawn, place=lambda _, a: place(a))
+    start, conditions = place(inputs(config, frames, grid, text, drawn))
 
     def step() -> Any:
         with jax.set_mesh(mesh):

@@ -342,6 +342,29 @@ def frame_attention(
     return _on_ranks(attend, layout, (qkv, qkv, qkv, "B F"), qkv)(q, k, v, key_mask)
 
 
+def text_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, text_mask: jax.Array, layout: FrameLayout
+) -> jax.Array:
+    """Softmax attention of every token to a text; ranks of a mesh each run their own frames.
+
+    Args:
+      q: (B, F, P, N, D), F padded.
+      k, v: (B, L, N, D).
+      text_mask: (B, L) bool, false hides a token of the text.
+
+    Returns:
+      q's shape.
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        frames = q.shape[1]
+        y = attention(rearrange(q, "B F P N D -> B (F P) N D"), k, v, key_mask=mask)
+        return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
+
+    names = ("B F P N D", "B L N D", "B L N D", "B L")
+    return _on_ranks(attend, layout, names, "B F P N D")(q, k, v, text_mask)
+
+
 def _attend_cached(
     q: jax.Array,
     k: jax.Array,

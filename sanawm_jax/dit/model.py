@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from sanawm_jax.core.attention import attention
-from sanawm_jax.core.frames import FrameLayout, check_carry, layout_of
+from sanawm_jax.core.frames import FrameLayout, check_carry, layout_of, text_attention
 from sanawm_jax.core.layers import (
     Conv,
     Linear,
@@ -76,15 +75,18 @@ class CrossAttention(nnx.Module):
             self.q_norm = RMSNorm(width, eps=1e-6)
             self.k_norm = RMSNorm(width, eps=1e-6)
 
-    def __call__(self, x: jax.Array, text: jax.Array, text_mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, text: jax.Array, text_mask: jax.Array, layout: FrameLayout
+    ) -> jax.Array:
         """x (B, F, P, C), text (B, L, C), text_mask (B, L) bool -> x's shape."""
-        q = self.q(rearrange(x, "B F P C -> B (F P) C"))
+        q = self.q(x)
         k, v = jnp.split(self.kv(text), 2, -1)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (rearrange(a, "B T (N D) -> B T N D", N=self.heads) for a in (q, k, v))
-        y = self.out(rearrange(attention(q, k, v, key_mask=text_mask), "B T N D -> B T (N D)"))
-        return rearrange(y, "B (F P) C -> B F P C", F=x.shape[1])
+        q = rearrange(q, "B F P (N D) -> B F P N D", N=self.heads)
+        k, v = (rearrange(a, "B L (N D) -> B L N D", N=self.heads) for a in (k, v))
+        y = text_attention(q, k, v, text_mask, layout)
+        return self.out(rearrange(y, "B F P N D -> B F P (N D)"))
 
 
 class Block(nnx.Module):
@@ -125,7 +127,7 @@ class Block(nnx.Module):
         def inform(x: jax.Array) -> jax.Array:
             if ctx.plucker is not None and hasattr(self, "plucker"):
                 x = x + self.plucker(ctx.plucker)
-            return masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
+            return masked(x + self.cross_attn(x, ctx.text, ctx.text_mask, ctx.layout))
 
         def feed(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             y, new = masked(modulated_norm(x, scale2, shift2)), None
