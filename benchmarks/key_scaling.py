@@ -5,12 +5,14 @@
 
 A frame writes S tokens' keys k of size D into the state at once, S W + U with
 W = g (I - K^T diag(beta) K). Keys times 1/sqrt(D S) keep the norm of W near one or below; with
-1/sqrt(D), or as they are, it grows with S and the state by that factor a frame.
+1/sqrt(D), or without a factor, it grows with S, and the state by that factor in every frame. The
+model has the first factor alone; this script replaces `dit.attention.key_factor` by the others.
 
-Clips of the small world are rendered, encoded by its autoencoder and learnt from by `train.py`'s
-step: the same weights, batches, noise and rate for each scaling, no update left out. A run ends
-where its loss or its gradient is no number. JSON lines: step, loss, gradient norm, and the largest
-number in any layer's state for the clips of the first batch; null stands for what is no number.
+Clips of the small world are rendered, encoded by its autoencoder, and trained on with the step of
+`train.py`: each scaling has the same weights, batches, noise and learning rate, and no update is
+skipped. A run ends when its loss or its gradient is not finite. Each JSON line has step, loss,
+gradient norm, and the largest number in the state of any layer for the clips of the first batch;
+null stands for a number that is not finite.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,23 +36,27 @@ from configs import common as recipes
 from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.dit import attention
-from sanawm_jax.dit.attention import KEY_SCALES
 from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 from sanawm_jax.training.curves import panels, smooth
 from sanawm_jax.training.engine.loop import start_run
 from sanawm_jax.training.engine.recipe import Recipe
-from sanawm_jax.training.recipes.cached_clips import cached_clips
-from sanawm_jax.training.recipes.clips import open_source
-from sanawm_jax.training.recipes.stage1 import recipe_of_cache
+from sanawm_jax.training.recipes.stage1 import dit_recipe
 
 _SMALL_WORLD = Path(attention.__file__).parents[1] / "small_world/assets/small_world"
+# what keys are multiplied by, from D and S
+KEY_FACTORS: dict[str, Callable[[int, int], float]] = {
+    "1/sqrt(D*S)": attention.key_factor,
+    "1/sqrt(D)": lambda size, tokens: size**-0.5,
+    "none": lambda size, tokens: 1.0,
+}
 _PER_CALL = 10  # steps, and the distance of the printed lines
 
 
 def run_config(given: argparse.Namespace) -> ConfigDict:
     """Two recurrent layers on 48 clips of 129 frames of 64x64: 17 latent frames of 64 tokens.
 
-    Pre-training begins without softmax layers (`configs/curriculum.py`), and they scale no keys.
+    There are no softmax layers: pre-training begins without them (`configs/curriculum.py`), and
+    their keys have no such factor.
     """
     config = recipes.training("dit")
     config.update(recipes.stage1())
@@ -90,13 +97,13 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
     update: Any = recipe.update
     run = attention.recurrent_states
 
-    def watched(*args: Any) -> jax.Array:
-        states = run(*args)
+    def watched(*args: Any, **named: Any) -> Any:
+        states, last = run(*args, **named)
         jax.debug.callback(lambda a: found.append(float(a)), jnp.max(jnp.abs(states)))
-        return states
+        return states, last
 
     with mock.patch.object(attention, "recurrent_states", watched):
-        # a new function, so that no earlier trace without the watch is taken
+        # a new function, so that JAX uses no earlier trace without the watch
         loss = jax.jit(lambda p, r, b, k: update.loss(p, update.prepare(r, b, k))[0])
         jax.block_until_ready(loss(params, resident, batch, key))
     jax.effects_barrier()
@@ -104,7 +111,7 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
 
 
 def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]:
-    """Trains and prints, and returns all steps' rows until the run ends or is no number."""
+    """Trains, prints, and returns the rows of all steps until the run ends or is not finite."""
     mesh = make_mesh(**config.mesh.to_dict())
     rows: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
@@ -117,11 +124,9 @@ def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]
             indices = loader.next(min(_PER_CALL, config.steps - step))
             watched = indices[0] if watched is None else watched
             is_shown = step % (20 * _PER_CALL) == 0
-            size = (
-                largest_state(recipe, state.model.params, resident, watched, key)
-                if is_shown
-                else None
-            )
+            size = None
+            if is_shown:
+                size = largest_state(recipe, state.model.params, resident, watched, key)
             batches = place_batches(indices, mesh, config.batch_size)
             state, metrics = steps(state, resident, batches, key, signals)
             values = [np.asarray(metrics[n], np.float64) for n in ("loss", "grad_norm")]
@@ -150,11 +155,12 @@ def _json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Loss and gradient norm over steps, a curve a scaling; a cross where a run is no number.
+    """Loss and gradient norm over steps, one curve for each scaling.
 
-    The strong lines of the loss are means over twenty steps.
+    A cross marks where a run stops being finite; the strong lines of the loss are means over twenty
+    steps.
     """
-    colours = dict(zip(KEY_SCALES, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
+    colours = dict(zip(KEY_FACTORS, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
     with panels(out, 2, (10, 3.4)) as axes:
         for name, rows in runs.items():
             colour, last = colours[name], rows[-1]
@@ -166,10 +172,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
                 if metric == "loss":
                     axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
                     axis.plot(x, smooth(y, 20), color=colour, label=label)
-                else:  # a mean would show its peaks alone
+                else:  # a mean would show only its peaks
                     axis.plot(x, y, color=colour, linewidth=0.8)
                 if is_over:
-                    # at the last number, or without one at the top
+                    # at the last finite value; at the top if there is none
                     place = (last["step"], y[-1]) if len(y) else (last["step"], 0.95)
                     transform = axis.transData if len(y) else axis.get_xaxis_transform()
                     axis.plot(*place, "X", color=colour, markersize=8, transform=transform)
@@ -184,7 +190,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--key_scales", nargs="+", choices=list(KEY_SCALES), default=[*KEY_SCALES])
+    parser.add_argument(
+        "--key_scales", nargs="+", choices=list(KEY_FACTORS), default=[*KEY_FACTORS]
+    )
     parser.add_argument("--out", type=Path, help="a PNG of the curves")
     parser.add_argument("--workdir", type=Path, help="keeps the encoded clips")
     parser.add_argument("--tiny", action="store_true", help="clips of 3 latent frames, 4 tokens")
@@ -193,11 +201,11 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     config = run_config(given)
     with tempfile.TemporaryDirectory() as folder:
         workdir = given.workdir or Path(folder)
-        cache = cached_clips(config, workdir, open_source(config))
-        runs = {
-            name: train(config, recipe_of_cache(config, workdir, cache, key_scale=name), name)
-            for name in given.key_scales
-        }
+        recipe = dit_recipe(config, workdir)
+        runs = {}
+        for name in given.key_scales:
+            with mock.patch.object(attention, "key_factor", KEY_FACTORS[name]):
+                runs[name] = train(config, recipe, name)
         lines = [json.dumps(_json(row)) + "\n" for rows in runs.values() for row in rows]
         (workdir / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     if given.out:

@@ -39,24 +39,10 @@ def dit_config(config: ml_collections.ConfigDict) -> DiTConfig:
 
 
 def dit_recipe(config: ml_collections.ConfigDict, workdir: Path) -> Recipe:
-    """Trains stage 1 on cached latents of a trained autoencoder."""
+    """Trains stage 1 on clips encoded by a trained autoencoder, which all lie on the device."""
     if not config.vae_dir:
         raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
-    return recipe_of_cache(config, workdir, cached_clips(config, workdir, open_source(config)))
-
-
-def recipe_of_cache(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    cache: dict[str, np.ndarray],
-    **options: Any,
-) -> Recipe:
-    """Stage 1 on encoded clips that lie on the device.
-
-    Args:
-      cache: of `cached_clips`.
-      options: of every call of the network, see `Stage1Objective`.
-    """
+    cache = cached_clips(config, workdir, open_source(config))
     folder = workdir / "export"
     resident: dict[str, Any] = {name: np.asarray(a) for name, a in cache.items()}
     size = len(cache["latents"])
@@ -69,7 +55,7 @@ def recipe_of_cache(
         chunk_plucker_channels=cache["plucker"].shape[-1],
         **config.dit.to_dict(),
     )
-    objective = Stage1Objective(config, model, cache["latents"].shape[1], **options)
+    objective = Stage1Objective(config, model, cache["latents"].shape[1])
 
     def prepare(resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> Any:
         rows = {name: resident[name][batch] for name in ("latents", "camera", "plucker")}
