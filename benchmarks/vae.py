@@ -28,20 +28,21 @@ def ours(given: argparse.Namespace) -> None:
     """Measures the decoder window by window, and the encoder."""
     import jax
 
-    from sanawm_jax.sampling import generate
+    from sanawm_jax.sampling.decode import decode_latents, decode_tiling
+    from sanawm_jax.sampling.generate import encode_pixels
     from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
     from sanawm_jax.vae.tiling import decode_windows
 
     config, lengths, grid = _sizes(given)
     dtype = common.jax_dtype(given.tiny)
     graphdef, params = common.random_params(VideoDecoder, config, dtype)
-    tile = functools.partial(generate._decode, graphdef, params)
+    tile = functools.partial(decode_latents, graphdef, params)
     for frames in lengths:
         shape = (1, frames, *grid, config.latent_channels)
         latents = jax.random.normal(jax.random.key(0), shape, dtype)
 
         def decode(latents: Any = latents) -> None:
-            tiling = generate.decode_tiling("always", 8 * latents.shape[1])
+            tiling = decode_tiling("always", 8 * latents.shape[1])
             for window in decode_windows(tile, latents, config, tiling):
                 window.block_until_ready()
 
@@ -51,7 +52,7 @@ def ours(given: argparse.Namespace) -> None:
     common.report(
         "ours",
         "encode a picture",
-        lambda: generate._encode(graphdef, params, pixels).block_until_ready(),
+        lambda: encode_pixels(graphdef, params, pixels).block_until_ready(),
         given.repeats,
     )
 

@@ -70,18 +70,20 @@ def decode_stream(
     # around each tile, since a context around the loop would last while the caller works
     def decode_tile(latents: jax.Array) -> jax.Array:
         with matmul_precision(dtype):
-            return _decode(graphdef, params, latents)
+            return decode_latents(graphdef, params, latents)
 
     for window in decode_windows(decode_tile, latents.astype(dtype), config, tiles):
-        yield np.asarray(_to_unit(window))
+        yield np.asarray(to_unit(window))
 
 
 @jax.jit(static_argnames="graphdef")
-def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
+def decode_latents(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
+    """Normalised latents (1, F, H, W, C) to a video in [-1, 1], in one program."""
     plain = apply(graphdef, params, latents, method="denormalise")
     return apply(graphdef, params, plain, method="decode")
 
 
 @jax.jit
-def _to_unit(video: jax.Array) -> jax.Array:
+def to_unit(video: jax.Array) -> jax.Array:
+    """Video (1, n, H, W, 3) in [-1, 1] to frames (n, H, W, 3) float32 in [0, 1]."""
     return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

@@ -275,7 +275,7 @@ class SanaWM:
         """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
         _, graphdef, params = self._part("encoder", self.folder.load_encoder)
         with matmul_precision(self.dtype):
-            return _encode(graphdef, params, video.astype(self.dtype))
+            return encode_pixels(graphdef, params, video.astype(self.dtype))
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """Latents (1, F, h, w, C) to frames (N, H, W, 3) float32 in [0, 1]."""
@@ -295,5 +295,6 @@ class SanaWM:
 
 
 @jax.jit(static_argnames="graphdef")
-def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
+def encode_pixels(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
+    """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
     return apply(graphdef, params, video, method="encode_normalised")

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import pytest
 
 from sanawm_jax.checkpoints.sizes import RELEASED
-from sanawm_jax.core.params import build
+from sanawm_jax.core.params import apply, build
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.memory.programs import INDEX_LIMIT, large_arrays, trace
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, capture_sink, refine_block
-from sanawm_jax.sampling import generate
+from sanawm_jax.sampling.decode import decode_latents, decode_tiling, to_unit
+from sanawm_jax.sampling.generate import encode_pixels
 from sanawm_jax.sampling.stage1 import Conditions, denoise_step
 from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
 from sanawm_jax.vae.tiling import decode_windows
@@ -61,7 +62,7 @@ def test_stage1_with_guidance() -> None:
     assert step.out_avals[0].shape == latents.shape
     # both halves at once would not: the feed-forward is 6 times as wide as the network
     whole = trace(
-        lambda graphdef, params, x, text, mask: generate.apply(
+        lambda graphdef, params, x, text, mask: apply(
             graphdef, params, x, jnp.zeros((2, FRAMES)), text, mask
         ),
         graphdef, params, array(2, FRAMES, ROWS, COLUMNS, 128), *conditions(2)[:2],
@@ -102,12 +103,12 @@ def decode(tiling: str) -> tuple[list[Any], Any]:
 
     def film(graphdef: Any, params: Any, latents: jax.Array) -> list[jax.Array]:
         def tile(part: jax.Array) -> jax.Array:
-            return generate._decode.__wrapped__(graphdef, params, part)
+            return decode_latents.__wrapped__(graphdef, params, part)
 
-        how = generate.decode_tiling(tiling, PIXELS[0])
+        how = decode_tiling(tiling, PIXELS[0])
         windows = list(decode_windows(tile, latents, config, how))
         shapes.extend(w.shape for w in windows)
-        return [generate._to_unit(w) for w in windows]
+        return [to_unit(w) for w in windows]
 
     latents = array(1, FRAMES, ROWS, COLUMNS, 128)
     return shapes, trace(film, graphdef, params, latents)
@@ -129,7 +130,7 @@ def test_decode_at_once_is_noticed() -> None:
 
 def test_encode_the_first_frame() -> None:
     graphdef, params = network(VideoEncoder, RELEASED.vae)
-    assert_fits(trace(generate._encode, graphdef, params, array(1, 1, *PIXELS[1:], 3)))
+    assert_fits(trace(encode_pixels, graphdef, params, array(1, 1, *PIXELS[1:], 3)))
 
 
 def test_guidance_in_halves_is_the_same() -> None:

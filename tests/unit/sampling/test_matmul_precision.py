@@ -21,8 +21,8 @@ from sanawm_jax.sampling.precision import matmul_precision
 from sanawm_jax.sampling.refine import LTX2Refiner
 
 CALLS = {
-    generate: ("denoise", "encode_prompt", "_encode"),
-    decode: ("_decode",),
+    generate: ("denoise", "encode_prompt", "encode_pixels"),
+    decode: ("decode_latents",),
     refine: ("refine", "read_text", "encode_texts"),
 }
 
