@@ -23,7 +23,7 @@ from benchmarks import common
 
 def sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
     """Configuration, latent frames, latent rows and columns, text tokens."""
-    from sanawm_jax.checkpoints.random_weights import RELEASED, TINY
+    from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 
     if given.tiny:
         return TINY.dit, [2], (2, 2), 8

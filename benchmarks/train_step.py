@@ -3,12 +3,13 @@
     python -m benchmarks.train_step                              # all weights, six lengths
     python -m benchmarks.train_step --lora 32 --latent_frames 21
     python -m benchmarks.train_step --chunk_causal --latent_frames 121
+    python -m benchmarks.train_step --latent_frames 121 --context 2 --fsdp 1   # on two devices
     python -m benchmarks.train_step --tiny                       # seconds on a CPU
 
-What `train.py` compiles for `configs/stage1_bidirectional.py`, on one device: noise, loss and
-gradients in bfloat16 over float32 masters with rematerialisation, clipping, optimizer and guard,
-the state donated. One clip of random latents of 704x1280, camera and 300 text tokens lies on the
-device. Weights are random and nowhere zero, since zeros would save a card power and so time.
+What `train.py` compiles for `configs/stage1_bidirectional.py`, by default on one device: noise,
+loss and gradients in bfloat16 over float32 masters with rematerialisation, clipping, optimizer and
+guard; the state is donated. One clip of random latents of 704x1280, camera and 300 text tokens lies
+on the device. Weights are random and nowhere zero, since zeros would save a card power and time.
 
 Every length has a process of its own, shortest first; one that does not fit prints a line with
 `error` and what it `needs_gib` by the compiler's plan. `mfu` is that of a run's log, over the data
@@ -31,15 +32,15 @@ from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 
 def run_config(given: argparse.Namespace) -> Any:
-    """The configuration of a run on one device."""
+    """The configuration of a run, by default on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
     from sanawm_jax.checkpoints.files import published_fields
-    from sanawm_jax.checkpoints.random_weights import TINY
+    from sanawm_jax.checkpoints.sizes import TINY
 
     recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
     config = recipe.get_config()
-    config.mesh.update(data=1, fsdp=1, context=1, tensor=1)
-    config.batch_size = 1
+    config.mesh.update(data=1, fsdp=given.fsdp, context=given.context, tensor=1)
+    config.batch_size = given.fsdp  # one clip per group of context ranks
     config.remat = given.remat
     config.optimizer.name = given.optimizer
     config.ema_decay = given.ema_decay
@@ -97,7 +98,7 @@ def build_recipe(config: Any, frames: int, grid: tuple[int, int], text: int) -> 
         "text": conditions.text,
         "text_mask": conditions.text_mask,
     }
-    batch = {name: np.asarray(a)[None] for name, a in rows.items()}
+    batch = {name: np.repeat(np.asarray(a)[None], config.batch_size, 1) for name, a in rows.items()}
     null = (np.zeros(rows["text"].shape[1:], np.float32), np.ones((text,), np.int32))
     source = LatentSource(size=1, frames=frames, grid=grid, null=null)
     workdir = Path(tempfile.gettempdir())  # nothing is exported
@@ -123,6 +124,7 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
         "side": "ours",
         "what": f"{kind} training step of {name}, {frames} latent frames",
         "latent_frames": frames,
+        "mesh": {"fsdp": given.fsdp, "context": given.context},
     }
     mesh = make_mesh(**config.mesh.to_dict())
     device = mesh.devices.flat[0]
@@ -154,8 +156,10 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
             return {**line, "error": "out of memory", "device": device.device_kind}
     peak = next((v["gemm"] * 1e12 for n, v in LIMITS.items() if n in device.device_kind), None)
     shares = {
-        "mfu": mfu(recipe.flops, line["seconds"], mesh.size, peak_flops(device)),
-        "of_achievable": mfu(recipe.flops, line["seconds"], mesh.size, peak),
+        "mfu": mfu(
+            recipe.flops * config.batch_size, line["seconds"], mesh.size, peak_flops(device)
+        ),
+        "of_achievable": mfu(recipe.flops * config.batch_size, line["seconds"], mesh.size, peak),
     }
     return {
         **line,
@@ -187,6 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remat", default="full", help="none, dots, full or parts")
     parser.add_argument("--optimizer", default="adamw", help="or muon, with half the moments")
     parser.add_argument("--ema_decay", type=float, default=0.0, help="0 keeps no average")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that share the weights out")
+    parser.add_argument("--context", type=int, default=1, help="devices that share the frames out")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--repeats", type=int, default=3, help="steps that the median is of")
     parser.add_argument("--one", action="store_true", help="of each length, in this process")

@@ -64,7 +64,7 @@ def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, i
     """The autoencoder of a stage-1 folder.
 
     Args:
-      weights: see `pipeline.upstream_folder.open_stage1`.
+      weights: see `checkpoints.upstream_folder.open_stage1`.
       dtype: see `sampling.precision.resolve_dtype`.
       tiling: one of `TILINGS`.
 

@@ -1,11 +1,12 @@
 """What stays on the accelerator between uses, `--offload`.
 
-`none`: every network that was used once, within a stage.
-`model`: the network that runs; it is read again when it is needed again.
-`block`: of that network, two layers: one that runs and one whose copy runs beside it. The others
-  wait in host memory, but for those that the device has room for once a first call (a step, or a
-  block of frames) has shown what it needs: they stay. A text tower runs once or twice, and none
-  stay. Embeddings, heads and the VAE are on the device whole.
+`none`: every network that has run stays until its stage ends.
+`model`: only the network that is running; it is read from disk each time it is needed.
+`block`: only two layers of that network: the one that is running, and the next one, which is copied
+  meanwhile. The other layers wait in host memory. After the first call (a step, or a block of
+  frames) has shown how much memory it needs, as many layers as fit stay on the device. No layer of
+  a text tower stays, because it runs only once or twice. Embeddings, output layers and the VAE are
+  always on the device as a whole.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ OFFLOADS = ("none", "model", "block")
 
 
 def check_offload(name: str) -> str:
-    """The name itself.
+    """Returns the name.
 
     Raises:
       InputError: it is unknown.
@@ -42,10 +43,11 @@ def check_offload(name: str) -> str:
 def streaming_of(
     offload: str, *, separate: bool = False, stays: bool = True
 ) -> tuple[Place | None, Runner]:
-    """How one network's leaves are placed, and how its functions are called.
+    """How the parameters of a network are placed, and how its functions are called.
 
     Args:
-      separate: its layers, of one stacked axis, are to be separate; see `core.stack.over_layers`.
+      separate: store its layers, which have one stacked axis, as separate arrays; see
+        `core.stack.over_layers`.
       stays: see `Streamer`.
     """
     if offload == "block":
@@ -54,10 +56,10 @@ def streaming_of(
 
 
 def frame_mesh(devices: int, offload: str) -> Mesh | None:
-    """The mesh over which stage 1 shares its latent frames out, `--devices`; None for one device.
+    """The mesh that divides the latent frames of stage 1 (`--devices`); None for one device.
 
     Raises:
-      InputError: fewer devices are here, or the layers are to wait in host memory.
+      InputError: the machine has fewer devices, or the layers wait in host memory.
     """
     if devices == 1:
         return None
@@ -73,6 +75,6 @@ def frame_mesh(devices: int, offload: str) -> Mesh | None:
 
 
 def on_all_devices(mesh: Mesh) -> Place:
-    """Puts every leaf whole on every device of a mesh."""
+    """Copies every parameter to every device of a mesh."""
     whole = NamedSharding(mesh, PartitionSpec())
     return lambda path, array: jax.device_put(array, whole)

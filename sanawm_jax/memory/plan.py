@@ -1,7 +1,7 @@
-"""What a run needs of the device's memory, known before anything is loaded or compiled.
+"""How much device memory a run needs, computed before anything is loaded or compiled.
 
 The figures are lower bounds: weights, states, and the largest matrix product with its operands. A
-run that is refused could not work; one that is not refused may still run out.
+run that is refused could not work; a run that is not refused may still run out of memory.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Need:
     """Bytes that one network needs while it runs."""
 
     weights: int
-    streamed: int  # of the weights, with two layers on the device
+    streamed: int  # bytes of weights on the device if only two layers are there
     other: int  # states and temporaries
 
     def shared(self, devices: int) -> Need:
-        """Of one of several devices that share all but the weights out."""
+        """The need of one of several devices that divide everything except the weights."""
         return dataclasses.replace(self, other=self.other // devices)
 
 
 def _array(shape: Shape, dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)  # stands for an array wherever one is traced
+    return jax.ShapeDtypeStruct(shape, dtype)  # used in place of an array while tracing
 
 
 def _abstract(params: Params, dtype: Any) -> Params:
@@ -64,7 +64,7 @@ def _abstract(params: Params, dtype: Any) -> Params:
 
 
 def need_of(params: Params, other: int = 0) -> Need:
-    """The need of a network with these abstract parameters, in their final dtype."""
+    """The need of a network with these abstract parameters, whose dtype is the final one."""
     resident, kinds = 0, dict.fromkeys([""], 0)
     for path, leaf in leaves(params):
         size, axes = num_bytes(leaf), stacked_axes(path)
@@ -85,12 +85,12 @@ def dit_need(
     dtype: Any,
     precision: str = "bf16",
 ) -> Need:
-    """Of one step of stage 1.
+    """The need of one step of stage 1.
 
     Args:
       latents: (1, C, F, h, w).
       batch: 2 with guidance.
-      precision: see `pipeline.precision`.
+      precision: see `sampling.precision`.
     """
     graphdef, params = build_dit(config, precision)
     params = _abstract(params, dtype)
@@ -121,7 +121,7 @@ def refiner_need(
     text_length: int,
     dtype: Any,
 ) -> Need:
-    """Of one block of the refiner with its window of keys and values; see `RefineOptions`."""
+    """The need of one refiner block with its window of keys and values; see `RefineOptions`."""
     graphdef, params = build(Refiner, config)
     params = _abstract(params, dtype)
     _, channels, frames, height, width = latents
@@ -157,19 +157,19 @@ def refiner_need(
 
 
 def text_need(config: GemmaConfig, dtype: Any) -> Need:
-    """Of a text tower."""
+    """The need of a text tower."""
     return need_of(_abstract(build(GemmaTower, config)[1], dtype))
 
 
 def vae_need(config: VAEConfig, dtype: Any, *, half: str, tile: Shape) -> Need:
-    """Of the VAE's `encoder` or `decoder`; a tile (n, H, W) of pixels in float32 is its output."""
+    """The need of the VAE's `encoder` or `decoder`, whose output is a float32 tile (n, H, W, 3)."""
     module = {"encoder": VideoEncoder, "decoder": VideoDecoder}[half]
     params = _abstract(build(module, config)[1], dtype)
     return need_of(params, num_bytes(_array((*tile, 3), _F32)))
 
 
 def peak(needs: Sequence[Need], offload: str) -> int:
-    """Bytes at the worst moment of networks that run one after the other."""
+    """Largest number of bytes at any moment, for networks that run one after the other."""
     if offload == "none":
         weights = itertools.accumulate(n.weights for n in needs)
         return max(w + n.other for w, n in zip(weights, needs, strict=True))
@@ -189,13 +189,13 @@ def check_fits(
     """Compares what a run needs with the device's memory.
 
     Args:
-      stages: gives the networks of each stage in order; between stages everything is dropped.
-        It is not called where the backend reports no memory.
-      offload: what the run was asked to keep.
-      limit: bytes of the device; its own by default.
+      stages: gives the networks of each stage in order; all of them are freed between stages. It
+        is not called if the backend does not report its memory.
+      offload: one of `OFFLOADS`.
+      limit: bytes of memory; those of the device by default.
 
     Raises:
-      InputError: it cannot fit; names the flag that makes it fit.
+      InputError: it cannot fit; the message names the flag that makes it fit.
     """
     limit = device_bytes() if limit is None else limit
     if limit is None:

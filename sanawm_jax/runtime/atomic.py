@@ -14,8 +14,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields another name in the same folder, which becomes `path` if the block ends well.
 
     If the block raises, an earlier file at `path` stays as it was and nothing else is left. The
-    other name has the same suffix and begins with a dot, so that no pattern such as `*.npy` finds
-    what a killed process leaves.
+    other name has the same suffix and begins with a dot, so that a pattern such as `*.npy` does not
+    match the rest that a killed process leaves.
 
     Args:
       path: the file to write; its folder must exist.

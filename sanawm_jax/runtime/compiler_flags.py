@@ -1,7 +1,7 @@
 """The XLA flags that the model's programs want on a GPU.
 
-`sample.py`, `train.py` and the benchmarks set them; a program of one's own calls
-`use_compiler_flags` before JAX compiles anything. A flag that `XLA_FLAGS` has already stays.
+`sample.py`, `train.py` and the benchmarks set them; your own program calls `use_compiler_flags`
+before JAX compiles anything. A flag that is already in `XLA_FLAGS` keeps its value.
 """
 
 from __future__ import annotations
@@ -9,34 +9,34 @@ from __future__ import annotations
 import os
 
 FLAGS = {
-    # Round where the program rounds. XLA otherwise replaces a bfloat16 array, for a reader that
-    # widens it, by the float32 one that it was rounded from, and writes both.
+    # Round where the program rounds. Otherwise, where an operation widens a bfloat16 array, XLA
+    # lets it read the float32 array from before the rounding, and writes both arrays to memory.
     "xla_allow_excess_precision": "false",
-    # Products by cuBLASLt, which adds biases and residuals on the way and reads a layer's weights
-    # where they lie in their stack. A product of Triton's does neither here, even where XLA takes
-    # cuBLAS for it in the end, as it does for those of this size.
+    # Compute matrix products with cuBLASLt, which adds biases and residuals in the same kernel and
+    # reads a layer's weights directly from the stacked array. With Triton enabled XLA does neither,
+    # even for products of this size, for which it selects cuBLAS in the end.
     "xla_gpu_enable_triton_gemm": "false",
-    # Join products of one operand only where their results are small, in megabytes: to join two is
-    # to copy both weights into one array in every forward pass.
+    # Merge products that share an operand only if their results are small (in megabytes), because
+    # merging copies both weights into one array in every forward pass.
     "xla_gpu_dot_merger_threshold_mb": "8",
-    # Convolutions over channels-last arrays, as the models have them and as tensor cores want them.
-    # XLA otherwise turns those over time and space, and cuDNN turns them back, in extra passes.
+    # Keep convolutions channels-last, as the models have them and as tensor cores need them.
+    # Otherwise XLA transposes 3-D convolutions and cuDNN transposes them back, in extra passes.
     "xla_gpu_force_conv_nhwc": "true",
 }
 
-# Of one compilation on one GPU. The scheduler that hides latency moves what is slow away from its
-# readers, as far as the card's memory lets it. Between devices that hides communication; on one,
-# all gradients of a block's weights move to the block's end, and everything that they are computed
-# from stays in memory until then.
+# Options of a compilation for one GPU. The latency-hiding scheduler moves slow operations away from
+# the operations that read their results, as far as memory allows. With several devices this hides
+# communication. On one device it moves all weight gradients of a block to the block's end, so that
+# everything they are computed from stays in memory until then.
 ON_ONE_DEVICE: dict[str, bool | int | float | str] = {
     "xla_gpu_enable_latency_hiding_scheduler": False
 }
 
 
 def options_on(devices: int) -> dict[str, bool | int | float | str] | None:
-    """`compiler_options` of a training step on so many devices; None asks for nothing.
+    """`compiler_options` of a training step on this number of devices; None sets nothing.
 
-    As in `use_compiler_flags` the user's stay.
+    Flags that the user has set keep their values, as in `use_compiler_flags`.
     """
     import jax
 
@@ -59,5 +59,5 @@ def _given() -> list[str]:
 
 
 def _named(words: list[str]) -> set[str]:
-    """Names of the flags that the words set."""
+    """Names of the flags that these words set."""
     return {word.lstrip("-").partition("=")[0] for word in words}

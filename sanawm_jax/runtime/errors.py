@@ -1,4 +1,4 @@
-"""The exception that a person sees as one line."""
+"""The exception that the command lines print as one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees when a run fails half-way: one line, and what to try."""
+"""The message when a run fails half-way: one line that says what to try."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for a failure that is no mistake of the program, else None.
+    """One line for a failure that is not a bug of the program; None for all others.
 
     Args:
       error: what ended the run. Its notes, `BaseException.add_note`, are part of the line.

@@ -1,4 +1,4 @@
-"""What a device can compute at best, and how much of it a program uses."""
+"""The peak speed of a device, and the share of it that a program reaches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-# (part of `Device.device_kind`, dense bfloat16 FLOP/s of one device), from the makers' data sheets;
-# the first that is found counts
+# (part of `Device.device_kind`, dense bfloat16 FLOP/s of one device), from data sheets; the
+# first name that is found counts
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H200", 989e12),
@@ -35,8 +35,8 @@ def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float
     """Model FLOPs utilisation, a share of 1: arXiv 2204.02311, appendix B.
 
     Args:
-      flops: of the model, on all devices together, without what is computed again.
-      seconds: that they took.
-      peak: of one device; None gives None.
+      flops: operations of the model on all devices together, without recomputed ones.
+      seconds: the time that they took.
+      peak: FLOP/s of one device; None gives None.
     """
     return flops / seconds / devices / peak if peak and seconds > 0 else None

@@ -1,4 +1,4 @@
-"""Several processes of one run: joining them, and what the first alone does for all."""
+"""Several processes of one run: joining them, and what only the first one does."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def join_processes(
 ) -> bool:
     """Calls `jax.distributed.initialize` if the run was started as one of several processes.
 
-    Must come before anything asks for devices. What is not given is read from the variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    It must be called before anything asks for devices. Arguments that are None are read from the
+    environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
       coordinator: host:port of the first process.
       num_processes, process_id: how many there are, and which this one is.
-      detect: ask the scheduler (Slurm, Open MPI, Kubernetes, a TPU pod), as JAX knows it.
+      detect: ask the scheduler (Slurm, Open MPI, Kubernetes, a TPU pod), as far as JAX knows it.
 
     Returns:
-      Whether there are several; without an argument and a variable nothing is tried.
+      Whether there are several processes; without arguments and variables nothing is tried.
 
     Raises:
       InputError: a part is missing or is no number, or the others cannot be reached.
@@ -68,12 +68,12 @@ def join_processes(
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks for all."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """A barrier, named for messages; nothing in a run of one process."""
+    """Waits until all processes are here; `what` names the barrier in messages."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -81,10 +81,10 @@ def wait_for_all(what: str) -> None:
 
 
 def to_first(tree: Any) -> Any:
-    """The whole of a tree that lies on all processes, as host arrays of the first.
+    """Gathers a tree that is distributed over all processes into host arrays of the first one.
 
-    Leaf by leaf, so that no device holds more than one whole leaf. All processes have to call it;
-    the others get None in the place of leaves.
+    It gathers leaf by leaf, so that no device holds more than one whole leaf. All processes have to
+    call it; the others get None in place of the leaves.
     """
 
     def one(a: jax.Array) -> np.ndarray | None:

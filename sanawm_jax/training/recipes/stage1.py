@@ -17,15 +17,17 @@ import numpy as np
 from absl import logging
 
 from sanawm_jax.checkpoints.adapters import save_adapters
+from sanawm_jax.checkpoints.export import export_transformer
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.recipes.cached_clips import cached_clips, text_folder
 from sanawm_jax.training.recipes.clips import open_source
-from sanawm_jax.training.recipes.export import export_transformer, write_index
 from sanawm_jax.training.recipes.latent_source import LatentSource, array_source
 from sanawm_jax.training.recipes.samples import first_rows, stage1_samples
 from sanawm_jax.training.recipes.stage1_zip import zip_source
@@ -68,7 +70,7 @@ def dit_recipe(config: ml_collections.ConfigDict, workdir: Path) -> Recipe:
         text = text_folder(config, workdir)
         for part in ("tokenizer", "text_encoder") if text != folder else ():
             shutil.copytree(text / part, folder / part, dirs_exist_ok=True)
-        write_index(folder, config.flow_shift)
+        write_index(folder, Schedule(shift=config.flow_shift))
 
     resident.update(objective.frozen())
     return one_learner(
