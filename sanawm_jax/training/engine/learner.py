@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params
-from sanawm_jax.training.engine.optimizer import ema_decay, learning_rate, optimizer_of
+from sanawm_jax.training.engine.optimizer import ema_decay, learning_rate, make_optimizer
 
 MODEL = "model"  # the only learner of a recipe that trains one network
 
@@ -85,12 +85,8 @@ def update_rule(optimizer: ConfigDict, num_steps: int, decay: float) -> UpdateRu
     Raises:
       InputError: an optimizer, a dtype or a schedule that does not exist.
     """
-    rate = functools.partial(
-        learning_rate,
-        peak=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        num_steps=num_steps,
-        schedule=optimizer.schedule,
-        final_fraction=optimizer.final_fraction,
-    )
-    return UpdateRule(optimizer_of(optimizer), rate, decay)
+    fields = optimizer.to_dict()
+    of_rate = {n: fields.pop(n) for n in ("warmup_steps", "schedule", "final_fraction")}
+    peak = fields.pop("learning_rate")
+    rate = functools.partial(learning_rate, peak=peak, num_steps=num_steps, **of_rate)
+    return UpdateRule(make_optimizer(**fields), rate, decay)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params, from_leaves, leaves
 from sanawm_jax.core.stack import stacked_axes
@@ -92,18 +91,6 @@ def make_optimizer(
             mask=decay_mask,
         )
     return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
-
-
-def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer that `config.optimizer`, given here, describes."""
-    return make_optimizer(
-        name=config.name,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        moments_dtype=config.moments_dtype,
-    )
 
 
 def learning_rate(

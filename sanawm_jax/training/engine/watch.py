@@ -1,4 +1,4 @@
-"""What people watch while a run trains: a line of the log, boards, curves, films, profiles."""
+"""What shows the progress of a run: lines of the log, boards, curves, films, profiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CURVES_SECONDS = 300.0  # between drawings of a long run
 
 
 class Watcher(Protocol):
-    """Is told after every call of the compiled steps that it went from step `before` to `step`."""
+    """Is called after every call of the compiled steps, which went from step `before` to `step`."""
 
     def after(self, before: int, step: int, state: TrainState) -> None: ...
 
@@ -41,14 +41,14 @@ class Board(Protocol):
 
 
 class Progress:
-    """Every `log_every` steps a line of the log, means over the steps since the last one.
+    """Writes a line of the log every `log_every` steps: means over the steps since the line before.
 
     Args:
       log_every: steps.
-      last_step: of the run, which the line names.
-      flops: of a step on all devices together, 0 if they are not counted.
+      last_step: of the run; the line shows it.
+      flops: of a step on all devices together; 0 if they are not counted.
       devices: how many there are.
-      peak: FLOP/s of one, see `core.peak`.
+      peak: FLOP/s of one device, see `runtime.peak`.
       boards: get the same numbers.
     """
 
@@ -94,7 +94,7 @@ class Progress:
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of every metric over the rows that have it; of what only changes slowly the last."""
+    """Mean of every metric over the rows that have it; of metrics that change slowly, the last."""
     names = [name for name in rows[-1] if name not in ("step", "seconds")]
     values: dict[str, float] = {}
     for name in names:
@@ -131,7 +131,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars to Weights & Biases, the extra `wandb`; a run that is continued is one run there.
+    """Scalars to Weights & Biases, the extra `wandb`; a resumed run continues the same run there.
 
     Raises:
       InputError: it is not installed.
@@ -165,11 +165,11 @@ class WeightsAndBiases:
 
 
 class Profiler:
-    """Traces by `jax.profiler` into `workdir/profile`, on a step or when a file asks for one.
+    """Traces with `jax.profiler` into `workdir/profile`, at a step or when a file asks for it.
 
     Args:
-      workdir: where `PROFILE_TRIGGER` is looked for, and taken away.
-      start: the step after which tracing begins; 0 waits for the file.
+      workdir: the folder in which `PROFILE_TRIGGER` is looked for, and removed when it is found.
+      start: the step after which tracing begins; with 0 only the file starts it.
       steps: how many are traced, at least.
     """
 
@@ -185,7 +185,7 @@ class Profiler:
                 self.close()
         elif before < self._start <= step or self._trigger.exists():
             self._trigger.unlink(missing_ok=True)
-            # what is in flight is not of the trace
+            # steps that are still running do not belong in the trace
             jax.block_until_ready(state.step)
             jax.profiler.start_trace(str(self._folder))
             self._until = step + self._steps
@@ -198,7 +198,7 @@ class Profiler:
 
 
 class Films:
-    """Samples into `workdir/samples/STEP` every `every` steps; all processes take part."""
+    """Samples into `workdir/samples/STEP` after every `every` steps; all processes take part."""
 
     def __init__(self, recipe: Recipe, resident: Any, workdir: Path, every: int):
         self._recipe, self._resident, self._folder = recipe, resident, workdir / "samples"
@@ -237,7 +237,7 @@ class Curves:
         except ImportError:
             logging.info("curves.png is not drawn: pip install 'sanawm-jax[plots]'")
         except (InputError, OSError, ValueError) as error:
-            # a picture is not worth a run: no row yet, or a full disk
+            # no row yet, or a full disk: a picture must not end a run
             logging.warning("curves.png is not drawn (%s)", error)
 
 
@@ -271,7 +271,7 @@ def make_sinks(
 def make_watchers(
     config: ml_collections.ConfigDict, workdir: Path, recipe: Recipe, resident: Any
 ) -> Sequence[Watcher]:
-    """What looks at the state while it trains."""
+    """What is called with the state while it trains."""
     watchers: list[Watcher] = []
     if "samples" in config and config.samples.every:
         watchers.append(Films(recipe, resident, workdir, config.samples.every))

@@ -1,4 +1,4 @@
-"""LoRA of the world model: what a run's configuration adapts, and a loss on a frozen base."""
+"""LoRA in training: which layers are adapted, and the loss of adapters on a frozen base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from sanawm_jax.training.engine.step import Metrics
 
 
 def lora_of(config: ConfigDict) -> LoraConfig | None:
-    """What `config.lora` adapts; rank 0 trains all weights, alpha 0 is the rank.
+    """The adapters that `config.lora` describes; None at rank 0, which trains all weights.
+
+    An alpha of 0 stands for the rank.
 
     Raises:
       InputError: see `core.lora.LoraConfig`.
@@ -29,7 +31,7 @@ def lora_of(config: ConfigDict) -> LoraConfig | None:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLoss:
-    """`loss` of base and adapters as a loss of adapters; the base is `base` of the resident data.
+    """Makes a loss of the whole weights a loss of adapters; `base` of the resident data is frozen.
 
     Attributes:
       loss: (params, examples) -> loss, metrics.

@@ -1,4 +1,4 @@
-"""The objective of stage 1 as a step runs it: noise a batch, predict the velocity, compare.
+"""The objective of stage 1: add noise to a batch, predict the velocity, and compare.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
 tokens.
@@ -33,11 +33,11 @@ from sanawm_jax.training.objectives.flow import (
 )
 from sanawm_jax.training.objectives.timesteps import mixture_probabilities
 
-_BUCKETS = (0, 250, 500, 750, 1000)  # bounds of the timesteps whose losses are told apart
+_BUCKETS = (0, 250, 500, 750, 1000)  # bounds of timesteps; each bucket has its own metric
 
 
 class Stage1Objective:
-    """`prepare` and `loss` of the DiT, see `training.step`.
+    """`prepare` and `loss` of the DiT, see `training.engine.step`.
 
     Args:
       config: of the run, see `configs.common.stage1`; chunk_size 0 is the bidirectional model.
@@ -46,7 +46,7 @@ class Stage1Objective:
 
     Attributes:
       abstract: shapes of what is trained: all weights, or with `config.lora` adapters.
-      lora: what is adapted, or None.
+      lora: the adapters, or None.
 
     Raises:
       InputError: a chunk layout, mixture or adapters that do not exist.
@@ -85,20 +85,20 @@ class Stage1Objective:
         return jax.device_put(params) if shardings is None else place(params, shardings)
 
     def frozen(self) -> dict[str, Params]:
-        """What adapters need on the device besides the data: their base in the compute dtype."""
+        """The frozen base of adapters, in the compute dtype; empty if all weights are trained."""
         if not self.lora:
             return {}
         return {"base": cast(load_initial(self._config.init_weights, self._model), self._dtype)}
 
     def merged(self, params: Params) -> Params:
-        """What is trained as weights of the whole network."""
+        """The weights of the whole network, adapters merged into their base."""
         if not self.lora:
             return params
         base = load_initial(self._config.init_weights, self._model)
         return merge_lora(base, params, self.lora.scale)
 
     def flops(self, grid: tuple[int, ...], text: int) -> float:
-        """Of a step's share of one clip on a grid (H, W) with L = `text` tokens."""
+        """FLOPs that one clip on a grid (H, W), with L = `text` tokens, adds to a training step."""
         config = self._config
         forward = forward_flops(
             self._model,
@@ -115,7 +115,7 @@ class Stage1Objective:
     def prepare(
         self, rows: dict[str, jax.Array], null: tuple[jax.Array, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Noised examples.
+        """Examples with noise.
 
         Args:
           rows: latents (B, F, H, W, c), camera (B, F, 20), plucker (B, F, H, W, 48), text
@@ -135,7 +135,7 @@ class Stage1Objective:
         text, mask = drop_captions(
             drop_key, rows["text"], rows["text_mask"], *null, config.caption_dropout
         )
-        # without poses the network has no camera branch, and no rays
+        # a network that gets no poses runs without camera branch and rays
         cameras = {
             "camera": rows["camera"],  # float32: poses lose centimetres in bfloat16
             "plucker": rows["plucker"].astype(dtype),
@@ -152,7 +152,7 @@ class Stage1Objective:
 
     @property
     def loss(self) -> Loss:
-        """See `training.step.Loss`; its metrics are the mean errors by timestep."""
+        """See `training.engine.step.Loss`; its metrics are mean errors by timestep."""
         return AdaptedLoss(self._loss) if self.lora else self._loss
 
     def _loss(self, params: Params, examples: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
@@ -173,7 +173,7 @@ class Stage1Objective:
 
 
 def _by_timestep(errors: jax.Array, timesteps: jax.Array, weights: jax.Array) -> Metrics:
-    """Mean errors of frames that are not given, by the bucket of their timestep; all (B, F)."""
+    """Mean errors of the frames to predict, for each bucket of timesteps; arguments are (B, F)."""
     metrics: Metrics = {}
     for low, high in itertools.pairwise(_BUCKETS):
         inside = (timesteps >= low) & (timesteps < high) & (weights > 0)

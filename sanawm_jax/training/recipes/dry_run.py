@@ -1,4 +1,4 @@
-"""What a run would need, from shapes alone: parameters, memory a device, where parameters lie.
+"""What a stage-1 run needs, computed from shapes: parameters, memory per device, shardings.
 
 Axis letters: B batch, F latent frames, P tokens a frame, C width.
 """
@@ -28,13 +28,13 @@ _GIB = 2**30
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
-    """Parameter count, memory estimate and sharding table of a stage-1 run, as lines.
+    """Parameter count, memory estimate and sharding table of a stage-1 run, as text.
 
-    The state is counted exactly. Of the activations only what the backward pass keeps with
-    `remat="full"` is: every block's input; the block that is being recomputed comes on top.
+    The state is counted exactly. Of the activations, only the input of every block is counted,
+    which the backward pass keeps with `remat="full"`; the block that it recomputes is not.
 
     Raises:
-      InputError: another task, or a mesh, batch or chunk layout that does not fit.
+      InputError: the task is another one, or mesh, batch or chunk layout do not fit.
     """
     if config.task != "stage1":
         raise InputError(f"dry_run describes task='stage1'; this one is {config.task!r}")
@@ -65,7 +65,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
             f"{count(params):,} parameters",
             f"mesh {axes}: {mesh.size} devices; {config.batch_size} clips of {frames} x {height} x "
             f"{width} latents a step in {config.accumulation} part(s); {chunks} chunk(s)",
-            "memory a device, GiB:",
+            "memory per device, GiB:",
             *(f"  {name:<14}{size / _GIB:9.3f}" for name, size in sizes.items()),
             f"  {'sum':<14}{sum(sizes.values()) / _GIB:9.3f}",
             "shardings (parameter, shape, axes):",
@@ -101,7 +101,7 @@ def _block_inputs(
 
 
 def _table(params: Params, placed: Params) -> list[str]:
-    """A line a parameter; those of all blocks of a kind are one stacked array."""
+    """One line for each parameter; blocks of one kind share a stacked array."""
     rows = []
     for (path, leaf), (_, sharding) in zip(leaves(params), leaves(placed), strict=True):
         name = re.sub(r"^segments\.(\d+)\.runs\.(\d+)\.layers", r"\1.\2", path)

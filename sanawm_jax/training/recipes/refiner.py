@@ -1,8 +1,8 @@
-"""Trains stage 2 on pairs of what stage 1 makes of a clip and the clip itself.
+"""Trains stage 2 on pairs: a clip, and what stage 1 samples for it.
 
-Two runs make a refiner: a base, all of its weights from scratch or from `base_dir`; then, with
-`lora.rank` above 0, adapters on a frozen `base_dir`. The text path, a frozen Gemma-3 and frozen
-connectors, is the base's, or a tiny random one for a base from scratch.
+Two runs make a refiner. The first trains all weights of a base, from scratch or from `base_dir`;
+the second, with `lora.rank` above 0, trains adapters on a frozen `base_dir`. The text path, Gemma-3
+and connectors, is frozen: that of `base_dir`, or a tiny random one for a base from scratch.
 
 Axis letters: n clips, B batch, F latent frames, H W latent rows and columns, c latent channels, L
 text tokens, C text width.
@@ -52,11 +52,11 @@ from sanawm_jax.training.objectives.refiner_loss import PrepareRefiner, RefinerL
 from sanawm_jax.training.recipes.cached_clips import cache_folder, cached_clips
 from sanawm_jax.training.recipes.clips import open_source
 
-_TEXT_HEAD = 32  # channels a head of the small connectors
+_TEXT_HEAD = 32  # channels of a head of the small connectors
 
 
 def refiner_recipe(config: ConfigDict, workdir: Path) -> Recipe:
-    """The base or its adapters on cached pairs, all of which stay on the device.
+    """Trains the base or its adapters on cached pairs, all of which lie on the device.
 
     Raises:
       InputError: folders that are missing or of different latents, or settings that do not fit.
@@ -86,7 +86,7 @@ def refiner_recipe(config: ConfigDict, workdir: Path) -> Recipe:
     graphdef, abstract = build(Refiner, model)
     if lora and base:
         graphdef, abstract = build_adapted(Refiner, model, lora)
-        # frozen, so the compute dtype is all that it needs
+        # the base is frozen, so the compute dtype is enough
         _, resident["base"] = base.load_transformer(dtype)
 
     def make(shardings: Any) -> Params:

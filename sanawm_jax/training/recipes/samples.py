@@ -1,4 +1,4 @@
-"""Films of what stage 1 has learned so far, sampled from the first clips of the training data.
+"""Videos that stage 1 samples while it trains, from the first clips of its training data.
 
 Axis letters: B clips, F latent frames, H W latent rows and columns, c latent channels.
 """
@@ -25,7 +25,7 @@ from sanawm_jax.sampling.schedule import Schedule, next_sigmas
 from sanawm_jax.sampling.stage1 import Conditions, denoise_batch
 from sanawm_jax.training.engine.precision import compute_dtype
 
-_ENLARGED = 8  # pixels that a latent is shown as, if there is no decoder
+_ENLARGED = 8  # without a decoder, a latent is shown as a square of so many pixels
 
 
 def first_rows(arrays: dict[str, np.ndarray], clips: int) -> dict[str, np.ndarray]:
@@ -40,21 +40,21 @@ def stage1_samples(
 ) -> Callable[[Params, Any, Path], None]:
     """What `Recipe.sample` is for stage 1.
 
-    Every clip of the first `config.samples.clips` is begun with its own first latent and follows
-    its own camera and caption, always from the same noise. With `config.vae_dir` a film is decoded,
-    else the latents' three main components are its colours.
+    Each of the first `config.samples.clips` clips starts with its own first latent frame, follows
+    its own camera and caption, and gets the same noise in every call. With `config.vae_dir` the
+    latents are decoded; without it, their three principal components are shown as colours.
 
     Args:
-      objective: `training.objective.Stage1Objective`.
-      read: number of clips -> rows of the first ones, at least one and at most that many, the
-        same in every call and process; see `data.latent_cache.read_rows`.
+      objective: a `training.objectives.stage1.Stage1Objective`.
+      read: number of clips -> rows of the first ones, at least one and at most that many; they are
+        the same in every call and process. See `data.latent_cache.read_rows`.
     """
     dtype = compute_dtype(config.dtype)
 
     def sample(params: Params, resident: Any, folder: Path) -> None:
         samples = config.samples
         rows = read(samples.clips)
-        # rows have to divide among the replicas
+        # every replica needs the same number of rows
         replicas = axis_size("data") * axis_size("fsdp")
         known = len(rows["latents"])
         order = np.arange(-(-known // replicas) * replicas) % known
@@ -74,7 +74,7 @@ def stage1_samples(
             inputs = place(inputs, whole)
         if objective.lora:
             params = combine(resident["base"], params)
-        # the network runs without cameras where it is trained without them
+        # a network that is trained without cameras is sampled without them
         cameras: Any = (None, None)
         if config.use_camera:
             cameras = (inputs["camera"], inputs["plucker"].astype(dtype))
@@ -109,7 +109,7 @@ def _write(latents: np.ndarray, vae_dir: str, folder: Path, dtype: Any) -> None:
 
 
 def false_colours(latents: np.ndarray) -> np.ndarray:
-    """Three main components as colours: (B, F, H, W, c) -> (B, F, 8 H, 8 W, 3) uint8."""
+    """Three principal components as colours: (B, F, H, W, c) -> (B, F, 8 H, 8 W, 3) uint8."""
     flat = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(0)
     _, _, axes = np.linalg.svd(flat.T @ flat)
