@@ -1,11 +1,12 @@
-"""What stays on the accelerator between uses, `--offload`.
+"""`--offload`: which weights stay on the accelerator.
 
-`none`: every network that was used once, within a stage.
-`model`: the network that runs; it is read again when it is needed again.
-`block`: of that network, two layers: one that runs and one whose copy runs beside it. The others
-  wait in host memory, but for those that the device has room for once a first call (a step, or a
-  block of frames) has shown what it needs: they stay. A text tower runs once or twice, and none
-  stay. Embeddings, heads and the VAE are on the device whole.
+`none`: within a stage, every network stays after its first use.
+`model`: only the network that runs is on the device. It is read again when it is needed again.
+`block`: only two layers of that network are on the device, one that runs and one that is being
+  copied. The other layers are in host memory. The first call (one step, or one block of frames)
+  measures how much memory remains, and from then on as many layers as fit stay on the device. A
+  text encoder runs only once or twice, so its layers never stay. Embeddings, heads and the VAE are
+  always on the device as a whole.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ OFFLOADS = ("none", "model", "block")
 
 
 def check_offload(name: str) -> str:
-    """The name itself.
+    """Returns the name if it is one of `OFFLOADS`.
 
     Raises:
-      InputError: it is unknown.
+      InputError: the name is unknown.
     """
     if name not in OFFLOADS:
         raise InputError(f"--offload={name} is unknown; use one of {', '.join(OFFLOADS)}")
@@ -42,10 +43,12 @@ def check_offload(name: str) -> str:
 def streaming_of(
     offload: str, *, separate: bool = False, stays: bool = True
 ) -> tuple[Place | None, Runner]:
-    """How one network's leaves are placed, and how its functions are called.
+    """Returns how to place the parameters of one network, and how to call its functions.
 
     Args:
-      separate: its layers, of one stacked axis, are to be separate; see `core.stack.over_layers`.
+      offload: one of `OFFLOADS`.
+      separate: whether layers with one stacked axis become separate arrays; see
+        `core.stack.over_layers`.
       stays: see `Streamer`.
     """
     if offload == "block":
@@ -54,10 +57,12 @@ def streaming_of(
 
 
 def frame_mesh(devices: int, offload: str) -> Mesh | None:
-    """The mesh over which stage 1 shares its latent frames out, `--devices`; None for one device.
+    """Returns the mesh that divides the latent frames of stage 1 over `--devices` devices.
+
+    It is None for one device.
 
     Raises:
-      InputError: fewer devices are here, or the layers are to wait in host memory.
+      InputError: the machine has fewer devices, or `offload` is "block".
     """
     if devices == 1:
         return None
@@ -73,6 +78,6 @@ def frame_mesh(devices: int, offload: str) -> Mesh | None:
 
 
 def on_all_devices(mesh: Mesh) -> Place:
-    """Puts every leaf whole on every device of a mesh."""
+    """Returns a function that copies every leaf to every device of a mesh."""
     whole = NamedSharding(mesh, PartitionSpec())
     return lambda path, array: jax.device_put(array, whole)

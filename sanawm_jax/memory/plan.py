@@ -1,7 +1,7 @@
-"""What a run needs of the device's memory, known before anything is loaded or compiled.
+"""Estimates the device memory that a run needs, before anything is loaded or compiled.
 
-The figures are lower bounds: weights, states, and the largest matrix product with its operands. A
-run that is refused could not work; one that is not refused may still run out.
+The estimates are lower bounds: weights, states, and the largest matrix product with its operands. A
+run that is refused cannot work. A run that is accepted may still run out of memory.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ class Need:
     """Bytes that one network needs while it runs."""
 
     weights: int
-    streamed: int  # of the weights, with two layers on the device
-    other: int  # states and temporaries
+    streamed: int  # the part of the weights that `--offload=block` needs: two layers, and the rest
+    other: int  # states and temporary arrays
 
     def shared(self, devices: int) -> Need:
-        """Of one of several devices that share all but the weights out."""
+        """Returns the need of each device when several divide everything except the weights."""
         return dataclasses.replace(self, other=self.other // devices)
 
 
 def _array(shape: Shape, dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)  # stands for an array wherever one is traced
+    return jax.ShapeDtypeStruct(shape, dtype)  # a trace accepts it in place of an array
 
 
 def _abstract(params: Params, dtype: Any) -> Params:
     def one(a: Any) -> Any:
-        return a if a.dtype.itemsize == 1 else _array(a.shape, dtype)  # FP8 stays
+        return a if a.dtype.itemsize == 1 else _array(a.shape, dtype)  # FP8 does not change
 
     return jax.tree.map(one, params)
 
 
 def need_of(params: Params, other: int = 0) -> Need:
-    """The need of a network with these abstract parameters, in their final dtype."""
+    """Returns the need of a network with these abstract parameters, in their final dtype."""
     resident, kinds = 0, dict.fromkeys([""], 0)
     for path, leaf in leaves(params):
         size, axes = num_bytes(leaf), stacked_axes(path)
@@ -85,12 +85,15 @@ def dit_need(
     dtype: Any,
     precision: str = "bf16",
 ) -> Need:
-    """Of one step of stage 1.
+    """Returns the need of one step of stage 1.
 
     Args:
-      latents: (1, C, F, h, w).
-      batch: 2 with guidance.
-      precision: see `pipeline.precision`.
+      config: the DiT's.
+      latents: shape (1, C, F, h, w).
+      batch: 2 with guidance, else 1.
+      text_length: L.
+      dtype: of weights and activations.
+      precision: see `sampling.precision`.
     """
     graphdef, params = build_dit(config, precision)
     params = _abstract(params, dtype)
@@ -121,7 +124,7 @@ def refiner_need(
     text_length: int,
     dtype: Any,
 ) -> Need:
-    """Of one block of the refiner with its window of keys and values; see `RefineOptions`."""
+    """Returns the need of one block of the refiner with its KV cache; see `RefineOptions`."""
     graphdef, params = build(Refiner, config)
     params = _abstract(params, dtype)
     _, channels, frames, height, width = latents
@@ -137,8 +140,8 @@ def refiner_need(
         text = text._replace(keys=KeyValue(*[layers(1, text_length, *heads)] * 2))
         params = without_text_layers(params)
     held = from_leaves({path: leaf for path, leaf in leaves(params) if leaf is not None})
-    reading = whole - num_bytes(held) + num_bytes(text)  # before the layers are dropped
-    if not block:  # the whole clip at once, without a window
+    reading = whole - num_bytes(held) + num_bytes(text)  # before the text layers are released
+    if not block:  # the whole clip at once, without a KV cache
         tokens = num_bytes(_array((frames, height * width, *heads), dtype))
         return need_of(held, max(reading, num_bytes(text) + 4 * tokens))
     block = min(block, frames - sink)
@@ -157,19 +160,26 @@ def refiner_need(
 
 
 def text_need(config: GemmaConfig, dtype: Any) -> Need:
-    """Of a text tower."""
+    """Returns the need of a text encoder."""
     return need_of(_abstract(build(GemmaTower, config)[1], dtype))
 
 
 def vae_need(config: VAEConfig, dtype: Any, *, half: str, tile: Shape) -> Need:
-    """Of the VAE's `encoder` or `decoder`; a tile (n, H, W) of pixels in float32 is its output."""
+    """Returns the need of one half of the VAE.
+
+    Args:
+      config: the VAE's.
+      dtype: of the weights.
+      half: "encoder" or "decoder".
+      tile: (n, H, W), the pixels of a tile; they count as float32.
+    """
     module = {"encoder": VideoEncoder, "decoder": VideoDecoder}[half]
     params = _abstract(build(module, config)[1], dtype)
     return need_of(params, num_bytes(_array((*tile, 3), _F32)))
 
 
 def peak(needs: Sequence[Need], offload: str) -> int:
-    """Bytes at the worst moment of networks that run one after the other."""
+    """Returns the most bytes in use at any time, for networks that run one after the other."""
     if offload == "none":
         weights = itertools.accumulate(n.weights for n in needs)
         return max(w + n.other for w, n in zip(weights, needs, strict=True))
@@ -179,23 +189,23 @@ def peak(needs: Sequence[Need], offload: str) -> int:
 
 
 def device_bytes() -> int | None:
-    """The device's memory, or None where the backend reports none."""
+    """Returns the bytes of the device's memory, or None if the backend does not report them."""
     return memory_stats().get("bytes_limit")
 
 
 def check_fits(
     stages: Callable[[], Sequence[Sequence[Need]]], offload: str, limit: int | None = None
 ) -> None:
-    """Compares what a run needs with the device's memory.
+    """Compares the need of a run with the device's memory.
 
     Args:
-      stages: gives the networks of each stage in order; between stages everything is dropped.
-        It is not called where the backend reports no memory.
-      offload: what the run was asked to keep.
-      limit: bytes of the device; its own by default.
+      stages: returns the networks of each stage in order. Between two stages, everything is
+        released. It is not called if the backend does not report its memory.
+      offload: the requested one of `OFFLOADS`.
+      limit: bytes of the device; by default the ones that the backend reports.
 
     Raises:
-      InputError: it cannot fit; names the flag that makes it fit.
+      InputError: the run cannot fit. The message names the flag that makes it fit.
     """
     limit = device_bytes() if limit is None else limit
     if limit is None:

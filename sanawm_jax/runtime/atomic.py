@@ -11,11 +11,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields another name in the same folder, which becomes `path` if the block ends well.
+    """Yields a temporary path in the same folder. It is renamed to `path` if the block succeeds.
 
-    If the block raises, an earlier file at `path` stays as it was and nothing else is left. The
-    other name has the same suffix and begins with a dot, so that no pattern such as `*.npy` finds
-    what a killed process leaves.
+    If the block raises, the temporary file is deleted, and an earlier file at `path` does not
+    change. The temporary name has the same suffix and begins with a dot, so a pattern such as
+    `*.npy` does not match the file that a killed process leaves behind.
 
     Args:
       path: the file to write; its folder must exist.

@@ -1,4 +1,4 @@
-"""What a device can compute at best, and how much of it a program uses."""
+"""The highest speed of a device, and the share of it that a program uses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-# (part of `Device.device_kind`, dense bfloat16 FLOP/s of one device), from the makers' data sheets;
-# the first that is found counts
+# (part of `Device.device_kind`, dense bfloat16 FLOP/s of one device), from the makers' data sheets.
+# The first entry that matches is used.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H200", 989e12),
@@ -26,17 +26,18 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device: Any = None) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, by default the first; None for a CPU or an unknown one."""
+    """Returns dense bfloat16 FLOP/s of a device (default: the first), or None if it is unknown."""
     kind = (jax.devices()[0] if device is None else device).device_kind
     return next((peak for name, peak in PEAK_FLOPS if name.lower() in kind.lower()), None)
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, a share of 1: arXiv 2204.02311, appendix B.
+    """Returns the model FLOPs utilisation, a number from 0 to 1; see arXiv 2204.02311, appendix B.
 
     Args:
-      flops: of the model, on all devices together, without what is computed again.
-      seconds: that they took.
-      peak: of one device; None gives None.
+      flops: operations of the model on all devices together, without recomputation.
+      seconds: the time that they took.
+      devices: number of devices.
+      peak: `peak_flops` of one device; with None the result is None.
     """
     return flops / seconds / devices / peak if peak and seconds > 0 else None

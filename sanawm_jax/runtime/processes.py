@@ -1,4 +1,4 @@
-"""Several processes of one run: joining them, and what the first alone does for all."""
+"""Connects the processes of one run, and lets the first process act for all of them."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ def join_processes(
     *,
     detect: bool = False,
 ) -> bool:
-    """Calls `jax.distributed.initialize` if the run was started as one of several processes.
+    """Calls `jax.distributed.initialize` if this process is one of several processes of a run.
 
-    Must come before anything asks for devices. What is not given is read from the variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Call this function before anything uses the devices. A value that is not given is read from the
+    variable JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID.
 
     Args:
       coordinator: host:port of the first process.
-      num_processes, process_id: how many there are, and which this one is.
-      detect: ask the scheduler (Slurm, Open MPI, Kubernetes, a TPU pod), as JAX knows it.
+      num_processes: number of processes.
+      process_id: number of this process, from 0 on.
+      detect: read missing values from the scheduler (Slurm, Open MPI, Kubernetes, a TPU pod), as
+        JAX does.
 
     Returns:
-      Whether there are several; without an argument and a variable nothing is tried.
+      Whether the run has several processes. Without any argument or variable it is False, and
+      nothing is tried.
 
     Raises:
-      InputError: a part is missing or is no number, or the others cannot be reached.
+      InputError: a value is missing or is not a number, or the other processes cannot be reached.
     """
     given = {
         name: os.environ.get(name) if value is None else str(value)
@@ -56,7 +59,7 @@ def join_processes(
             "num_processes": int(found[_VARIABLES[1]]) if _VARIABLES[1] in found else None,
             "process_id": int(found[_VARIABLES[2]]) if _VARIABLES[2] in found else None,
         }
-        # with all three nothing is left to detect
+        # If all three values are known, there is nothing to detect.
         jax.distributed.initialize(
             **options, cluster_detection_method=None if missing else "deactivate"
         )
@@ -68,12 +71,12 @@ def join_processes(
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks for all."""
+    """Whether this process is the one that writes files and prints messages."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """A barrier, named for messages; nothing in a run of one process."""
+    """Waits until all processes call this function; `what` names the barrier in error messages."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -81,10 +84,10 @@ def wait_for_all(what: str) -> None:
 
 
 def to_first(tree: Any) -> Any:
-    """The whole of a tree that lies on all processes, as host arrays of the first.
+    """Gathers a tree that is divided over all processes into host arrays of the first process.
 
-    Leaf by leaf, so that no device holds more than one whole leaf. All processes have to call it;
-    the others get None in the place of leaves.
+    The leaves are gathered one after the other, so no device holds more than one whole leaf. All
+    processes must call this function. In the other processes, every leaf of the result is None.
     """
 
     def one(a: jax.Array) -> np.ndarray | None:
