@@ -109,7 +109,9 @@ def read_own_video(
     frames, width, height = _facts(path)
     poses = len(track.c2w)
     if frames and poses != frames:
-        raise InputError(f"{path} has {frames} frames and its camera {poses} poses; one a frame")
+        raise InputError(
+            f"{path} has {frames} frames and its camera {poses} poses; give one pose per frame"
+        )
     if -(-poses // frame_step) < num_frames:
         most = max(-(-poses // frame_step) - 1, 0) // 8 * 8 + 1
         raise InputError(

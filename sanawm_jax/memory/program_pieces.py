@@ -228,7 +228,7 @@ class _Cutter:
         return self.compiled[key][1]
 
     def disown(self, inputs: Sequence[Any], passed_on: Sequence[int | None]) -> None:
-        """Protects inputs that are also results: they have two names and must not be overwritten."""
+        """Protects inputs that are also results, so that no piece overwrites their memory."""
         self.owned -= {inputs[i] for i in passed_on if i is not None and is_variable(inputs[i])}
 
     def free(self, inputs: Sequence[Any], passed_on: Sequence[int | None], end: int) -> list[int]:
