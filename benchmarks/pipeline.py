@@ -6,10 +6,10 @@
     python -m benchmarks.pipeline --tiny
 
 Both sides read the same folders, with released or random weights. There is a line for loading the
-DiT from the disk, with the time of only reading its files. Other lines are for stage 1, the refiner,
-and decoding into an mp4. The time of a stage is that of one call. `first_seconds` is the time of the
-first call, which also reads weights and compiles. Our side runs every stage in its own process, so
-`peak_gib` (device memory) and `host_gib` (host memory) are those of the stage.
+DiT from the disk, with the time of only reading its files. Other lines are for stage 1, the
+refiner, and decoding into an mp4. The time of a stage is that of one call. `first_seconds` is the
+time of the first call, which also reads weights and compiles. Our side runs every stage in its own
+process, so `peak_gib` (device memory) and `host_gib` (host memory) are those of the stage.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _decode(given: argparse.Namespace) -> None:
 
 
 def reference(given: argparse.Namespace) -> None:
-    """Measures `SanaWMPipeline` and `SanaWMLTX2Refiner`, with the offload that their docs advise."""
+    """Measures `SanaWMPipeline` and `SanaWMLTX2Refiner`, with the offload that their docs show."""
     import torch
     from diffusers import SanaWMLTX2Refiner, SanaWMPipeline
 

@@ -38,7 +38,8 @@ LIMITS = {
     "H100": {"gemm": 685.0, "attention": 515.0, "memory": 3350.0},
     "H200": {"gemm": 685.0, "attention": 515.0, "memory": 4800.0},
 }
-# The named scopes of the model, and the part of a step to which each belongs. The innermost decides.
+# The named scopes of the model, and the part of a step to which each belongs. The innermost scope
+# decides.
 SCOPES = {
     "short_conv": "convolution",
     "ffn_conv": "convolution",

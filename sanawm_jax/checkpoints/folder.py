@@ -182,7 +182,7 @@ class Stage1Folder(ModelFolder):
 
         Args:
           place: as `keymap.load`.
-          precision: a checked one, see `pipeline.precision`.
+          precision: a checked one, see `sampling.precision`.
 
         Raises:
           InputError: fp8, and no layer of this network can run in it.

@@ -76,9 +76,9 @@ class SanaWM:
       folder: the opened folder.
       dtype: `bfloat16` or `float32`.
       tiling: how videos are decoded, see `decode_tiling`.
-      offload: what stays on the device, see `pipeline.offload`.
+      offload: what stays on the device, see `memory.offload`.
       devices: local devices that share the latent frames of stage 1 out; all else runs on one.
-      precision: of the DiT's large matrix products, see `pipeline.precision`.
+      precision: of the DiT's large matrix products, see `sampling.precision`.
 
     Raises:
       InputError: an unknown dtype, tiling or offload, too few devices, a precision that this device

@@ -37,7 +37,7 @@ class LTX2Refiner:
 
     Its networks are on the device one after the other and are dropped after each call, unless
     `keep` is set: then they stay, for many clips of a small model. `offload` block also keeps their
-    layers in host memory, see `pipeline.offload`.
+    layers in host memory, see `memory.offload`.
     """
 
     def __init__(

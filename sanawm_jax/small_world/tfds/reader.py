@@ -18,7 +18,7 @@ _PART = re.compile(r"part_(\d+)_of_(\d+)")
 class ClipSource(Sequence):
     """Concatenation of random-access sources, itself one: `len(source)` and `source[i]`.
 
-    Clips are dicts as `data.world.clip.make_clip` returns them; texts come back as str.
+    Clips are dicts as `small_world.clip.make_clip` returns them; texts come back as str.
     """
 
     def __init__(self, sources: Sequence):
