@@ -1,4 +1,4 @@
-"""Single-line changes of the maths that the tests have to notice, see `tests.mutations`."""
+"""Single-line changes of the mathematics that the tests must detect; see `tests.mutations`."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Stage1Folder(ModelFolder):
     """The parts of a stage-1 folder; each `load_*` reads one and keeps no reference to it.
 
     Raises:
-      InputError: on construction, if a part is absent; see `weights.files` for the rest.
+      InputError: on construction, if a part is absent; see `checkpoints.files` for the rest.
     """
 
     kind = "stage-1"

@@ -69,7 +69,7 @@ def open_stage1(name: str | Path, *, allow_pickle: bool = False) -> Stage1Folder
 
     Args:
       name: see `folder.find_weights`.
-      allow_pickle: also read upstream's `model.pt`; see `weights.torch_file` for how.
+      allow_pickle: also read upstream's `model.pt`; see `checkpoints.torch_file` for how.
 
     Raises:
       InputError: it cannot be found or is no stage-1 folder.

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 
 def lowered(function, *args):
-    """Text of `function` lowered for CUDA; raises what cannot be lowered."""
+    """Returns the text of `function`, lowered for CUDA. Raises if it cannot be lowered."""
     context = contextlib.nullcontext()
     if jax.__version_info__ >= (0, 11):  # asks which GPU it is for
         from jax.sharding import AbstractDevice
@@ -22,7 +22,7 @@ def lowered(function, *args):
 
 
 def triton_kernels(function, *args):
-    """Names of the Triton kernels in `function`."""
+    """Returns the names of the Triton kernels in `function`."""
     text = lowered(function, *args)
     return (
         [part.split('"')[0] for part in text.split('name = "')[1:]]

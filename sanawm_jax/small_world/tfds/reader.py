@@ -73,7 +73,7 @@ def open_clips(
     """Open a split of a generated set for random access, without TensorFlow.
 
     Args:
-      data_dir: what `data.generate` was given as --data_dir.
+      data_dir: what `small_world.generate` was given as --data_dir.
       split: "train" or "validation".
       parts: names of the parts to read; all by default.
 

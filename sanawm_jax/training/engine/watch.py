@@ -48,7 +48,7 @@ class Progress:
       last_step: of the run, which the line names.
       flops: of a step on all devices together, 0 if they are not counted.
       devices: how many there are.
-      peak: FLOP/s of one, see `core.peak`.
+      peak: FLOP/s of one, see `runtime.peak.peak_flops`.
       boards: get the same numbers.
     """
 

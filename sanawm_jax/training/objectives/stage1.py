@@ -37,7 +37,7 @@ _BUCKETS = (0, 250, 500, 750, 1000)  # bounds of the timesteps whose losses are 
 
 
 class Stage1Objective:
-    """`prepare` and `loss` of the DiT, see `training.step`.
+    """`prepare` and `loss` of the DiT, see `engine.step`.
 
     Args:
       config: of the run, see `configs.common.stage1`; chunk_size 0 is the bidirectional model.
@@ -156,7 +156,7 @@ class Stage1Objective:
 
     @property
     def loss(self) -> Loss:
-        """See `training.step.Loss`; its metrics are the mean errors by timestep."""
+        """See `engine.step.Loss`; its metrics are the mean errors by timestep."""
         return AdaptedLoss(self._loss) if self.lora else self._loss
 
     def _loss(self, params: Params, examples: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:

@@ -45,7 +45,7 @@ def stage1_samples(
     else the latents' three main components are its colours.
 
     Args:
-      objective: `training.objective.Stage1Objective`.
+      objective: `objectives.stage1.Stage1Objective`.
       read: number of clips -> rows of the first ones, at least one and at most that many, the
         same in every call and process; see `data.latent_cache.read_rows`.
     """

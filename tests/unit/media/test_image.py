@@ -1,4 +1,4 @@
-"""The first frame: what files are read, and how they are cut."""
+"""The first frame: which files can be read, and how they are cropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Updates that are left out: what is kept, recorded and counted, and when a run gives up."""
+"""Skipped updates: what stays, what is recorded and counted, and when a run stops."""
 
 from __future__ import annotations
 

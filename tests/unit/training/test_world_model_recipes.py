@@ -1,4 +1,4 @@
-"""Weights to start from, adapters of the world model, and the configurations that use them."""
+"""Initial weights, adapters of the world model, and the configurations that use them."""
 
 from __future__ import annotations
 
