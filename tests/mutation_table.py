@@ -452,7 +452,7 @@ _VAE = (
     ),
     Mutation(
         "vae: the measured deviation is a variance",
-        "sanawm_jax/training/recipes/tasks.py",
+        "sanawm_jax/training/recipes/vae.py",
         "std = np.sqrt(np.maximum(second / count - mean**2, 1e-8))",
         "std = np.maximum(second / count - mean**2, 1e-8)",
         ("tests/unit/training/test_latent_statistics.py",),

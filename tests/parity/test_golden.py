@@ -40,7 +40,7 @@ WINDOW = Window(4, 3, 2)
 
 @functools.cache
 def arrays(name: str) -> dict[str, Any]:
-    """Returns the inputs in our layout: latents with channels last."""
+    """Returns the arrays of a golden file in our layout, in which channels are last."""
     found = {}
     with np.load(GOLDEN / f"{name}.npz") as file:
         for key, value in file.items():
