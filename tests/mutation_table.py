@@ -10,12 +10,12 @@ class Mutation:
     """One changed line.
 
     Attributes:
-      name: of the change, with the area that it belongs to in front.
-      file: that is changed, from the root of the repository.
-      old: exact text that stands there once.
-      new: what it becomes.
-      tests: files or tests that have to fail, as pytest takes them.
-      survives: why the tests may pass all the same; empty if they must not.
+      name: name of the change, which begins with its area.
+      file: the file to change, from the root of the repository.
+      old: exact text, which the file contains once.
+      new: the text that replaces it.
+      tests: files or tests that must fail, as arguments of pytest.
+      survives: the reason why the tests may pass; empty if they must fail.
     """
 
     name: str

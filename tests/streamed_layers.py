@@ -47,6 +47,6 @@ class Layers:
         return len({i for i, _ in self._arrays})
 
     def forget(self) -> None:
-        """Starts to count anew, but for what is on the device."""
+        """Resets the counts, except for the layers that are on the device."""
         self.most = self.alive()
         self.brought.clear()

@@ -135,7 +135,7 @@ def test_resume_is_bit_equal_and_keeps_the_pairs(stage1: Path, base: Path, tmp_p
     train(config, tmp_path)
     config.steps = 4
     train(config, tmp_path)
-    # history is drawn by the step, which a resumed run goes on with
+    # The random kind of history depends on the step, whose number a resumed run continues.
     assert [r["loss"] for r in rows(tmp_path)] == [r["loss"] for r in rows(base)]
     weights = "export/transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / weights).read_bytes() == (base / weights).read_bytes()

@@ -243,7 +243,7 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
     assert films == {f"samples/{step}/clip_{i}.mp4" for step in (2, 4) for i in (0, 1)}
     config = config_of(encoded, weights)
     assert "2 clips of 2 x 2 x 2 latents" in describe(config)
-    # a run that ended after its first half, which goes on without a worker process
+    # A run that ended after its first half continues without a worker process.
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "export")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")

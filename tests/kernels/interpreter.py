@@ -37,7 +37,7 @@ class Semaphores:
         return token
 
     def wait(self, token: Any, index: Any, value: Any) -> Any:
-        """Blocks run in the order of the grid, so whoever waits now would wait for ever."""
+        """Raises if a block has to wait: blocks run one after the other, so it would never end."""
         place = tuple(map(int, index))
         with self._lock:
             self.waits.add(place)

@@ -133,7 +133,7 @@ def test_sigterm_to_one_stops_both_at_one_step(tmp_path: Path) -> None:
     step = _rows(tmp_path)[-1]["step"]
     assert first[-1].startswith(f"stopped at step {step}, saved in {tmp_path}/checkpoints/{step};")
     assert other == []
-    # one process goes on with what two have saved
+    # One process continues with the checkpoint of two processes.
     alone = _start(tmp_path, f"--config.steps={step + 1}")
     assert _finish(alone)[-1] == f"{tmp_path}/export"
     assert [row["step"] for row in _rows(tmp_path)] == list(range(1, step + 2))

@@ -17,7 +17,7 @@ from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from tests.parity.compare import randomise
 
 CHANNELS = 6
-# width 32 is no multiple of 6, so some pairs of a head are padding that does not turn; the position
+# width 32 is no multiple of 6, so some pairs of a head are padding and never rotate; the position
 # range is small, so that tiny grids reach all of it
 TRANSFORMER: dict[str, Any] = dict(
     in_channels=CHANNELS,

@@ -1,4 +1,4 @@
-"""The refiner's transformer, KV cache and sampler against diffusers; our loader reads the weights."""
+"""The refiner's transformer, KV cache and sampler against diffusers, with weights of our loader."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_captured_keys_and_values_and_a_window(rope_type: str, tmp_path: Path) -
 
     _, sink_ours = forward(sink, 0, capture=True)
     check(sink_ours, sink_theirs)
-    # room for 4 frames of history, none filled, then 2: what lies in the rest is never seen
+    # There is room for 4 frames of history. First none, then 2 are filled; the others are not read.
     window = open_window(sink_ours, turn, history_slots=4)
     junk = jax.tree.map(lambda a: a.at[:, :, 1:].set(1e4), window.keys)
     window = dataclasses.replace(window, keys=junk)

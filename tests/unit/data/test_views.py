@@ -63,7 +63,7 @@ def test_rays_of_a_mirrored_clip_are_mirrored(clip: dict[str, Any]) -> None:
         return plucker.reshape(*plucker.shape[:3], 8, 2, 3)  # direction, then moment
 
     mirrored = rays(view_clip(clip, View(mirror=True)))[:, :, ::-1]
-    # a reflection turns the sign of x in a direction, and of y and z in a cross product
+    # A reflection changes the sign of x in a direction, and of y and z in a cross product.
     signs = np.array([[-1, 1, 1], [1, -1, -1]])
     np.testing.assert_allclose(mirrored * signs, rays(clip), atol=1e-4)
 

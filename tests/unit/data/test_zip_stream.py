@@ -196,7 +196,7 @@ def test_text_cache(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(InputError, match="no finished cache"):
         TextCache(tmp_path)
     cache = build_text_cache(tmp_path, captions, counting, fingerprint="x", batch_size=2)
-    # goes on after what was saved; the empty caption comes by itself
+    # It continues after the saved captions; the empty caption has its own batch.
     assert calls[2:] == [["c2", "c3"], ["c4", "c4"], ["", ""]]
     assert cache.width == 3
     for caption in (*captions, ""):

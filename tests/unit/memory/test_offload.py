@@ -59,7 +59,7 @@ def test_stage1(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SanaWM, "decode", decoded)
     streamed, _ = make("block")
     assert_close(streamed.latents, kept.latents)
-    # 4 layers of the DiT and 2 of the text tower passed, no more than two at once
+    # 4 layers of the DiT and 2 of the text encoder were uploaded, at most two at a time
     assert len(set(layers.brought)) == 6 and layers.most == 2
     assert there == [0]  # gone with the networks
 

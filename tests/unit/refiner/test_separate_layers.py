@@ -174,7 +174,7 @@ def test_unfilled_slots_have_no_influence(frames: int) -> None:
 
         keys = dataclasses.replace(
             window.keys,
-            # a hidden value counts 0 times, which is not 0 if it is no number
+            # Only keys can be NaN: a masked value has the weight 0, and 0 times NaN is NaN.
             k=jax.tree.map(lambda a: spoil(a, np.nan if junk else 0.0), window.keys.k),
             v=jax.tree.map(lambda a: spoil(a, junk), window.keys.v),
         )

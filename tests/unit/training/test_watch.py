@@ -133,7 +133,7 @@ def test_operations_are_those_of_the_program(softmax_every_n: int) -> None:
     )
     program = jax.make_jaxpr(lambda p: apply(graphdef, p, **inputs))(params)
     ours = forward_flops(config, frames, height, width, text)
-    # depthwise convolutions are no products in the program, rotations and poses are
+    # In the program, rotations and poses are products, and depthwise convolutions are not.
     assert ours == pytest.approx(_counted(program), rel=0.06)
 
 
