@@ -122,7 +122,7 @@ class ZipStream:
         """Continues at a position that `state` returned."""
         if state["samples"] != self._fingerprint:
             logging.warning(
-                "the data differ from those of the checkpoint, so their order changes from here on"
+                "the data are not those of the checkpoint, so their order changes from here on"
             )
         self.close()
         self._position = int(state["batch"])
