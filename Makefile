@@ -18,17 +18,18 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 tests/multi_device $(ARGS)
 
-# The kernels for Hopper run in Pallas' interpreter, which only JAX for Python 3.12 has. They need
-# nothing but JAX, so this environment is small.
+# The kernels for Hopper run in an interpreter that only JAX for Python 3.12 has, and are compiled for
+# an H100 that is not here. They need nothing but JAX and its compiler for CUDA.
 PYTHON312 ?= python3.12
 HOPPER := .venv-hopper
 
 test-hopper: $(HOPPER)/.done
-	$(HOPPER)/bin/python -m pytest -n 2 tests/kernels/test_gdn_hopper.py $(ARGS)
+	$(HOPPER)/bin/python -m pytest -n 2 tests/kernels/test_gdn_hopper.py tests/kernels/test_compiles_for_hopper.py $(ARGS)
 
-$(HOPPER)/.done: constraints/py312.txt
+$(HOPPER)/.done: constraints/py312.txt constraints/hopper.txt
 	$(PYTHON312) -m venv $(HOPPER)
 	$(HOPPER)/bin/python -m pip install --quiet --constraint $< jax pytest pytest-xdist
+	$(HOPPER)/bin/python -m pip install --quiet --no-deps --requirement constraints/hopper.txt
 	touch $@
 
 $(VENV)/.core: setup.cfg setup.py pyproject.toml

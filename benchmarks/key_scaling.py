@@ -6,7 +6,8 @@
 A frame writes the keys of all its P tokens, of size D, into the state S at once. The new state is
 S W + U with W = g (I - K^T diag(beta) K). If the keys are multiplied by 1/sqrt(D P), the norm of W
 stays near one or below. If they are multiplied by 1/sqrt(D), or not at all, this norm grows with P,
-and every frame multiplies the state by it.
+and every frame multiplies the state by it. The model always has the first factor. This script
+replaces `dit.attention.key_factor` by the others.
 
 The script renders clips of the small world, encodes them with its autoencoder, and trains on them
 with the step of `train.py`. Every scaling has the same weights, batches, noise and learning rate,
@@ -22,6 +23,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,16 +37,19 @@ from configs import common as recipes
 from sanawm_jax.core.sharding import make_mesh, place_batches, place_signals
 from sanawm_jax.data.loader import Loader
 from sanawm_jax.dit import attention
-from sanawm_jax.dit.attention import KEY_SCALES
 from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 from sanawm_jax.training.curves import panels, smooth
 from sanawm_jax.training.engine.loop import start_run
 from sanawm_jax.training.engine.recipe import Recipe
-from sanawm_jax.training.recipes.cached_clips import cached_clips
-from sanawm_jax.training.recipes.clips import open_source
-from sanawm_jax.training.recipes.stage1 import recipe_of_cache
+from sanawm_jax.training.recipes.stage1 import dit_recipe
 
 _SMALL_WORLD = Path(attention.__file__).parents[1] / "small_world/assets/small_world"
+# the factors of the keys, as functions of D and P
+KEY_FACTORS: dict[str, Callable[[int, int], float]] = {
+    "1/sqrt(D*S)": attention.key_factor,
+    "1/sqrt(D)": lambda size, tokens: size**-0.5,
+    "none": lambda size, tokens: 1.0,
+}
 _PER_CALL = 10  # training steps per call
 
 
@@ -94,10 +99,10 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
     update: Any = recipe.update
     run = attention.recurrent_states
 
-    def watched(*args: Any) -> jax.Array:
-        states = run(*args)
+    def watched(*args: Any, **named: Any) -> Any:
+        states, last = run(*args, **named)
         jax.debug.callback(lambda a: found.append(float(a)), jnp.max(jnp.abs(states)))
-        return states
+        return states, last
 
     with mock.patch.object(attention, "recurrent_states", watched):
         # A new function, so that jit does not reuse an earlier trace without the callback.
@@ -121,11 +126,9 @@ def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]
             indices = loader.next(min(_PER_CALL, config.steps - step))
             watched = indices[0] if watched is None else watched
             is_shown = step % (20 * _PER_CALL) == 0
-            size = (
-                largest_state(recipe, state.model.params, resident, watched, key)
-                if is_shown
-                else None
-            )
+            size = None
+            if is_shown:
+                size = largest_state(recipe, state.model.params, resident, watched, key)
             batches = place_batches(indices, mesh, config.batch_size)
             state, metrics = steps(state, resident, batches, key, signals)
             values = [np.asarray(metrics[n], np.float64) for n in ("loss", "grad_norm")]
@@ -158,7 +161,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
 
     The thick lines of the loss are means over twenty steps.
     """
-    colours = dict(zip(KEY_SCALES, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
+    colours = dict(zip(KEY_FACTORS, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
     with panels(out, 2, (10, 3.4)) as axes:
         for name, rows in runs.items():
             colour, last = colours[name], rows[-1]
@@ -188,7 +191,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--key_scales", nargs="+", choices=list(KEY_SCALES), default=[*KEY_SCALES])
+    parser.add_argument(
+        "--key_scales", nargs="+", choices=list(KEY_FACTORS), default=[*KEY_FACTORS]
+    )
     parser.add_argument("--out", type=Path, help="write the curves to this PNG file")
     parser.add_argument("--workdir", type=Path, help="the folder of the encoded clips")
     parser.add_argument("--tiny", action="store_true", help="clips of 3 latent frames, 4 tokens")
@@ -197,11 +202,11 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     config = run_config(given)
     with tempfile.TemporaryDirectory() as folder:
         workdir = given.workdir or Path(folder)
-        cache = cached_clips(config, workdir, open_source(config))
-        runs = {
-            name: train(config, recipe_of_cache(config, workdir, cache, key_scale=name), name)
-            for name in given.key_scales
-        }
+        recipe = dit_recipe(config, workdir)
+        runs = {}
+        for name in given.key_scales:
+            with mock.patch.object(attention, "key_factor", KEY_FACTORS[name]):
+                runs[name] = train(config, recipe, name)
         lines = [json.dumps(_json(row)) + "\n" for rows in runs.values() for row in rows]
         (workdir / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     if given.out:

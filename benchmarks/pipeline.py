@@ -147,7 +147,7 @@ def _decode(given: argparse.Namespace) -> None:
     import numpy as np
 
     from sanawm_jax.media.video import to_uint8, write_mp4
-    from sanawm_jax.sampling.generate import channels_last
+    from sanawm_jax.sampling.latents import channels_last
 
     model, file = _stage1_model(given), Path(given.folder) / LATENTS
     latents = jnp.asarray(channels_last(np.load(file)))
@@ -232,7 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
         common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
-        from sanawm_jax.checkpoints.random_weights import TINY, write_random
+        from sanawm_jax.checkpoints.random_weights import write_random
+        from sanawm_jax.checkpoints.sizes import TINY
 
         given = list(sys.argv[1:] if arguments is None else arguments)
         if "--tiny" not in given:

@@ -30,7 +30,7 @@ _AUDIO = ("audio", "av_cross", "video_to_audio", "video_a2v", "a2v", "v2a")
 
 def sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
     """Returns configuration, refined frames, latent rows and columns, and text tokens."""
-    from sanawm_jax.checkpoints.random_weights import RELEASED, TINY
+    from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 
     if given.tiny:
         return TINY.refiner, 6, (2, 2), 8

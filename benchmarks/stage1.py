@@ -24,7 +24,7 @@ from benchmarks import common
 
 def sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
     """Returns configuration, latent frames, latent rows and columns, and text tokens."""
-    from sanawm_jax.checkpoints.random_weights import RELEASED, TINY
+    from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 
     if given.tiny:
         return TINY.dit, [2], (2, 2), 8

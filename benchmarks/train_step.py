@@ -3,13 +3,14 @@
     python -m benchmarks.train_step                              # all weights, six clip lengths
     python -m benchmarks.train_step --lora 32 --latent_frames 21
     python -m benchmarks.train_step --chunk_causal --latent_frames 121
+    python -m benchmarks.train_step --latent_frames 121 --context 2 --fsdp 1   # on two devices
     python -m benchmarks.train_step --tiny                       # seconds on a CPU
 
-The step is the one that `train.py` compiles for `configs/stage1_bidirectional.py`, on one device:
-noise, loss and gradients in bfloat16 with float32 weights and rematerialisation, gradient clipping,
-optimizer, and the guard against loss spikes. The training state is donated. The device holds one
-clip of random latents of 704x1280 pixels, its camera and 300 text tokens. Weights are random and
-never zero, because a card needs less power, and so less time, for zeros.
+The step is the one that `train.py` compiles for `configs/stage1_bidirectional.py`, by default on
+one device: noise, loss and gradients in bfloat16 with float32 weights and rematerialisation,
+gradient clipping, optimizer, and the guard against loss spikes. The training state is donated. The
+device holds one clip of random latents of 704x1280 pixels, its camera and 300 text tokens. Weights
+are random and never zero, because a card needs less power, and so less time, for zeros.
 
 Every length runs in its own process, the shortest first. For a length that does not fit, the script
 prints a line with `error`, and with `needs_gib` from the compiler's plan. `mfu` is the number in
@@ -33,15 +34,15 @@ from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 
 def run_config(given: argparse.Namespace) -> Any:
-    """Returns the configuration of a run on one device."""
+    """Returns the configuration of a run, by default on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
     from sanawm_jax.checkpoints.files import published_fields
-    from sanawm_jax.checkpoints.random_weights import TINY
+    from sanawm_jax.checkpoints.sizes import TINY
 
     recipe = stage1_chunk_causal if given.chunk_causal else stage1_bidirectional
     config = recipe.get_config()
-    config.mesh.update(data=1, fsdp=1, context=1, tensor=1)
-    config.batch_size = 1
+    config.mesh.update(data=1, fsdp=given.fsdp, context=given.context, tensor=1)
+    config.batch_size = given.fsdp  # one clip per group of context ranks
     config.remat = given.remat
     config.optimizer.name = given.optimizer
     config.ema_decay = given.ema_decay
@@ -100,7 +101,7 @@ def build_recipe(config: Any, frames: int, grid: tuple[int, int], text: int) -> 
         "text": conditions.text,
         "text_mask": conditions.text_mask,
     }
-    batch = {name: np.asarray(a)[None] for name, a in rows.items()}
+    batch = {name: np.repeat(np.asarray(a)[None], config.batch_size, 1) for name, a in rows.items()}
     null = (np.zeros(rows["text"].shape[1:], np.float32), np.ones((text,), np.int32))
     source = LatentSource(size=1, frames=frames, grid=grid, null=null)
     workdir = Path(tempfile.gettempdir())  # nothing is written there
@@ -126,6 +127,7 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
         "side": "ours",
         "what": f"{kind} training step of {name}, {frames} latent frames",
         "latent_frames": frames,
+        "mesh": {"fsdp": given.fsdp, "context": given.context},
     }
     mesh = make_mesh(**config.mesh.to_dict())
     device = mesh.devices.flat[0]
@@ -157,8 +159,10 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
             return {**line, "error": "out of memory", "device": device.device_kind}
     peak = next((v["gemm"] * 1e12 for n, v in LIMITS.items() if n in device.device_kind), None)
     shares = {
-        "mfu": mfu(recipe.flops, line["seconds"], mesh.size, peak_flops(device)),
-        "of_achievable": mfu(recipe.flops, line["seconds"], mesh.size, peak),
+        "mfu": mfu(
+            recipe.flops * config.batch_size, line["seconds"], mesh.size, peak_flops(device)
+        ),
+        "of_achievable": mfu(recipe.flops * config.batch_size, line["seconds"], mesh.size, peak),
     }
     return {
         **line,
@@ -190,6 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remat", default="full", help="none, dots, full or parts")
     parser.add_argument("--optimizer", default="adamw", help="or muon (half the moments)")
     parser.add_argument("--ema_decay", type=float, default=0.0, help="0: no average")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the weights")
+    parser.add_argument("--context", type=int, default=1, help="devices that divide the frames")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--repeats", type=int, default=3, help="steps for the median")
     parser.add_argument("--one", action="store_true", help="run all lengths in this process")

@@ -18,7 +18,7 @@ from benchmarks import common
 
 
 def _sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int]]:
-    from sanawm_jax.checkpoints.random_weights import RELEASED, TINY
+    from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 
     if given.tiny:
         return TINY.vae, [2], (2, 2)

@@ -4,10 +4,10 @@
     python -m tests.mutations --only NAME     those whose name contains NAME
     python -m tests.mutations --list          their names
 
-A test proves little if it also passes on wrong code. Each entry of `tests.mutation_table` changes
-one line, and names the tests that must then fail. Every change is made in a temporary copy of the
-repository. The exit status is 1 if a mutation survives without a written reason, or if a mutation
-cannot be tried.
+A test proves little if it also passes on wrong code. Each entry of the tables in
+`tests/mutation_tables` changes one line, and names the tests that must then fail. Every change is
+made in a temporary copy of the repository. The exit status is 1 if a mutation survives without a
+written reason, or if a mutation cannot be tried.
 """
 
 from __future__ import annotations
@@ -20,15 +20,50 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutation_table import MUTATIONS, Mutation
+import jax
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("benchmarks", "configs", "kernels_pallas", "sanawm_jax", "tests")
 TIMEOUT, BASELINE_TIMEOUT = 300, 1800  # seconds for one mutation's tests, and for all of them once
 PASSED, FAILED = 0, 1  # exit statuses of pytest; all others mean that tests could not run
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One changed line.
+
+    Attributes:
+      name: name of the change, which begins with its area.
+      file: the file to change, from the root of the repository.
+      old: exact text, which the file contains once.
+      new: the text that replaces it.
+      tests: files or tests that must fail, as arguments of pytest.
+      survives: the reason why the tests may pass; empty if they must fail.
+      jax: the first version of JAX that the tests need.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    survives: str = ""
+    jax: tuple[int, ...] = ()
+
+
+def read_tables() -> list[Mutation]:
+    """All mutations, in the order of the tables."""
+    found = []
+    for table in sorted((ROOT / "tests" / "mutation_tables").glob("*.toml")):
+        for name, fields in tomllib.loads(table.read_text(encoding="utf-8")).items():
+            lists = {key: tuple(v) for key, v in fields.items() if isinstance(v, list)}
+            found.append(Mutation(name, **fields | lists))
+    return found
 
 
 def copy_tree(folder: Path) -> Path:
@@ -129,13 +164,17 @@ def main() -> int:
         "--trust", action="store_true", help="do not run the tests on the unchanged tree first"
     )
     options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if options.only in m.name]
+    chosen = [m for m in read_tables() if options.only in m.name]
     if options.list:
         print(*(m.name for m in chosen), sep="\n")
         return 0
     if not chosen:
         print(f"no mutation's name contains {options.only!r}")
         return 2
+    too_new = [m for m in chosen if m.jax > jax.__version_info__]
+    chosen = [m for m in chosen if m not in too_new]
+    for m in too_new:
+        print(f"left out: {m.name} needs JAX {'.'.join(map(str, m.jax))}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutations_") as folder:
         compiled = str(Path(folder) / "compiled")

@@ -79,13 +79,29 @@ def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax
       angles: (..., D/2); its leading axes broadcast to those of x.
       inverse: rotate back.
     """
-    x32 = x.astype(jnp.float32)
-    even, odd = x32[..., 0::2], x32[..., 1::2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if inverse:
-        sin = -sin
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    return rotate_pairs(x, cos, -sin if inverse else sin)
+
+
+def rotate_pairs(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True
+) -> jax.Array:
+    """Rotates pairs of channels, in float32; the result has x's dtype.
+
+    Args:
+      x: (..., D).
+      cos, sin: (..., D/2), of each pair; broadcastable to x but for their last axis.
+      interleaved: whether pair i is the channels (2i, 2i+1), otherwise it is (i, i + D/2).
+    """
+    x32 = x.astype(jnp.float32)
+    if interleaved:
+        first, second = x32[..., 0::2], x32[..., 1::2]
+    else:
+        first, second = jnp.split(x32, 2, -1)
+    rotated = [first * cos - second * sin, first * sin + second * cos]
+    if interleaved:
+        return jnp.stack(rotated, -1).reshape(x.shape).astype(x.dtype)
+    return jnp.concatenate(rotated, -1).astype(x.dtype)
 
 
 @jax.named_scope("ucpe")

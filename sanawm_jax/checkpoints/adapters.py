@@ -5,9 +5,9 @@
     diffusers  pytorch_lora_weights.safetensors, alpha in the file's metadata
                transformer.transformer_blocks.0.attn1.to_q.lora_A.weight
 
-Names of layers are the model's published ones, from its key table. PEFT's layout is written, both
-are read. `load_lora_adapter(DIR, weight_name="adapter_model.safetensors",
-prefix="base_model.model")` of a diffusers model takes what is written here.
+Layers have the model's published names, which its key table gives. Both layouts are read, and
+PEFT's is written. A diffusers model loads such files with `load_lora_adapter(DIR,
+weight_name="adapter_model.safetensors", prefix="base_model.model")`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sanawm_jax.checkpoints.files import read_config
+from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
 from sanawm_jax.checkpoints.keymap import Entry
 from sanawm_jax.core.lora import LoraConfig
 from sanawm_jax.core.params import Params, from_leaves, leaves
@@ -33,7 +33,7 @@ _PREFIX = "base_model.model."
 _PREFIXES = (_PREFIX, "transformer.", "diffusion_model.")
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps the configuration of an adapter
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
-# what PEFT can do beyond plain LoRA, and the values that switch it off
+# options of PEFT beyond plain LoRA, and the values that switch them off
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA", None),
     "bias": ("none", None),
@@ -64,10 +64,10 @@ def save_adapters(
 
     Args:
       adapters: see `core.lora`.
-      lora: what made them.
-      table: the base model's key table, whose published names the file takes.
+      lora: the configuration that made them.
+      table: the base model's key table, which gives the published names.
       base: the base model's folder or hub name, for `base_model_name_or_path`.
-      dtype: of the file; None keeps the adapters'.
+      dtype: the dtype in the file; None keeps that of the adapters.
     """
     from safetensors.numpy import save_file
 
@@ -105,7 +105,7 @@ def save_adapters(
 
 def _target_modules(modules: set[str]) -> str:
     """A regular expression that PEFT matches whole names with; the same for every layer."""
-    # a list would be matched by ending, and `attn1.to_q` also ends `audio_attn1.to_q`'s name
+    # PEFT matches a list by the ends of names, and `audio_attn1.to_q` also ends with `attn1.to_q`
     names = {re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(module)) for module in modules}
     return "|".join(sorted(names))
 
@@ -139,10 +139,10 @@ def load_adapters(
       table: its key table.
 
     Returns:
-      their configuration, whose targets are the layers found, and float32 adapters.
+      their configuration, whose targets are the layers in the file, and float32 adapters.
 
     Raises:
-      InputError: one line on what does not fit the base: unknown or missing layers, ranks, shapes.
+      InputError: unknown or missing layers, or ranks or shapes that do not fit the base.
     """
     folder = Path(folder)
     config = adapter_config(folder)
@@ -156,7 +156,7 @@ def load_adapters(
         for ours, theirs in _FACTORS.items()
     }
     alphas = {k: float(tensors.pop(k)) for k in [k for k in tensors if k.endswith(".alpha")]}
-    _refuse(folder, "has tensors of layers that the base has not", tensors.keys() - by_name.keys())
+    _refuse(folder, "has tensors of layers that the base lacks", tensors.keys() - by_name.keys())
     rank = int(config.get("r") or _rank_of(tensors))
     layers = {by_name[k][0].path.removesuffix(".kernel") for k in tensors}
     absent = {
@@ -189,22 +189,17 @@ def load_adapters(
 
 
 def _read(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    file = next(
-        (folder / n for n in (WEIGHTS_FILE, DIFFUSERS_FILE) if (folder / n).is_file()), None
-    )
-    if file is None:
+    name = next((n for n in (WEIGHTS_FILE, DIFFUSERS_FILE) if (folder / n).is_file()), None)
+    if name is None:
         raise InputError(f"{folder} holds neither {WEIGHTS_FILE} nor {DIFFUSERS_FILE}")
-    try:
-        with safe_open(str(file), framework="numpy") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-            metadata = handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is truncated or not a safetensors file ({error})") from None
+    source = SafetensorsFolder(folder, [name])
+    tensors = {key: source.read(key) for key in source.keys()}
     if not tensors:
-        raise InputError(f"{file} holds no tensors")
-    return tensors, metadata
+        raise InputError(f"{folder / name} holds no tensors")
+    with safe_open(str(folder / name), framework="numpy") as file:
+        return tensors, file.metadata() or {}
 
 
 def _without_prefix(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Copies of large arrays that other threads can run beside."""
+"""Copies of large arrays that do not block other threads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_BLOCK = 1 << 18  # elements whose rounded copy stays in a processor's cache
+_BLOCK = 1 << 18  # elements, so that a rounded block stays in the cache of the processor
 
 
 def copy_into(target: np.ndarray, value: np.ndarray) -> None:
     """`target[...] = value`, bit for bit.
 
-    numpy holds the interpreter while it copies or casts a dtype that is not its own, such as
-    bfloat16. As integers of the same size it does not, and threads copy side by side.
+    NumPy holds the interpreter lock while it copies or casts a dtype that is not its own, such as
+    bfloat16. It releases the lock for integers of the same size, so threads can copy in parallel.
     """
     if value.dtype == target.dtype and value.dtype.itemsize <= 8:
         integer = np.dtype(f"u{value.dtype.itemsize}")
@@ -25,7 +25,7 @@ def copy_into(target: np.ndarray, value: np.ndarray) -> None:
 
 
 def _round_into(target: np.ndarray, value: np.ndarray) -> None:
-    """Bits of float32 to those of bfloat16, ties to even; in blocks along value's slowest axis."""
+    """Rounds float32 to the bits of bfloat16, ties to even, in blocks along the slowest axis."""
     axis = int(np.argmax(np.abs(value.strides)))
     target, value = np.moveaxis(target, axis, 0), np.moveaxis(value, axis, 0)
     rows = max(1, _BLOCK // max(1, value[:1].size))
@@ -34,6 +34,6 @@ def _round_into(target: np.ndarray, value: np.ndarray) -> None:
         bits = block.view(np.uint32)
         rounded = ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
         unknown = np.isnan(block)
-        if unknown.any():  # rounding may carry a NaN over to infinity
+        if unknown.any():  # rounding can turn a NaN into infinity
             rounded[unknown] = block[unknown].astype(_BFLOAT16).view(np.uint16)
         target[start : start + rows] = rounded

@@ -1,33 +1,44 @@
-"""Writes published weights in the other layout, tensor by tensor and without a change.
+"""Writes weights as folders: trained parameters, and published folders in the other layout.
 
-A layout's tables name the same tensors of the same shape and dtype, so this only renames. What the
-tables do not know is an error, as in loading.
+Both layouts hold the same tensors with the same shapes and dtypes under other names, so converting
+one only renames them, tensor by tensor. A tensor that a table does not name is an error, as in
+loading. What a folder holds is in `layouts`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.checkpoints import upstream
+from sanawm_jax.checkpoints import keymap, upstream
 from sanawm_jax.checkpoints.adapters import is_adapter_folder
-from sanawm_jax.checkpoints.files import (
-    SafetensorsFolder,
-    class_name,
-    published_fields,
-    read_config,
-)
+from sanawm_jax.checkpoints.files import SafetensorsFolder, class_name, read_config
 from sanawm_jax.checkpoints.folder import Stage1Folder, find_weights
+from sanawm_jax.checkpoints.layouts import (
+    CONNECTORS_CLASS,
+    DIT_CLASS,
+    DIT_FILE,
+    LATENT_STATISTICS,
+    LAYOUTS,
+    REFINER_CLASS,
+    STAGE1_INDEX,
+    TEXT_TOKENS,
+    VAE_CLASS,
+    upstream_config,
+    write_config,
+    write_index,
+    write_refiner_index,
+    write_yaml,
+)
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import (
-    RELEASED_MODEL,
     UpstreamFolder,
     UpstreamRefiner,
     find_refiner,
@@ -36,35 +47,17 @@ from sanawm_jax.checkpoints.upstream_folder import (
 )
 from sanawm_jax.checkpoints.writer import Spec, copy_folder, write_file, write_folder, write_json
 from sanawm_jax.core.lora import merge_lora
-from sanawm_jax.core.params import leaves
+from sanawm_jax.core.params import Params, leaves
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import extra_tensors
-from sanawm_jax.refiner.keys import refiner_table
+from sanawm_jax.dit.keys import key_table as dit_table
+from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
+from sanawm_jax.refiner.keys import connectors_table, refiner_table
 from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.schedule import Schedule
+from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.keys import key_table as vae_table
 
-LAYOUTS = ("diffusers", "upstream")
-DIT_FILE = "sana_wm_1600m_720p.safetensors"
-TEXT_TOKENS = 300
-STAGE1_INDEX: dict[str, Any] = {
-    "_class_name": "SanaWMPipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Gemma2ForCausalLM"],
-    "tokenizer": ["transformers", "GemmaTokenizer"],
-    "transformer": ["diffusers", "SanaWMTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLLTX2Video"],
-}
-REFINER_CLASS = "SanaWMLTX2RefinerTransformer3DModel"
-REFINER_INDEX: dict[str, Any] = {
-    "_class_name": "SanaWMLTX2Refiner",
-    "connectors": ["ltx2", "LTX2TextConnectors"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Gemma3ForConditionalGeneration"],
-    "tokenizer": ["transformers", "GemmaTokenizer"],
-    "transformer": ["diffusers", REFINER_CLASS],
-    "text_max_sequence_length": 1024,
-}
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template")
 
 
@@ -78,7 +71,7 @@ def export_weights(
       layout: `diffusers` or `upstream`. In diffusers layout a refiner is a folder of its own, so
         one inside upstream's folder goes to `OUT-refiner`; in upstream's it goes to `OUT/refiner`.
       out: a folder that does not exist or is empty; it appears when it is complete.
-      allow_pickle: see `upstream_folder.open_stage1`.
+      allow_pickle: see `checkpoints.upstream_folder.open_stage1`.
 
     Returns:
       The folders written.
@@ -101,14 +94,14 @@ def export_weights(
             (_to_diffusers if layout == "diffusers" else _to_upstream)(stage1, partial)
             if refiner is not None and layout == "upstream":
                 refiner.check()
-                export_refiner(refiner, partial / "refiner", layout)
+                _convert_refiner(refiner, partial / "refiner", layout)
         written.append(out)
     if refiner is not None and not (has_stage1 and layout == "upstream"):
         refiner.check()
         target = out.with_name(f"{out.name}-refiner") if has_stage1 else out
         with complete_folder(target) as partial:
             inner = partial / "refiner" if layout == "upstream" else partial
-            export_refiner(refiner, inner, layout)
+            _convert_refiner(refiner, inner, layout)
         written.append(target)
     return written
 
@@ -130,7 +123,7 @@ def _open_refiner(source: Path) -> RefinerFolder | None:
 
 @contextlib.contextmanager
 def complete_folder(out: Path) -> Iterator[Path]:
-    """Yields another folder beside `out`, which becomes `out` if the block ends well.
+    """Yields a temporary folder next to `out`, which becomes `out` if the block ends well.
 
     Raises:
       InputError: `out` exists and is not an empty folder.
@@ -152,7 +145,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
 def _dit_tensors(
     folder: Stage1Folder, rename: Callable[[str], str]
 ) -> tuple[dict[str, Spec], Callable[[str], np.ndarray]]:
-    """The DiT's tensors by the names that `rename` makes of diffusers'."""
+    """The DiT's tensors under the names that `rename` gives to diffusers' names."""
     source = folder.dit_weights().source
     prefix = upstream.find_prefix(source.keys())
     names = {}
@@ -175,21 +168,15 @@ def _to_diffusers(folder: Stage1Folder, out: Path) -> None:
     specs, read = _dit_tensors(folder, lambda name: name)
     specs.pop(upstream.DROPPED_CAPTION, None)  # diffusers' class has none
     write_folder(out / "transformer", specs, read)
-    config = published_fields(folder.dit_config())
-    write_json(
-        out / "transformer" / "config.json", {"_class_name": "SanaWMTransformer3DModel", **config}
-    )
+    write_config(out / "transformer", DIT_CLASS, folder.dit_config())
     copy_folder(folder.part("vae"), out / "vae")
-    copy_text(folder.part("text_encoder"), folder.part("tokenizer"), out)
-    write_scheduler(out, folder.schedule())
-    index = {**STAGE1_INDEX, **{k: v for k, v in folder.index.items() if k in STAGE1_INDEX}}
-    if not folder.index and (name := architecture(out / "text_encoder")):
-        index["text_encoder"] = ["transformers", name]
-    write_json(out / "model_index.json", {**index, "_class_name": "SanaWMPipeline"})
+    _copy_text(folder.part("text_encoder"), folder.part("tokenizer"), out)
+    kept = {name: folder.index[name] for name in STAGE1_INDEX if name in folder.index}
+    write_index(out, folder.schedule(), **kept)
 
 
-def copy_text(text_encoder: Path, tokenizer: Path, out: Path) -> None:
-    """Copies a text encoder and its tokenizer, which may share a folder, to two folders."""
+def _copy_text(text_encoder: Path, tokenizer: Path, out: Path) -> None:
+    """Copies a text encoder and its tokenizer, which may be in one folder, to two folders."""
     copy_folder(text_encoder, out / "text_encoder")
     copy_folder(tokenizer, out / "tokenizer")
     if text_encoder == tokenizer:
@@ -198,26 +185,10 @@ def copy_text(text_encoder: Path, tokenizer: Path, out: Path) -> None:
                 file.unlink()
 
 
-def architecture(folder: Path) -> str | None:
-    """The class that a text encoder's config.json names."""
-    names = read_config(folder).get("architectures") or [None]
-    return names[0]
-
-
-def write_scheduler(out: Path, schedule: Schedule) -> None:
-    """Writes `scheduler/scheduler_config.json`."""
-    fields = dataclasses.asdict(schedule)
-    fields = {k: v for k, v in fields.items() if v is not None}
-    write_json(
-        out / "scheduler" / "scheduler_config.json",
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", **fields},
-    )
-
-
 def _to_upstream(folder: Stage1Folder, out: Path) -> None:
     config = folder.dit_config()
     specs, read = _dit_tensors(folder, upstream.to_upstream)
-    # only training with dropped captions reads it; zeros stand where the source has none
+    # only training with dropped captions reads it; zeros if the source does not have it
     shape = (TEXT_TOKENS, config.caption_channels)
     has_captions = upstream.DROPPED_CAPTION in specs
     specs.setdefault(upstream.DROPPED_CAPTION, (shape, np.dtype(np.float32)))
@@ -239,46 +210,8 @@ def _to_upstream(folder: Stage1Folder, out: Path) -> None:
         write_yaml(out / "config.yaml", upstream_config(config, folder.schedule()))
 
 
-def upstream_config(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
-    """Upstream's config.yaml of a network; a size that upstream has no name for adds num_heads."""
-    model: dict[str, Any] = {
-        "model": RELEASED_MODEL,
-        "attn_type": "BidirectionalGDNTriton",
-        "camctrl_type": "BidirectionalGDNUCPESinglePathLiteLABothTriton",
-    }
-    if (config.hidden_size, config.num_layers, config.num_attention_heads) != (2240, 20, 20):
-        model |= {"model": "custom", "num_heads": config.num_attention_heads}
-    fields = published_fields(config)
-    for name in (
-        *("softmax_every_n", "linear_head_dim", "conv_kernel_size", "k_conv_only", "ffn_type"),
-        *("t_kernel_size", "mlp_ratio", "use_pe", "pos_embed_type", "qk_norm", "cross_norm"),
-        *("cam_attn_compress", "init_cam_from_base", "use_chunk_plucker_post_attn"),
-        *("chunk_plucker_channels", "chunk_plucker_post_attn_blocks", "fp32_attention"),
-        *("image_size", "mixed_precision"),
-    ):
-        model[name] = fields[name]
-    model["mlp_acts"] = list(config.mlp_acts)
-    return {
-        "model": model,
-        "vae": {"vae_type": "LTX2VAE_diffusers", "vae_latent_dim": config.in_channels},
-        "text_encoder": {
-            "text_encoder_name": "gemma-2-2b-it",
-            "y_norm": config.y_norm,
-            "model_max_length": TEXT_TOKENS,
-        },
-        "scheduler": {"inference_flow_shift": schedule.shift, "pred_sigma": config.pred_sigma},
-    }
-
-
-def write_yaml(path: Path, value: dict[str, Any]) -> None:
-    """Writes a configuration as upstream does."""
-    import yaml
-
-    path.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
-
-
-def export_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
-    """Copies a refiner, adapters merged; both layouts have diffusers' names, in other folders.
+def _convert_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
+    """Copies a refiner with its adapters merged; both layouts name its tensors as diffusers does.
 
     Raises:
       InputError: its noise levels are its own, and upstream's layout has no place for them.
@@ -297,21 +230,16 @@ def export_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:
         copy_folder(folder.part("text_encoder"), out / "text_encoder")
         copy_folder(folder.part("tokenizer"), out / "text_encoder")  # as released: beside it
         return
-    copy_text(folder.part("text_encoder"), folder.part("tokenizer"), out)
+    _copy_text(folder.part("text_encoder"), folder.part("tokenizer"), out)
     transformer = out / "transformer"
-    if class_name(transformer) != REFINER_CLASS:  # the release names LTX-2's own class
+    if class_name(transformer) != REFINER_CLASS:  # the release names the class of LTX-2
         raw = read_config(transformer)
         write_json(transformer / "config.json", {"_class_name": REFINER_CLASS, **raw})
-    levels = None if folder.sigmas == SIGMAS else folder.sigmas
-    write_scheduler(out, Schedule(distilled_sigmas=levels))
-    index = {**REFINER_INDEX, "text_max_sequence_length": folder.text_length}
-    if name := architecture(out / "text_encoder"):
-        index["text_encoder"] = ["transformers", name]
-    write_json(out / "model_index.json", index)
+    write_refiner_index(out, folder.text_length, folder.sigmas)
 
 
 def _write_merged(folder: RefinerFolder, out: Path) -> None:
-    """The transformer with its adapters in its kernels, a tensor at a time; dtypes stay."""
+    """Writes the transformer with its adapters merged, one tensor at a time; dtypes stay."""
     part = folder.part("transformer")
     source, (lora, adapters) = SafetensorsFolder(part), folder.load_lora()
     factors = dict(leaves(adapters))
@@ -330,3 +258,53 @@ def _write_merged(folder: RefinerFolder, out: Path) -> None:
 
     write_folder(out, {n: (source.shape(n), source.dtype(n)) for n in source.keys()}, read)
     write_json(out / "config.json", read_config(part))
+
+
+def export_vae(config: VAEConfig, params: Params, folder: str | Path, dtype: str) -> None:
+    """Writes config.json and weights of an autoencoder; its statistics stay float32."""
+    tensors = keymap.export(vae_table(config), params)
+    _write_trained(folder, VAE_CLASS, config, tensors, dtype, exact=LATENT_STATISTICS)
+
+
+def export_transformer(config: DiTConfig, params: Params, folder: str | Path, dtype: str) -> None:
+    """Writes config.json and weights of a stage-1 network."""
+    tensors = keymap.export(dit_table(config), params, extra_tensors(config))
+    _write_trained(folder, DIT_CLASS, config, tensors, dtype)
+
+
+def export_refiner(config: RefinerConfig, params: Params, folder: str | Path, dtype: str) -> None:
+    """Writes config.json and weights of the refiner's transformer, its video half alone.
+
+    No refiner runs the audio half; diffusers fills it with random numbers and says so.
+    """
+    _write_trained(
+        folder, REFINER_CLASS, config, keymap.export(refiner_table(config), params), dtype
+    )
+
+
+def export_connectors(
+    config: ConnectorsConfig, params: Params, folder: str | Path, dtype: str
+) -> None:
+    """Writes config.json and weights of the text connectors."""
+    tensors = keymap.export(connectors_table(config), params)
+    _write_trained(folder, CONNECTORS_CLASS, config, tensors, dtype)
+
+
+def _write_trained(
+    folder: str | Path,
+    name: str,
+    config: Any,
+    tensors: dict[str, np.ndarray],
+    dtype: str,
+    exact: Sequence[str] = (),
+) -> None:
+    """Writes a component; its floating tensors are cast to `dtype`, except those in `exact`."""
+    final = {
+        key: value.astype(jnp.dtype(dtype))
+        if value.dtype.kind == "f" and key not in exact
+        else value
+        for key, value in tensors.items()
+    }
+    specs = {key: (final[key].shape, final[key].dtype) for key in sorted(final)}
+    write_folder(Path(folder), specs, final.__getitem__)
+    write_config(Path(folder), name, config)

@@ -1,4 +1,4 @@
-"""Published weight files: safetensors, single or sharded with an index, read lazily."""
+"""Published weight files: safetensors, one file or several with an index, read lazily."""
 
 from __future__ import annotations
 
@@ -49,20 +49,25 @@ class SafetensorsFolder:
     """The tensors of one component folder, e.g. `transformer/`.
 
     Finds `*.safetensors.index.json` and its shards, or the one `*.safetensors` file. Shapes come
-    from the headers; `read` copies one tensor at a time, and threads may do so side by side.
+    from the headers; `read` copies one tensor at a time, and several threads may call it.
+
+    Args:
+      folder: of the files.
+      names: the files to read, if only some.
 
     Raises:
-      InputError: no such folder, nothing to load, only pickles, or a truncated file.
+      InputError: no such folder, nothing to load, only pickles, a truncated file, or a number
+        format that cannot be read.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, names: Iterable[str] = ()):
         from safetensors import SafetensorError, safe_open
 
         folder = Path(folder)
         self._tensors: dict[str, _Stored] = {}
-        for file in _files(folder):
+        for file in [folder / name for name in names] or _files(folder):
             try:
-                safe_open(str(file), framework="numpy")  # checks the header against the file
+                safe_open(str(file), framework="numpy")  # compares the header with the file
                 stored = _header(file)
             except (SafetensorError, OSError) as error:
                 raise InputError(
@@ -86,7 +91,7 @@ class SafetensorsFolder:
         stored = self._tensors[key]
         out = np.empty(stored.shape, stored.dtype)
         left = out.reshape(-1).view(np.uint8).data
-        # not through a map: its pages would count to the process, and faults hold the interpreter
+        # not a memory map: its pages count as the process's memory, and page faults hold the lock
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.offset)
             while left:

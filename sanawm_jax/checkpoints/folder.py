@@ -2,7 +2,7 @@
 
 model_index.json  tokenizer/  text_encoder/  transformer/  vae/  scheduler/
 
-`upstream_folder.py` is the same for NVlabs' own layout.
+`upstream_folder.py` does the same for NVlabs' own layout.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Place = Callable[[str, np.ndarray], Any]  # see `keymap.load`
 _VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
 
-# large parts of upstream's folders that belong to the other stage
+# large parts of upstream's folders, which the other stage does not read
 _OF_STAGE2 = ["refiner/*", "refiner_diffusers/*", "gemma3_12b/*"]
 _OF_STAGE1 = ["dit/*", "sana_dit/*", "vae/*", "ltx2_causal_vae/*"]
 
@@ -48,12 +48,12 @@ def find_weights(name: str | Path, *, stage: int = 0, allow_pickle: bool = False
 
     Args:
       name: the folder or name.
-      stage: 1 or 2 does not download what only the other stage reads; 0 downloads all.
+      stage: 1 or 2 skips files that only the other stage reads; 0 downloads all.
       allow_pickle: also download files of `torch.save`.
 
     Raises:
-      InputError: none of them, shipped weights that are not there, or the hub cannot be reached and
-        its cache lacks the model.
+      InputError: the name is none of these, the shipped weights are not in this checkout, or the
+        hub cannot be reached and its cache does not have the model.
     """
     path = Path(name)
     if path.is_dir():
@@ -81,16 +81,26 @@ def find_weights(name: str | Path, *, stage: int = 0, allow_pickle: bool = False
 
 
 class Weights(NamedTuple):
-    """A network's published tensors, as `keymap.load` takes them."""
+    """A network's published tensors, with the arguments of `keymap.check` and `keymap.load`."""
 
     entries: list[keymap.Entry]
     source: keymap.TensorSource
-    what: str  # for messages
-    ignore: Callable[[str], bool]  # names that are left out on purpose
+    what: str  # what messages call them
+    ignore: Callable[[str], bool]  # names that are skipped on purpose
+
+    def check(self, abstract: Params) -> None:
+        entries, source, what, ignore = self
+        keymap.check(entries, abstract, source, what=what, ignore=ignore)
+
+    def load(self, abstract: Params, dtype: Any, place: Place | None = None) -> Params:
+        entries, source, what, ignore = self
+        return keymap.load(
+            entries, abstract, source, what=what, dtype=dtype, place=place, ignore=ignore
+        )
 
 
 class ModelFolder:
-    """A folder in diffusers layout: `model_index.json` and a folder a part.
+    """A folder in diffusers layout: `model_index.json` and one folder per part.
 
     Raises:
       InputError: on construction, if a part is absent.
@@ -101,7 +111,7 @@ class ModelFolder:
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
         self.index = self._read_index()
-        # a part that the model may have and has not is [null, null]
+        # an optional part that the model does not have is [null, null]
         self.parts = [k for k, v in self.index.items() if isinstance(v, list) and any(v)]
         absent = [p for p in self.parts if not (self.path / p).is_dir()]
         if absent:
@@ -156,14 +166,7 @@ class Stage1Folder(ModelFolder):
         elif part == "text_encoder":
             check_text_encoder(folder)
         else:
-            weights = self.dit_weights()
-            keymap.check(
-                weights.entries,
-                build(DiT, self.dit_config())[1],
-                weights.source,
-                what=weights.what,
-                ignore=weights.ignore,
-            )
+            self.dit_weights().check(build(DiT, self.dit_config())[1])
 
     def dit_weights(self) -> Weights:
         """The DiT's tensors and their names in this layout; only headers are read."""
@@ -182,25 +185,16 @@ class Stage1Folder(ModelFolder):
 
         Args:
           place: as `keymap.load`.
-          precision: a checked one, see `sampling.precision`.
+          precision: a valid name, see `sampling.precision`.
 
         Raises:
-          InputError: fp8, and no layer of this network can run in it.
+          InputError: precision is fp8 and no layer of this network can run in it.
         """
-        config, weights = self.dit_config(), self.dit_weights()
+        config = self.dit_config()
         graphdef, abstract = build_dit(config, precision)
         if precision == "fp8":
             place = quantising(abstract, place)
-        params = keymap.load(
-            weights.entries,
-            build(DiT, config)[1],
-            weights.source,
-            what=weights.what,
-            dtype=dtype,
-            place=place,
-            ignore=weights.ignore,
-        )
-        return config, graphdef, params
+        return config, graphdef, self.dit_weights().load(build(DiT, config)[1], dtype, place)
 
     def load_encoder(self, dtype: Any) -> tuple[VAEConfig, nnx.GraphDef, Params]:
         """Configuration, graph definition and parameters of the VAE's encoder."""

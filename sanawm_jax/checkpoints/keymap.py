@@ -1,8 +1,9 @@
 """Strict two-way mapping between published tensor names and our parameter trees.
 
 A model's table lists, for every leaf of its abstract tree, the source tensors that fill it: one
-`Entry` for a plain leaf, one a layer for a stacked leaf. `load` refuses anything missing,
-unexpected or mis-shaped and names all offenders at once; `export` runs the same table backwards.
+`Entry` for a plain leaf, and one per layer for a stacked leaf. `load` refuses tensors that are
+missing, unexpected or of another shape, and names all of them at once; `export` uses the same table
+in the other direction.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ CONV3D = Layout((4, 3, 0, 1, 2))
 
 
 def default_layout(leaf_name: str, ndim: int) -> Layout:
-    """The layout that a leaf's name and rank imply: kernels are torch's, all else is the same."""
+    """The layout that a leaf's name and rank imply: kernels as in torch, all else unchanged."""
     if leaf_name != "kernel":
         return SAME
     return {2: LINEAR, 3: CONV1D, 4: CONV2D, 5: CONV3D}[ndim]
 
 
 def default_name(path: str) -> str:
-    """`a.b.kernel` and `a.b.scale` are `a.b.weight` in torch; other names stay."""
+    """The name in torch: `a.b.kernel` and `a.b.scale` are `a.b.weight`; other names stay."""
     parent, _, name = path.rpartition(".")
     name = {"kernel": "weight", "scale": "weight"}.get(name, name)
     return f"{parent}.{name}" if parent else name
@@ -138,8 +139,8 @@ def check(
     """Compares names and shapes before any data are read.
 
     Args:
-      what: how to call these weights in the message, usually their path.
-      ignore: source names that are left out on purpose.
+      what: what messages call these weights, usually their path.
+      ignore: source names that are skipped on purpose.
 
     Raises:
       InputError: one line that lists missing, unexpected and mis-shaped tensors.
@@ -183,11 +184,11 @@ def load(
       entries: the model's table.
       abstract: its tree of shapes.
       source: the published tensors.
-      what: name of the weights for messages.
+      what: what messages call these weights.
       dtype: dtype of the floating leaves; None keeps the file's.
       sharding: a sharding or a tree of them for `jax.device_put`; None is the default device.
-      place: (dotted path, array) -> leaf or a dict of leaves, in place of putting it on the device.
-      ignore: source names that are left out on purpose.
+      place: (dotted path, array) -> leaf or a dict of leaves; replaces the copy to the device.
+      ignore: source names that are skipped on purpose.
 
     Raises:
       InputError: see `check`.
@@ -219,7 +220,7 @@ def load(
             # the stack is allocated once, in its final dtype
             host = np.empty(leaf.shape, dtype if is_cast else kept)
             pending.append((path, host, [pool.submit(fill, host, e) for e in by_path[path]]))
-            # what is being read while the leaf before it goes to the device
+            # bounds what is read ahead while earlier leaves go to the device
             while pending and sum(host.nbytes for _, host, _ in pending) > _AHEAD_BYTES:
                 finish(*pending.popleft())
         while pending:
@@ -237,7 +238,7 @@ def export(
     """Our tree as published tensors; `load(export(p)) == p` bit for bit.
 
     Args:
-      extra: tensors that the layout wants and we do not keep as parameters.
+      extra: tensors of the layout that are not parameters here.
     """
     flat = {path: np.asarray(leaf) for path, leaf in leaves(params)}
     out = dict(extra or {})

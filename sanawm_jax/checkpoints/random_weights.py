@@ -1,57 +1,54 @@
 """Random weights with the released names, shapes and dtypes, for runs without the released ones.
 
-Every value depends on its tensor's name and the seed alone. Matrices keep the size of what they
-multiply, and norms are near one, so activations stay finite in bfloat16 at full depth.
+A value depends only on the name of its tensor and on the seed. Matrices keep the magnitude of their
+inputs, and scales of norms are close to one, so that activations stay finite in bfloat16 at full
+depth.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from sanawm_jax.checkpoints import upstream
 from sanawm_jax.checkpoints.copies import copy_into
-from sanawm_jax.checkpoints.export import (
+from sanawm_jax.checkpoints.export import complete_folder
+from sanawm_jax.checkpoints.keymap import Entry, shapes
+from sanawm_jax.checkpoints.layouts import (
+    CONNECTORS_CLASS,
+    DIT_CLASS,
     DIT_FILE,
+    LATENT_STATISTICS,
+    LTX2_CLASS,
     REFINER_CLASS,
-    REFINER_INDEX,
-    STAGE1_INDEX,
     TEXT_TOKENS,
-    complete_folder,
+    VAE_CLASS,
     upstream_config,
-    write_scheduler,
+    write_config,
+    write_index,
+    write_refiner_index,
     write_yaml,
 )
-from sanawm_jax.checkpoints.files import published_fields
-from sanawm_jax.checkpoints.keymap import Entry, shapes
+from sanawm_jax.checkpoints.sizes import RELEASED, Sizes
 from sanawm_jax.checkpoints.unread import audio_connector_shapes, audio_shapes
 from sanawm_jax.checkpoints.writer import Spec, write_file, write_folder, write_json
 from sanawm_jax.core.params import Params, build, leaves
 from sanawm_jax.dit import keys as dit_keys
-from sanawm_jax.dit.config import SANA_WM_2B, DiTConfig
+from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.refiner import keys as refiner_keys
-from sanawm_jax.refiner.config import (
-    LTX_2_19B,
-    LTX_2_19B_CONNECTORS,
-    SPLIT,
-    ConnectorsConfig,
-    RefinerConfig,
-)
+from sanawm_jax.refiner.config import ConnectorsConfig, RefinerConfig
 from sanawm_jax.refiner.connectors import TextConnectors
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.small_world.text_encoder import write_tokenizer
 from sanawm_jax.text import keys as text_keys
-from sanawm_jax.text.config import GEMMA2, GEMMA3, GEMMA_2_2B, GEMMA_3_12B, GemmaConfig
+from sanawm_jax.text.config import GEMMA2, GemmaConfig
 from sanawm_jax.text.gemma import GemmaTower
 from sanawm_jax.text.prompts import CHI_PROMPT
 from sanawm_jax.vae import keys as vae_keys
@@ -65,100 +62,13 @@ _CHUNK = 1 << 24
 _WORKERS = min(32, os.cpu_count() or 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Configurations of all networks."""
-
-    dit: DiTConfig
-    vae: VAEConfig
-    text: GemmaConfig
-    refiner: RefinerConfig
-    connectors: ConnectorsConfig
-    refiner_text: GemmaConfig
-    text_length: int = 1024  # of the refiner's prompt
-
-
-RELEASED = Sizes(
-    dit=SANA_WM_2B,
-    vae=VAEConfig(decoder_causal=False, spatial_compression_ratio=32, temporal_compression_ratio=8),
-    text=GEMMA_2_2B,
-    refiner=LTX_2_19B,
-    connectors=LTX_2_19B_CONNECTORS,
-    refiner_text=GEMMA_3_12B,
-)
-_TINY_TEXT = GemmaConfig(
-    vocab_size=1024,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    query_pre_attn_scalar=16,
-    sliding_window=16,
-)
-TINY = Sizes(
-    dit=DiTConfig(
-        num_layers=4,
-        hidden_size=48,
-        num_attention_heads=2,
-        linear_head_dim=24,
-        in_channels=8,
-        caption_channels=32,
-        chunk_plucker_post_attn_blocks=4,
-    ),
-    vae=VAEConfig(
-        decoder_causal=False,
-        latent_channels=8,
-        block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 16, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1),
-        spatial_compression_ratio=32,
-        temporal_compression_ratio=8,
-    ),
-    text=_TINY_TEXT,
-    refiner=RefinerConfig(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=32,
-        num_layers=3,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=8,
-        audio_cross_attention_dim=16,
-        rope_type=SPLIT,
-    ),
-    connectors=ConnectorsConfig(
-        caption_channels=32,
-        text_proj_in_factor=3,
-        video_connector_num_attention_heads=2,
-        video_connector_attention_head_dim=16,
-        video_connector_num_learnable_registers=4,
-        audio_connector_num_attention_heads=2,
-        audio_connector_attention_head_dim=16,
-        audio_connector_num_learnable_registers=4,
-        connector_rope_base_seq_len=64,
-        rope_type=SPLIT,
-    ),
-    refiner_text=dataclasses.replace(
-        _TINY_TEXT, model_type=GEMMA3, attn_logit_softcapping=None, rope_factor=8.0
-    ),
-    text_length=16,
-)
-
-
 def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -> np.ndarray:
     """One tensor by its published name.
 
     Args:
-      name: decides what the tensor is for.
+      name: shows what the tensor is for.
       spec: its shape and dtype.
-      norm_mean: what a norm's scale is near; Gemma adds one itself and takes 0.
+      norm_mean: mean of the scales of norms; 0 for Gemma, which adds one itself.
     """
     shape, dtype = spec
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
@@ -181,7 +91,7 @@ def random_tensor(name: str, spec: Spec, seed: int, *, norm_mean: float = 1.0) -
         scale = float(np.prod(shape[1:])) ** -0.5
     out = np.empty(shape, dtype)
     flat = out.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):  # no float32 copy of the largest ones
+    for start in range(0, flat.size, _CHUNK):  # so that the largest tensors have no float32 copy
         part = rng.standard_normal(min(_CHUNK, flat.size - start), np.float32)
         part *= np.float32(scale)
         part += np.float32(mean)
@@ -200,10 +110,6 @@ def _reader(
     return lambda name: random_tensor(name, specs[name], seed, norm_mean=norm_mean)
 
 
-def _json(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(published_fields(config)))
-
-
 def dit_specs(config: DiTConfig) -> dict[str, Spec]:
     """Shapes and dtypes of `transformer/` by diffusers' names: float32, as released."""
     specs = _specs(dit_keys.key_table(config), build(DiT, config)[1], F32)
@@ -214,9 +120,7 @@ def dit_specs(config: DiTConfig) -> dict[str, Spec]:
 def vae_specs(config: VAEConfig) -> dict[str, Spec]:
     """Shapes and dtypes of `vae/`: bfloat16, its statistics float32."""
     specs = _specs(vae_keys.key_table(config), build(VideoVAE, config)[1], BF16)
-    return {
-        n: (s, F32 if n in ("latents_mean", "latents_std") else d) for n, (s, d) in specs.items()
-    }
+    return {n: (s, F32 if n in LATENT_STATISTICS else d) for n, (s, d) in specs.items()}
 
 
 def refiner_specs(config: RefinerConfig) -> dict[str, Spec]:
@@ -259,7 +163,7 @@ def _write_text(config: GemmaConfig, folder: Path, tokenizer: Path, seed: int) -
         name = "Gemma3ForConditionalGeneration"
         raw = {"architectures": [name], "model_type": "gemma3", "text_config": fields}
     write_json(folder / "config.json", raw)
-    # trained on little text: the released tokenizers have as many tokens as the table has rows
+    # this tokenizer is trained on little text; the released ones use all rows of the table
     write_tokenizer(["\n".join(CHI_PROMPT)], tokenizer, min(1024, config.vocab_size))
 
 
@@ -267,10 +171,7 @@ def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
     specs, schedule = dit_specs(sizes.dit), Schedule(shift=9.8)
     if layout == "diffusers":
         write_folder(out / "transformer", specs, _reader(specs, seed), workers=_WORKERS)
-        raw = {"_class_name": "SanaWMTransformer3DModel", **_json(sizes.dit)}
-        write_json(out / "transformer" / "config.json", raw)
-        write_scheduler(out, schedule)
-        write_json(out / "model_index.json", STAGE1_INDEX)
+        write_config(out / "transformer", DIT_CLASS, sizes.dit)
     else:
         read = _reader(specs, seed)
         renamed = {upstream.to_upstream(n): s for n, s in specs.items()}
@@ -290,28 +191,25 @@ def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
         write_yaml(out / "config.yaml", upstream_config(sizes.dit, schedule))
     vae = vae_specs(sizes.vae)
     write_folder(out / "vae", vae, _reader(vae, seed), workers=_WORKERS)
-    write_json(
-        out / "vae" / "config.json", {"_class_name": "AutoencoderKLLTX2Video", **_json(sizes.vae)}
-    )
+    write_config(out / "vae", VAE_CLASS, sizes.vae)
     _write_text(sizes.text, out / "text_encoder", out / "tokenizer", seed)
+    if layout == "diffusers":
+        write_index(out, schedule)
 
 
 def _write_refiner(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
     is_diffusers = layout == "diffusers"
-    # upstream's folder names LTX-2's own class and keeps the tokenizer beside the text encoder
-    name = REFINER_CLASS if is_diffusers else "LTX2VideoTransformer3DModel"
+    name = REFINER_CLASS if is_diffusers else LTX2_CLASS
     for part, specs, config, cls in (
         ("transformer", refiner_specs(sizes.refiner), sizes.refiner, name),
-        ("connectors", connectors_specs(sizes.connectors), sizes.connectors, "LTX2TextConnectors"),
+        ("connectors", connectors_specs(sizes.connectors), sizes.connectors, CONNECTORS_CLASS),
     ):
         write_folder(out / part, specs, _reader(specs, seed), workers=_WORKERS)
-        write_json(out / part / "config.json", {"_class_name": cls, **_json(config)})
+        write_config(out / part, cls, config)
     tokenizer = out / ("tokenizer" if is_diffusers else "text_encoder")
     _write_text(sizes.refiner_text, out / "text_encoder", tokenizer, seed)
     if is_diffusers:
-        write_scheduler(out, Schedule(shift=1.0))
-        index = {**REFINER_INDEX, "text_max_sequence_length": sizes.text_length}
-        write_json(out / "model_index.json", index)
+        write_refiner_index(out, sizes.text_length)
 
 
 def write_random(
@@ -322,7 +220,7 @@ def write_random(
     sizes: Sizes = RELEASED,
     seed: int = 0,
 ) -> list[Path]:
-    """Writes random weights; no more than a tensor a processor is in memory, and 32 at most.
+    """Writes random weights, with at most one tensor per processor and 32 in all in memory.
 
     Args:
       out: a new folder. With `all` in diffusers layout the refiner goes to `OUT-refiner`, in

@@ -2,8 +2,8 @@
 
 model_index.json  tokenizer/  text_encoder/  connectors/  transformer/  scheduler/  [lora/]
 
-Adapters in `lora/` are merged into the transformer as it loads. A folder of adapters alone stands
-for the folder that its `base_model_name_or_path` names, with these adapters.
+Adapters in `lora/` are merged into the transformer as it loads. A folder that holds only adapters
+is read as the folder that its `base_model_name_or_path` names, with these adapters.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 
 from flax import nnx
 
-from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.adapters import adapter_config, is_adapter_folder, load_adapters
 from sanawm_jax.checkpoints.files import SafetensorsFolder, class_name, read_config
-from sanawm_jax.checkpoints.folder import ModelFolder, Place, find_weights
+from sanawm_jax.checkpoints.folder import ModelFolder, Place, Weights, find_weights
 from sanawm_jax.core.lora import LoraConfig, merge_lora
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.memory.streaming import Runner, call, keep_layers, keep_separate_layers
@@ -110,45 +109,15 @@ class RefinerFolder(ModelFolder):
           InputError: what is missing, unexpected or mis-shaped.
         """
         check_text_encoder(self.part("text_encoder"))
-        for entries, module, config, part, ignore in (
-            self._transformer_parts(),
-            self._connectors_parts(),
-        ):
-            folder = self.part(part)
-            keymap.check(
-                entries,
-                build(module, config)[1],
-                SafetensorsFolder(folder),
-                what=str(folder),
-                ignore=ignore,
-            )
+        self._weights().check(build(Refiner, self.config)[1])
+        connectors = build(TextConnectors, self.connectors)[1]
+        connectors_weights(self.part("connectors"), self.connectors).check(connectors)
         if self.lora is not None:
             self.load_lora()
 
-    def _transformer_parts(self) -> tuple[Any, ...]:
-        table = keys.refiner_table(self.config)
-        return table, Refiner, self.config, "transformer", keys.is_audio
-
-    def _connectors_parts(self) -> tuple[Any, ...]:
-        table = keys.connectors_table(self.connectors)
-        return table, TextConnectors, self.connectors, "connectors", keys.is_audio_connector
-
-    def _load(
-        self, parts: tuple[Any, ...], dtype: Any, place: Place | None = None
-    ) -> tuple[nnx.GraphDef, Params]:
-        entries, module, config, part, ignore = parts
-        folder = self.part(part)
-        graphdef, abstract = build(module, config)
-        params = keymap.load(
-            entries,
-            abstract,
-            SafetensorsFolder(folder),
-            what=str(folder),
-            dtype=dtype,
-            place=place,
-            ignore=ignore,
-        )
-        return graphdef, params
+    def _weights(self) -> Weights:
+        folder, table = self.part("transformer"), keys.refiner_table(self.config)
+        return Weights(table, SafetensorsFolder(folder), str(folder), keys.is_audio)
 
     def load_transformer(
         self, dtype: Any, place: Place | None = None
@@ -156,7 +125,8 @@ class RefinerFolder(ModelFolder):
         """Graph definition and parameters of the transformer's video half, adapters merged.
 
         Raises:
-          InputError: adapters, and layers to keep in host memory, which nothing is merged into.
+          InputError: the folder has adapters, and `place` keeps layers in host memory, where
+            nothing can be merged into them.
         """
         if self.lora is None:
             return self.load_base(dtype, place)
@@ -168,7 +138,8 @@ class RefinerFolder(ModelFolder):
 
     def load_base(self, dtype: Any, place: Place | None = None) -> tuple[nnx.GraphDef, Params]:
         """`load_transformer` without adapters; see `keymap.load` for `place`."""
-        return self._load(self._transformer_parts(), dtype, place)
+        graphdef, abstract = build(Refiner, self.config)
+        return graphdef, self._weights().load(abstract, dtype, place)
 
     def load_lora(self) -> tuple[LoraConfig, Params]:
         """The transformer's adapters, float32.
@@ -183,7 +154,7 @@ class RefinerFolder(ModelFolder):
 
     def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
         """Graph definition and parameters of the video connector."""
-        return self._load(self._connectors_parts(), dtype)
+        return load_connectors(self.part("connectors"), self.connectors, dtype)
 
     def load_text(self, dtype: Any, place: Place | None = None, run: Runner = call) -> Tower:
         """The compiled text tower, called by `run`; it gives all hidden states."""
@@ -192,6 +163,20 @@ class RefinerFolder(ModelFolder):
 
     def load_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.part("tokenizer"))
+
+
+def connectors_weights(folder: Path, config: ConnectorsConfig) -> Weights:
+    """The tensors of the video connector in `connectors/`; only headers are read."""
+    table = keys.connectors_table(config)
+    return Weights(table, SafetensorsFolder(folder), str(folder), keys.is_audio_connector)
+
+
+def load_connectors(
+    folder: Path, config: ConnectorsConfig, dtype: Any
+) -> tuple[nnx.GraphDef, Params]:
+    """Graph definition and parameters of the video connector in `connectors/`."""
+    graphdef, abstract = build(TextConnectors, config)
+    return graphdef, connectors_weights(folder, config).load(abstract, dtype)
 
 
 def _split_adapters(folder: Path) -> tuple[Path, Path | None]:

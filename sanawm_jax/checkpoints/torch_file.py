@@ -2,10 +2,11 @@
 
 Such a file is a zip archive: `data.pkl` is a pickle of the containers, in which a tensor is a
 reference to one of the uncompressed members `data/0`, `data/1`... that hold the numbers. A pickle
-can name any function of any module and call it. The reader here resolves names from a short list
-alone, and to inert stand-ins of its own, so a file can build containers and describe tensors, and
-nothing else. `torch.load(weights_only=True)` would do the same with a larger list, but needs torch,
-which this package runs without, and reads everything: a training checkpoint's optimizers too.
+can name any function of any module and call it. This reader only resolves the names of a short
+list, and replaces them with harmless objects of its own, so that a file can build containers and
+describe tensors and do nothing else. `torch.load(weights_only=True)` does the same with a longer
+list. But it needs torch, which this package does not require, and it reads everything, including
+the optimizers in a training checkpoint.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class _Tensor:
 
 
 class _RebuildTensor:
-    """Stands for `torch._utils._rebuild_tensor_v2`."""
+    """Replaces `torch._utils._rebuild_tensor_v2`."""
 
     __slots__ = ()
 
@@ -78,7 +79,7 @@ class _RebuildTensor:
 
 
 class _RebuildParameter:
-    """Stands for `torch._utils._rebuild_parameter`: a parameter is its tensor."""
+    """Replaces `torch._utils._rebuild_parameter`: a parameter is read as its tensor."""
 
     __slots__ = ()
 
@@ -87,7 +88,7 @@ class _RebuildParameter:
 
 
 class _Inert:
-    """Stands for a value that no tensor needs, e.g. a device or a dtype."""
+    """Replaces a value that no tensor needs, e.g. a device or a dtype."""
 
     __slots__ = ()
 
@@ -119,7 +120,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class TorchFile:
-    """The tensors of one dictionary in a `torch.save` file; each is read when it is asked for.
+    """The tensors of one dictionary in a `torch.save` file; each is read when it is needed.
 
     Args:
       path: the file.

@@ -1,6 +1,6 @@
-"""Shapes of what LTX-2's published files hold and the refiner never reads: its audio half.
+"""Shapes of the audio half of LTX-2, which its published files hold and the refiner never reads.
 
-Only `random_weights` needs them, to write files as large as the released ones. Names and shapes are
+Only `random_weights` uses them, to write files as large as the released ones. Names and shapes are
 those of diffusers' `LTX2VideoTransformer3DModel` and `LTX2TextConnectors`.
 """
 

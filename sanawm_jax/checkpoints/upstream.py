@@ -1,13 +1,14 @@
 """Names of the stage-1 network's tensors in NVlabs' own releases.
 
-diffusers' class keeps upstream's names but for the timestep network, a sequence upstream. Beyond
-the network's parameters a file of upstream holds an embedding for dropped captions, which only
-training reads, and may hold `pos_embed`, a buffer that rotary models never read. A distilled
-checkpoint holds `generator` and `critic`, each with `model.` before every name.
+diffusers' class keeps upstream's names except those of the timestep network, which is a sequence
+in upstream's code. In addition to the network's parameters, a file of upstream holds an embedding
+for dropped captions, which only training reads, and may hold `pos_embed`, a buffer that rotary
+models never read. A distilled checkpoint holds `generator` and `critic`; in both, every name begins
+with `model.`.
 
 Sources: NVlabs/Sana `diffusion/model/nets/{sana_blocks,sana_multi_scale_video_camctrl}.py` for the
-names; the class documentation of diffusers' `SanaWMTransformer3DModel` and the conversion script
-beside it for their being the same.
+names. That the tensors are the same is stated by the class documentation of diffusers'
+`SanaWMTransformer3DModel` and by its conversion script.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ def to_diffusers(name: str) -> str:
 
 
 def find_prefix(keys: Iterable[str]) -> str:
-    """What stands before every name in these tensors: `model.` or nothing."""
+    """The prefix of all names in these tensors: `model.` or nothing."""
     return PREFIX if PREFIX + _MARK in set(keys) else ""
 
 
 def upstream_table(entries: list[Entry], prefix: str = "") -> list[Entry]:
-    """A table of diffusers' names with upstream's names in their place."""
+    """A table of diffusers' names, with each name replaced by upstream's."""
     return [dataclasses.replace(e, source=prefix + to_upstream(e.source)) for e in entries]
 
 

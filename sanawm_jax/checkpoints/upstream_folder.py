@@ -3,8 +3,8 @@
     stage 1   config.yaml  dit/*.safetensors or sana_dit/model.pt  vae/
     refiner   refiner/ or refiner_diffusers/: transformer/  connectors/  text_encoder/
 
-The text encoder of stage 1 is no part of a release: config.yaml names it. Here it is read from
-`text_encoder/` (and `tokenizer/`) if they are there, else from the hub.
+A release does not hold the text encoder of stage 1; its config.yaml names one. It is read from
+`text_encoder/` (and `tokenizer/`) if these folders exist, else from the hub.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ RELEASED_MODEL = "SanaMSVideoCamCtrl_1600M_P1_D20"
 HUB_OWNER = "Efficient-Large-Model"
 _DIT_FOLDERS = ("dit", "sana_dit")
 _REFINER_FOLDERS = ("refiner", "refiner_diffusers")
-# cross-attention heads of the names in `model.model`; no tensor's shape tells them
+# cross-attention heads by the name in `model.model`; no tensor's shape gives them
 _HEADS = {RELEASED_MODEL: 20, "SanaMSVideoCamCtrlStreaming_1600M_P1_D20": 20}
-# fields of config.yaml's `model` that are fields of diffusers' configuration, upstream's defaults
+# fields of config.yaml's `model` that diffusers' configuration has too, with upstream's defaults
 _MODEL_FIELDS: dict[str, Any] = {
     "softmax_every_n": 4,
     "linear_head_dim": 32,
@@ -52,7 +52,7 @@ _MODEL_FIELDS: dict[str, Any] = {
     "use_pe": True,
     "mixed_precision": "bf16",
 }
-# the same parameters run another way: in chunks, or with a cache of chunks
+# they have the same parameters but run in chunks, or with a cache of chunks
 _FFN_TYPES = dict.fromkeys(("GLUMBConvTemp", "ChunkGLUMBConvTemp", "CachedGLUMBConvTemp"))
 _ROPES = ("wan_rope", "casual_wan_rope")
 
@@ -69,7 +69,7 @@ def open_stage1(name: str | Path, *, allow_pickle: bool = False) -> Stage1Folder
 
     Args:
       name: see `folder.find_weights`.
-      allow_pickle: also read upstream's `model.pt`; see `checkpoints.torch_file` for how.
+      allow_pickle: also read upstream's `model.pt`; see `checkpoints.torch_file`.
 
     Raises:
       InputError: it cannot be found or is no stage-1 folder.

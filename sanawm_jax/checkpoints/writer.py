@@ -1,4 +1,4 @@
-"""Writes safetensors, sharded with an index as the hub's folders are, one tensor at a time."""
+"""Writes safetensors one tensor at a time, in shards with an index as folders on the hub are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def num_bytes(spec: Spec) -> int:
 
 
 def plan_shards(specs: Mapping[str, Spec], max_bytes: int) -> list[list[str]]:
-    """Names in order, cut so that no shard of more than one tensor is larger than `max_bytes`."""
+    """Names in order, divided so that no shard of several tensors is larger than `max_bytes`."""
     shards: list[list[str]] = []
     room = 0
     for name, spec in specs.items():
@@ -48,13 +48,13 @@ def write_file(
     *,
     workers: int = 1,
 ) -> None:
-    """Writes one safetensors file; no more than `workers` tensors are in memory.
+    """Writes one safetensors file with at most `workers` tensors in memory.
 
     Args:
       path: the file; it appears when it is complete.
       specs: name -> shape and dtype, in the order of the file.
       read: name -> the tensor.
-      workers: threads that read; with one, the caller's does.
+      workers: threads that read; 1 uses the thread of the caller.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -76,7 +76,7 @@ def write_file(
 def _read_ahead(
     read: Callable[[str], np.ndarray], names: list[str], workers: int
 ) -> Iterator[np.ndarray]:
-    """The tensors in order, the next `workers - 1` being read meanwhile."""
+    """Yields the tensors in order, and reads the next `workers - 1` meanwhile."""
     if workers == 1:
         yield from map(read, names)
         return
@@ -130,7 +130,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies the files of a component's folder; links of the hub's cache become files."""
+    """Copies the files of a component's folder; links into the hub's cache become files."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file():

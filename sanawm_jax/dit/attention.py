@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,13 +36,15 @@ from sanawm_jax.dit.state import RecurrentCarry, SoftmaxCarry, Window
 from sanawm_jax.dit.ucpe import RayTransforms
 
 GDN_EPS = 1e-8  # of the denominator
-# What keys are multiplied by, from D and P. A frame writes P keys at once: only the first bounds
-# the spectrum of its map W. The others are there to show that, see docs/training.md.
-KEY_SCALES: dict[str, Callable[[int, int], float]] = {
-    "1/sqrt(D*S)": lambda size, tokens: size**-0.5 * tokens**-0.5,
-    "1/sqrt(D)": lambda size, tokens: size**-0.5,
-    "none": lambda size, tokens: 1.0,
-}
+
+
+def key_factor(size: int, tokens: int) -> float:
+    """Keys of the recurrence are multiplied by 1 / sqrt(D P), `size` is D and `tokens` is P.
+
+    A frame writes P keys of size D at once. This factor bounds the spectrum of its map W, and with
+    it the state; `benchmarks/key_scaling.py` shows what happens with a larger one.
+    """
+    return size**-0.5 * tokens**-0.5
 
 
 class Context(NamedTuple):
@@ -58,7 +60,6 @@ class Context(NamedTuple):
     key_mask: jax.Array | None  # B F bool, frames that the caller hides
     grid: tuple[int, int]  # token rows, columns
     layout: FrameLayout  # chunks, and padding to the size of a mesh
-    key_scale: str = "1/sqrt(D*S)"  # of the recurrence, one of KEY_SCALES
     remat: str = "none"  # see `core.stack.scan_runs`
     numerics: Numerics = Numerics()
     window: Window | None = None  # of a stream, whose layers return a carry
@@ -218,7 +219,7 @@ class SelfAttention(nnx.Module):
             )
         if not self.softmax:
             size, tokens = named["k"].shape[-1], named["k"].shape[2]
-            of["k"] = of["k"]._replace(factor=KEY_SCALES[ctx.key_scale](size, tokens))
+            of["k"] = of["k"]._replace(factor=key_factor(size, tokens))
         return _Heads(**named, of_q=of["q"], of_k=of["k"])
 
     def _gates(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:

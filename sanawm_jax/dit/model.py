@@ -205,7 +205,6 @@ class DiT(nnx.Module):
         chunk_starts: tuple[int, ...] | None = None,
         cached_chunks: int | None = None,
         sink: bool = True,
-        key_scale: str = "1/sqrt(D*S)",
         remat: str = "none",
         unroll: bool = False,
     ) -> jax.Array:
@@ -224,7 +223,6 @@ class DiT(nnx.Module):
             `core.frames.chunk_starts`; None is the bidirectional model.
           cached_chunks, sink: which earlier chunks the softmax layers see, by default all; see
             `core.frames.FrameLayout`.
-          key_scale: of the recurrence; the others of `dit.attention.KEY_SCALES` do not train.
           remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
@@ -242,7 +240,6 @@ class DiT(nnx.Module):
             plucker,
             frame_mask,
             layout_of(latents.shape[1], chunk_starts, cached_chunks, sink),
-            key_scale=key_scale,
             remat=remat,
             unroll=unroll,
         )[0]
@@ -317,7 +314,6 @@ class DiT(nnx.Module):
         *,
         window: Window | None = None,
         state: DiTState | None = None,
-        key_scale: str = "1/sqrt(D*S)",
         remat: str = "none",
         unroll: bool = False,
     ) -> tuple[jax.Array, Any, jax.Array]:
@@ -366,7 +362,6 @@ class DiT(nnx.Module):
             key_mask=key_mask,
             grid=grid,
             layout=layout,
-            key_scale=key_scale,
             remat=remat,
             numerics=config.numerics,
             window=window,

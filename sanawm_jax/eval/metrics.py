@@ -42,7 +42,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def detail(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Mean size of a frame's horizontal gradient over b's: (N, H, W, 3) -> (N,).
 
-    Below 1 a is blurred, above it has edges or noise that b has not.
+    Below 1, a is more blurred than b; above 1, it has edges or noise that b does not have.
     """
 
     def gradient(x: np.ndarray) -> np.ndarray:

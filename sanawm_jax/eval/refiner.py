@@ -29,7 +29,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[np.ndarray]]:
     """
     import jax.numpy as jnp
 
-    from sanawm_jax.sampling.generate import SanaWM, channels_last
+    from sanawm_jax.sampling.generate import SanaWM
+    from sanawm_jax.sampling.latents import channels_last
     from sanawm_jax.sampling.options import RefineOptions
     from sanawm_jax.sampling.refine import LTX2Refiner
 

@@ -1,11 +1,11 @@
-"""`--offload`: which weights stay on the accelerator.
+"""What stays on the accelerator between uses, `--offload`.
 
-`none`: within a stage, every network stays after its first use.
-`model`: only the network that runs is on the device. It is read again when it is needed again.
-`block`: only two layers of that network are on the device, one that runs and one that is being
-  copied. The other layers are in host memory. The first call (one step, or one block of frames)
-  measures how much memory remains, and from then on as many layers as fit stay on the device. A
-  text encoder runs only once or twice, so its layers never stay. Embeddings, heads and the VAE are
+`none`: every network that has run stays until its stage ends.
+`model`: only the network that is running; it is read from disk each time it is needed.
+`block`: only two layers of that network: the one that is running, and the next one, which is copied
+  meanwhile. The other layers wait in host memory. After the first call (a step, or a block of
+  frames) has shown how much memory it needs, as many layers as fit stay on the device. No layer of
+  a text tower stays, because it runs only once or twice. Embeddings, output layers and the VAE are
   always on the device as a whole.
 """
 
@@ -30,10 +30,10 @@ OFFLOADS = ("none", "model", "block")
 
 
 def check_offload(name: str) -> str:
-    """Returns the name if it is one of `OFFLOADS`.
+    """Returns the name.
 
     Raises:
-      InputError: the name is unknown.
+      InputError: it is unknown.
     """
     if name not in OFFLOADS:
         raise InputError(f"--offload={name} is unknown; use one of {', '.join(OFFLOADS)}")
@@ -43,11 +43,10 @@ def check_offload(name: str) -> str:
 def streaming_of(
     offload: str, *, separate: bool = False, stays: bool = True
 ) -> tuple[Place | None, Runner]:
-    """Returns how to place the parameters of one network, and how to call its functions.
+    """How the parameters of a network are placed, and how its functions are called.
 
     Args:
-      offload: one of `OFFLOADS`.
-      separate: whether layers with one stacked axis become separate arrays; see
+      separate: store its layers, which have one stacked axis, as separate arrays; see
         `core.stack.over_layers`.
       stays: see `Streamer`.
     """
@@ -57,12 +56,10 @@ def streaming_of(
 
 
 def frame_mesh(devices: int, offload: str) -> Mesh | None:
-    """Returns the mesh that divides the latent frames of stage 1 over `--devices` devices.
-
-    It is None for one device.
+    """The mesh that divides the latent frames of stage 1 (`--devices`); None for one device.
 
     Raises:
-      InputError: the machine has fewer devices, or `offload` is "block".
+      InputError: the machine has fewer devices, or the layers wait in host memory.
     """
     if devices == 1:
         return None
@@ -78,6 +75,6 @@ def frame_mesh(devices: int, offload: str) -> Mesh | None:
 
 
 def on_all_devices(mesh: Mesh) -> Place:
-    """Returns a function that copies every leaf to every device of a mesh."""
+    """Copies every parameter to every device of a mesh."""
     whole = NamedSharding(mesh, PartitionSpec())
     return lambda path, array: jax.device_put(array, whole)

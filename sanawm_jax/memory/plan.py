@@ -1,7 +1,7 @@
-"""Estimates the device memory that a run needs, before anything is loaded or compiled.
+"""How much device memory a run needs, computed before anything is loaded or compiled.
 
-The estimates are lower bounds: weights, states, and the largest matrix product with its operands. A
-run that is refused cannot work. A run that is accepted may still run out of memory.
+The figures are lower bounds: weights, states, and the largest matrix product with its operands. A
+run that is refused could not work; a run that is not refused may still run out of memory.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ class Need:
     """Bytes that one network needs while it runs."""
 
     weights: int
-    streamed: int  # the part of the weights that `--offload=block` needs: two layers, and the rest
-    other: int  # states and temporary arrays
+    streamed: int  # bytes of weights on the device if only two layers are there
+    other: int  # states and temporaries
 
     def shared(self, devices: int) -> Need:
-        """Returns the need of each device when several divide everything except the weights."""
+        """The need of one of several devices that divide everything except the weights."""
         return dataclasses.replace(self, other=self.other // devices)
 
 
 def _array(shape: Shape, dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)  # a trace accepts it in place of an array
+    return jax.ShapeDtypeStruct(shape, dtype)  # used in place of an array while tracing
 
 
 def _abstract(params: Params, dtype: Any) -> Params:
     def one(a: Any) -> Any:
-        return a if a.dtype.itemsize == 1 else _array(a.shape, dtype)  # FP8 does not change
+        return a if a.dtype.itemsize == 1 else _array(a.shape, dtype)  # FP8 stays
 
     return jax.tree.map(one, params)
 
 
 def need_of(params: Params, other: int = 0) -> Need:
-    """Returns the need of a network with these abstract parameters, in their final dtype."""
+    """The need of a network with these abstract parameters, whose dtype is the final one."""
     resident, kinds = 0, dict.fromkeys([""], 0)
     for path, leaf in leaves(params):
         size, axes = num_bytes(leaf), stacked_axes(path)
@@ -85,14 +85,11 @@ def dit_need(
     dtype: Any,
     precision: str = "bf16",
 ) -> Need:
-    """Returns the need of one step of stage 1.
+    """The need of one step of stage 1.
 
     Args:
-      config: the DiT's.
-      latents: shape (1, C, F, h, w).
-      batch: 2 with guidance, else 1.
-      text_length: L.
-      dtype: of weights and activations.
+      latents: (1, C, F, h, w).
+      batch: 2 with guidance.
       precision: see `sampling.precision`.
     """
     graphdef, params = build_dit(config, precision)
@@ -124,7 +121,7 @@ def refiner_need(
     text_length: int,
     dtype: Any,
 ) -> Need:
-    """Returns the need of one block of the refiner with its KV cache; see `RefineOptions`."""
+    """The need of one refiner block with its window of keys and values; see `RefineOptions`."""
     graphdef, params = build(Refiner, config)
     params = _abstract(params, dtype)
     _, channels, frames, height, width = latents
@@ -140,8 +137,8 @@ def refiner_need(
         text = text._replace(keys=KeyValue(*[layers(1, text_length, *heads)] * 2))
         params = without_text_layers(params)
     held = from_leaves({path: leaf for path, leaf in leaves(params) if leaf is not None})
-    reading = whole - num_bytes(held) + num_bytes(text)  # before the text layers are released
-    if not block:  # the whole clip at once, without a KV cache
+    reading = whole - num_bytes(held) + num_bytes(text)  # before the layers are dropped
+    if not block:  # the whole clip at once, without a window
         tokens = num_bytes(_array((frames, height * width, *heads), dtype))
         return need_of(held, max(reading, num_bytes(text) + 4 * tokens))
     block = min(block, frames - sink)
@@ -160,26 +157,19 @@ def refiner_need(
 
 
 def text_need(config: GemmaConfig, dtype: Any) -> Need:
-    """Returns the need of a text encoder."""
+    """The need of a text tower."""
     return need_of(_abstract(build(GemmaTower, config)[1], dtype))
 
 
 def vae_need(config: VAEConfig, dtype: Any, *, half: str, tile: Shape) -> Need:
-    """Returns the need of one half of the VAE.
-
-    Args:
-      config: the VAE's.
-      dtype: of the weights.
-      half: "encoder" or "decoder".
-      tile: (n, H, W), the pixels of a tile; they count as float32.
-    """
+    """The need of the VAE's `encoder` or `decoder`, whose output is a float32 tile (n, H, W, 3)."""
     module = {"encoder": VideoEncoder, "decoder": VideoDecoder}[half]
     params = _abstract(build(module, config)[1], dtype)
     return need_of(params, num_bytes(_array((*tile, 3), _F32)))
 
 
 def peak(needs: Sequence[Need], offload: str) -> int:
-    """Returns the most bytes in use at any time, for networks that run one after the other."""
+    """Largest number of bytes at any moment, for networks that run one after the other."""
     if offload == "none":
         weights = itertools.accumulate(n.weights for n in needs)
         return max(w + n.other for w, n in zip(weights, needs, strict=True))
@@ -189,23 +179,23 @@ def peak(needs: Sequence[Need], offload: str) -> int:
 
 
 def device_bytes() -> int | None:
-    """Returns the bytes of the device's memory, or None if the backend does not report them."""
+    """The device's memory, or None where the backend reports none."""
     return memory_stats().get("bytes_limit")
 
 
 def check_fits(
     stages: Callable[[], Sequence[Sequence[Need]]], offload: str, limit: int | None = None
 ) -> None:
-    """Compares the need of a run with the device's memory.
+    """Compares what a run needs with the device's memory.
 
     Args:
-      stages: returns the networks of each stage in order. Between two stages, everything is
-        released. It is not called if the backend does not report its memory.
-      offload: the requested one of `OFFLOADS`.
-      limit: bytes of the device; by default the ones that the backend reports.
+      stages: gives the networks of each stage in order; all of them are freed between stages. It
+        is not called if the backend does not report its memory.
+      offload: one of `OFFLOADS`.
+      limit: bytes of memory; those of the device by default.
 
     Raises:
-      InputError: the run cannot fit. The message names the flag that makes it fit.
+      InputError: it cannot fit; the message names the flag that makes it fit.
     """
     limit = device_bytes() if limit is None else limit
     if limit is None:

@@ -10,6 +10,7 @@ Reference: diffusers `LTX2TextConnectors`, `SanaWMLTX2Refiner._encode_prompt`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +21,12 @@ from jax import lax
 
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.layers import Linear
-from sanawm_jax.core.params import draw, stack
+from sanawm_jax.core.params import Params, apply, draw, stack
 from sanawm_jax.refiner.config import ConnectorsConfig
 from sanawm_jax.refiner.layers import AttentionProjections, FeedForward, Norm
 from sanawm_jax.refiner.rope import Rotation, rotate, text_rotations
+from sanawm_jax.text.gemma import Tower
+from sanawm_jax.text.tokenizer import Tokenizer
 
 _EPS = 1e-6
 _SCALE = 8.0  # factor of hidden states after the division by their range
@@ -162,3 +165,36 @@ class TextConnectors(nnx.Module):
         count = jnp.sum(is_token, 1)[:, None]
         is_front = (jnp.arange(length)[None] < count)[..., None]
         return jnp.where(is_front, front, jnp.tile(registers, (length // len(registers), 1)))
+
+
+def encode_texts(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    length: int,
+    load_tower: Callable[[], Tower],
+    load_connectors: Callable[[], tuple[nnx.GraphDef, Params]],
+    dtype: Any,
+) -> jax.Array:
+    """Prompts as the refiner's transformer reads them: Gemma-3's hidden states, connected.
+
+    Args:
+      length: text tokens L; shorter prompts are padded on the left.
+      load_tower: gives the text tower with all hidden states; it can be freed when it has run.
+      load_connectors: gives the connectors, which are asked for after that.
+      dtype: compute dtype of the connectors.
+
+    Returns:
+      (B, L, C). All tokens count: registers stand where padding was.
+    """
+    ids, mask = tokenizer([text.strip() for text in texts], length, padding_side="left")
+    states = load_tower()(ids, mask).block_until_ready()
+    graphdef, params = load_connectors()
+    return connect_text(graphdef, params, states, jnp.asarray(mask), dtype)
+
+
+@jax.jit(static_argnames=("graphdef", "dtype"))
+def connect_text(
+    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
+) -> jax.Array:
+    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
+    return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

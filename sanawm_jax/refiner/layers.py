@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax import lax
 
+from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Linear, RMSNorm
 
 _QK_NORM_EPS = 1e-6  # a constant in the reference, independent of norm_eps
@@ -32,8 +32,7 @@ class Norm(nnx.Module):
     def __call__(
         self, x: jax.Array, scale: jax.Array | float = 0.0, shift: jax.Array | float = 0.0
     ) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        y = x.astype(jnp.float32) * inverse_rms(x, self.eps)
         if hasattr(self, "scale"):
             y = y * self.scale[...].astype(jnp.float32)
         return (y * (1.0 + scale) + shift).astype(x.dtype)

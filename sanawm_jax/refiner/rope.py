@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.ucpe import rotate_pairs
 from sanawm_jax.refiner.config import INTERLEAVED, ConnectorsConfig, RefinerConfig
 
 Array = jax.Array | np.ndarray
@@ -132,11 +133,4 @@ def text_rotations(config: ConnectorsConfig, length: int) -> Rotation:
 def rotate(x: jax.Array, rotation: Rotation, rope_type: str) -> jax.Array:
     """Rotates the pairs of every head of x (B, T, N, D) in float32; the result has x's dtype."""
     cos, sin = rotation  # T N D/2
-    x32 = x.astype(jnp.float32)
-    if rope_type == INTERLEAVED:
-        first, second = x32[..., 0::2], x32[..., 1::2]
-        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], -1)
-        return pairs.reshape(x.shape).astype(x.dtype)
-    first, second = jnp.split(x32, 2, -1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, -1).astype(x.dtype)
+    return rotate_pairs(x, cos, sin, interleaved=rope_type == INTERLEAVED)

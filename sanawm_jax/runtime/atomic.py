@@ -11,11 +11,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path in the same folder. It is renamed to `path` if the block succeeds.
+    """Yields another name in the same folder, which becomes `path` if the block ends well.
 
-    If the block raises, the temporary file is deleted, and an earlier file at `path` does not
-    change. The temporary name has the same suffix and begins with a dot, so a pattern such as
-    `*.npy` does not match the file that a killed process leaves behind.
+    If the block raises, an earlier file at `path` stays as it was and nothing else is left. The
+    other name has the same suffix and begins with a dot, so that a pattern such as `*.npy` does not
+    match the rest that a killed process leaves.
 
     Args:
       path: the file to write; its folder must exist.

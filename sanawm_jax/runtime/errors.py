@@ -1,10 +1,10 @@
-"""The exception that a user sees as one line."""
+"""The exception that the command lines print as one line."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input from the user. The message is one line that says what is wrong and what to do.
+    """Bad input from the user: one line that says what is wrong and what to do.
 
-    The commands print it without a traceback and exit with status 2.
+    The command lines print it without a traceback and exit with status 2.
     """

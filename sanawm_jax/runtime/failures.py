@@ -1,18 +1,17 @@
-"""The line that a user sees when a run fails: what happened, and what to try."""
+"""The message when a run fails half-way: one line that says what to try."""
 
 from __future__ import annotations
 
 import errno
 
-INTERRUPTED = 130  # the exit status that shells use after Ctrl-C
+INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 
 def explain(error: BaseException) -> str | None:
-    """Returns one line for a failure that is not a defect of the program, else None.
+    """One line for a failure that is not a bug of the program; None for all others.
 
     Args:
-      error: the exception that ended the run. The line also contains its notes, see
-        `BaseException.add_note`.
+      error: what ended the run. Its notes, `BaseException.add_note`, are part of the line.
     """
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The highest speed of a device, and the share of it that a program uses."""
+"""The peak speed of a device, and the share of it that a program reaches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-# (part of `Device.device_kind`, dense bfloat16 FLOP/s of one device), from the makers' data sheets.
-# The first entry that matches is used.
+# (part of `Device.device_kind`, dense bfloat16 FLOP/s of one device), from data sheets; the
+# first name that is found counts
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H200", 989e12),
@@ -26,18 +26,17 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device: Any = None) -> float | None:
-    """Returns dense bfloat16 FLOP/s of a device (default: the first), or None if it is unknown."""
+    """Dense bfloat16 FLOP/s of a device, by default the first; None for a CPU or an unknown one."""
     kind = (jax.devices()[0] if device is None else device).device_kind
     return next((peak for name, peak in PEAK_FLOPS if name.lower() in kind.lower()), None)
 
 
 def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
-    """Returns the model FLOPs utilisation, a number from 0 to 1; see arXiv 2204.02311, appendix B.
+    """Model FLOPs utilisation, a share of 1: arXiv 2204.02311, appendix B.
 
     Args:
-      flops: operations of the model on all devices together, without recomputation.
+      flops: operations of the model on all devices together, without recomputed ones.
       seconds: the time that they took.
-      devices: number of devices.
-      peak: `peak_flops` of one device; with None the result is None.
+      peak: FLOP/s of one device; None gives None.
     """
     return flops / seconds / devices / peak if peak and seconds > 0 else None

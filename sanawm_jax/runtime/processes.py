@@ -1,4 +1,4 @@
-"""Connects the processes of one run, and lets the first process act for all of them."""
+"""Several processes of one run: joining them, and what only the first one does."""
 
 from __future__ import annotations
 
@@ -21,24 +21,21 @@ def join_processes(
     *,
     detect: bool = False,
 ) -> bool:
-    """Calls `jax.distributed.initialize` if this process is one of several processes of a run.
+    """Calls `jax.distributed.initialize` if the run was started as one of several processes.
 
-    Call this function before anything uses the devices. A value that is not given is read from the
-    variable JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID.
+    It must be called before anything asks for devices. Arguments that are None are read from the
+    environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
       coordinator: host:port of the first process.
-      num_processes: number of processes.
-      process_id: number of this process, from 0 on.
-      detect: read missing values from the scheduler (Slurm, Open MPI, Kubernetes, a TPU pod), as
-        JAX does.
+      num_processes, process_id: how many there are, and which this one is.
+      detect: ask the scheduler (Slurm, Open MPI, Kubernetes, a TPU pod), as far as JAX knows it.
 
     Returns:
-      Whether the run has several processes. Without any argument or variable it is False, and
-      nothing is tried.
+      Whether there are several processes; without arguments and variables nothing is tried.
 
     Raises:
-      InputError: a value is missing or is not a number, or the other processes cannot be reached.
+      InputError: a part is missing or is no number, or the others cannot be reached.
     """
     given = {
         name: os.environ.get(name) if value is None else str(value)
@@ -59,7 +56,7 @@ def join_processes(
             "num_processes": int(found[_VARIABLES[1]]) if _VARIABLES[1] in found else None,
             "process_id": int(found[_VARIABLES[2]]) if _VARIABLES[2] in found else None,
         }
-        # If all three values are known, there is nothing to detect.
+        # with all three nothing is left to detect
         jax.distributed.initialize(
             **options, cluster_detection_method=None if missing else "deactivate"
         )
@@ -71,12 +68,12 @@ def join_processes(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and prints messages."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes call this function; `what` names the barrier in error messages."""
+    """Waits until all processes are here; `what` names the barrier in messages."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -84,10 +81,10 @@ def wait_for_all(what: str) -> None:
 
 
 def to_first(tree: Any) -> Any:
-    """Gathers a tree that is divided over all processes into host arrays of the first process.
+    """Gathers a tree that is distributed over all processes into host arrays of the first one.
 
-    The leaves are gathered one after the other, so no device holds more than one whole leaf. All
-    processes must call this function. In the other processes, every leaf of the result is None.
+    It gathers leaf by leaf, so that no device holds more than one whole leaf. All processes have to
+    call it; the others get None in place of the leaves.
     """
 
     def one(a: jax.Array) -> np.ndarray | None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +14,9 @@ import numpy as np
 from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
 from sanawm_jax.memory.plan import Need, check_fits
-from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.generate import SanaWM, channels_last, read_latents
+from sanawm_jax.sampling.generate import SanaWM
+from sanawm_jax.sampling.latents import channels_last, read_latents, write_npy
 from sanawm_jax.sampling.options import SampleOptions
 from sanawm_jax.sampling.refine import LTX2Refiner
 from sanawm_jax.sampling.request import Request
@@ -198,11 +196,3 @@ def _check_channels(model: SanaWM, latents: np.ndarray, file: str) -> None:
     channels = model.vae_config.latent_channels
     if latents.shape[1] != channels:
         raise InputError(f"{file} has {latents.shape[1]} channels, the VAE takes {channels}")
-
-
-def write_npy(file: str | os.PathLike, array: Any) -> Path:
-    """Writes an array whole or not at all."""
-    # through a stream, since `np.save` would add .npy to a name without it
-    with atomic_write(file) as partial, partial.open("wb") as stream:
-        np.save(stream, array)
-    return Path(file)

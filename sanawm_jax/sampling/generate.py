@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
-from sanawm_jax.camera.npy import load_array
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.checkpoints.files import read_config
 from sanawm_jax.checkpoints.folder import Stage1Folder
@@ -23,12 +21,14 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.offload import check_offload, frame_mesh, on_all_devices, streaming_of
 from sanawm_jax.memory.plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.decode import decode_stream, decode_tiling
+from sanawm_jax.sampling.latents import channels_first, channels_last, draw_noise, read_latents
 from sanawm_jax.sampling.precision import check_precision, matmul_precision, resolve_dtype
 from sanawm_jax.sampling.request import Request, make_request
 from sanawm_jax.sampling.stage1 import Conditions, denoise
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
-from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
+from sanawm_jax.vae.tiling import Tiling
 
 
 @dataclasses.dataclass
@@ -43,30 +43,6 @@ class Video:
     request: Request
 
 
-def read_latents(
-    value: str | os.PathLike | np.ndarray, shape: tuple[int, ...] | None, name: str = "latents"
-) -> np.ndarray:
-    """Latents (1, C, F, h, w) from an array or a .npy file, as float32.
-
-    Args:
-      value: the array or the file.
-      shape: what it must be; None takes any single clip.
-      name: what the array is, for messages.
-
-    Raises:
-      InputError: unreadable, not finite, or not of `shape` (None takes any with one clip).
-    """
-    array = load_array(value, name)
-    if shape is None and (array.ndim != 5 or array.shape[0] != 1):
-        raise InputError(f"{name} have shape {array.shape}, expected (1, C, T, h, w)")
-    if shape is not None and array.shape != shape:
-        raise InputError(f"{name} have shape {array.shape}, this video needs {shape}")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise InputError(f"{name} hold NaN or infinity")
-    return array
-
-
 class SanaWM:
     """The stage-1 model of a folder, ready to be called.
 
@@ -77,8 +53,8 @@ class SanaWM:
       dtype: `bfloat16` or `float32`.
       tiling: how videos are decoded, see `decode_tiling`.
       offload: what stays on the device, see `memory.offload`.
-      devices: local devices that share the latent frames of stage 1 out; all else runs on one.
-      precision: of the DiT's large matrix products, see `sampling.precision`.
+      devices: local devices that divide the latent frames of stage 1; all else runs on one.
+      precision: number format of the DiT's large matrix products, see `sampling.precision`.
 
     Raises:
       InputError: an unknown dtype, tiling or offload, too few devices, a precision that this device
@@ -109,37 +85,21 @@ class SanaWM:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: str = "bfloat16",
-        tiling: str | Tiling = "auto",
-        offload: str = "none",
-        devices: int = 1,
-        precision: str = "bf16",
-        allow_pickle: bool = False,
+        cls, name: str | Path, *, allow_pickle: bool = False, **options: Any
     ) -> SanaWM:
         """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
-          dtype, tiling, offload, devices, precision: see the class.
-          allow_pickle: see `upstream_folder.open_stage1`.
+          allow_pickle: see `checkpoints.upstream_folder.open_stage1`.
+          options: arguments of the class.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
-        folder = open_stage1(name, allow_pickle=allow_pickle)
-        return cls(
-            folder,
-            dtype=dtype,
-            tiling=tiling,
-            offload=offload,
-            devices=devices,
-            precision=precision,
-        )
+        return cls(open_stage1(name, allow_pickle=allow_pickle), **options)
 
     def check(self, *parts: str) -> None:
-        """Compares tensor names and shapes of `parts` with the file headers, each once.
+        """Compares tensor names and shapes of `parts` with the file headers, once per part.
 
         Args:
           parts: of `transformer`, `text_encoder`, `encoder` and `decoder`.
@@ -160,7 +120,7 @@ class SanaWM:
         return self._parts[name]
 
     def release(self) -> None:
-        """Forgets the networks, so that the device's memory is free for another stage."""
+        """Drops the networks, so that the device's memory is free for another stage."""
         self._parts.clear()
 
     def request(self, image: Any, **options: Any) -> Request:
@@ -182,7 +142,7 @@ class SanaWM:
     def needs(
         self, shape: tuple[int, ...], *, text_length: int, has_guidance: bool, decode: bool
     ) -> list[Need]:
-        """What a call needs of the device's memory, network by network; see `memory_plan`.
+        """The device memory that a call needs, network by network; see `memory.plan`.
 
         Args:
           shape: (1, C, F, h, w) of the latents.
@@ -199,7 +159,7 @@ class SanaWM:
         return [*found, self.decoder_need(shape)] if decode else found
 
     def decoder_need(self, shape: tuple[int, ...]) -> Need:
-        """What decoding latents (1, C, F, h, w) needs of the device's memory."""
+        """The device memory that decoding latents (1, C, F, h, w) needs."""
         frames, *size = self.vae_config.video_shape(*shape[2:])
         tiling = decode_tiling(self.tiling, frames)
         if tiling.use_framewise:
@@ -230,10 +190,11 @@ class SanaWM:
           prompt: what is in the scene.
           negative_prompt: what to steer away from, read without the chi prompt.
           steps: Euler steps.
-          cfg_scale: guidance; 1 or less switches it off and halves the work.
+          cfg_scale: scale of classifier-free guidance; 1 or less switches it off and halves the
+            work.
           flow_shift: shift of the schedule; the folder's by default.
-          seed: of the initial noise.
-          latents: initial noise (1, C, F, h, w) in place of the seed's.
+          seed: seed of the initial noise.
+          latents: initial noise (1, C, F, h, w) that replaces the seed's.
           text_length: text tokens L.
           decode: also decode the latents to frames; False needs no decoder.
           progress: show a progress bar.
@@ -253,7 +214,7 @@ class SanaWM:
         self.check("transformer", "text_encoder", "encoder", *(["decoder"] if decode else []))
 
         if noise is None:
-            noise = _noise(np.uint32(seed % 2**32), shape)  # as jax.random.key takes an integer
+            noise = draw_noise(np.uint32(seed % 2**32), shape)  # as jax.random.key takes an integer
         else:
             noise = jax.device_put(channels_last(noise))
         has_guidance = cfg_scale > 1
@@ -278,10 +239,10 @@ class SanaWM:
                 mesh=self.mesh,
             )
         if self.offload != "none":
-            del params, run  # which may have layers on the device
+            del params, run  # they may hold layers on the device
             self.release()
         frames = self.decode(sampled) if decode else None
-        out = np.asarray(rearrange(sampled, "B F H W C -> B C F H W"), np.float32)
+        out = np.asarray(channels_first(sampled), np.float32)
         return Video(out, frames, request)
 
     def _conditions(
@@ -328,72 +289,11 @@ class SanaWM:
         return video
 
     def decode_stream(self, latents: jax.Array) -> Iterator[np.ndarray]:
-        """Decodes window by window, so that no more than one is in memory.
-
-        Args:
-          latents: (1, F, h, w, C).
-
-        Yields:
-          (n, H, W, 3) float32 in [0, 1]: the frames of each window in order, as `decode` has them.
-        """
+        """Yields the frames of `decode` window by window; see `decode.decode_stream`."""
         _, graphdef, params = self._part("decoder", self.folder.load_decoder)
-        tiling = decode_tiling(self.tiling, self.vae_config.video_shape(*latents.shape[1:4])[0])
-
-        # around each tile, since a context around the loop would last while the caller works
-        def tile(latents: jax.Array) -> jax.Array:
-            with matmul_precision(self.dtype):
-                return _decode(graphdef, params, latents)
-
-        for window in decode_windows(tile, latents.astype(self.dtype), self.vae_config, tiling):
-            yield np.asarray(_to_unit(window))
-
-
-def decode_tiling(tiling: str | Tiling, num_frames: int) -> Tiling:
-    """The VAE tiles in which a video is decoded.
-
-    Args:
-      tiling: `none` decodes all at once. `always` takes the tiles of `LONG_VIDEO`, by the
-        reference's rule: along what is larger than a tile. `auto` does too, but leaves up to 97
-        frames, the length of one window, in one. A `Tiling` is taken as it is.
-      num_frames: pixel frames of the video.
-
-    Raises:
-      InputError: unknown name.
-    """
-    if isinstance(tiling, Tiling):
-        return tiling
-    if tiling == "none":
-        return Tiling(use_tiling=False, use_framewise=False)
-    if tiling == "always":
-        return LONG_VIDEO
-    if tiling == "auto":
-        is_long = num_frames > LONG_VIDEO.tile_sample_min_num_frames + 1
-        return dataclasses.replace(LONG_VIDEO, use_framewise=is_long)
-    raise InputError(f"VAE tiling {tiling!r} is unknown; use auto, none or always")
-
-
-def channels_last(latents: Any) -> Any:
-    """Latents or noise of files, (B, C, F, H, W), as networks take them, (B, F, H, W, C)."""
-    return rearrange(latents, "B C F H W -> B F H W C")
-
-
-@jax.jit(static_argnames="shape")
-def _noise(seed: np.uint32 | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal (B, F, H, W, C) of a seed, drawn as (B, C, F, H, W): `shape`."""
-    return channels_last(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+        return decode_stream(graphdef, params, latents, self.vae_config, self.tiling, self.dtype)
 
 
 @jax.jit(static_argnames="graphdef")
 def _encode(graphdef: nnx.GraphDef, params: Params, video: jax.Array) -> jax.Array:
     return apply(graphdef, params, video, method="encode_normalised")
-
-
-@jax.jit(static_argnames="graphdef")
-def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
-    plain = apply(graphdef, params, latents, method="denormalise")
-    return apply(graphdef, params, plain, method="decode")
-
-
-@jax.jit
-def _to_unit(video: jax.Array) -> jax.Array:
-    return jnp.clip(video[0].astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)

@@ -1,6 +1,6 @@
 """Stage 2: stage-1 latents and a prompt to refined latents.
 
-    prompt -> Gemma-3 hidden states -> connectors -> transformer, 3 Euler steps a block of frames
+    prompt -> Gemma-3 hidden states -> connectors -> transformer, 3 Euler steps per block of frames
 
 Axis letters: F latent frames, h w latent rows and columns, C latent channels, L text tokens.
 Reference: diffusers `SanaWMLTX2Refiner`.
@@ -15,19 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from flax import nnx
 
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import open_refiner
-from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.offload import check_offload, streaming_of
 from sanawm_jax.memory.plan import Need, refiner_need, text_need
-from sanawm_jax.refiner.connectors import pack_states
+from sanawm_jax.refiner.connectors import encode_texts
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.generate import channels_last, read_latents
+from sanawm_jax.sampling.latents import channels_first, channels_last, read_latents
 from sanawm_jax.sampling.options import RefineOptions
 from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 
@@ -35,9 +32,9 @@ from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 class LTX2Refiner:
     """The stage-2 model of a folder, ready to be called.
 
-    Its networks are on the device one after the other and are dropped after each call, unless
-    `keep` is set: then they stay, for many clips of a small model. `offload` block also keeps their
-    layers in host memory, see `memory.offload`.
+    Its networks are on the device one after the other. They are dropped after each call, unless
+    `keep` is set, which is for many clips of a small model. With `offload` block their layers wait
+    in host memory, see `memory.offload`.
     """
 
     def __init__(
@@ -57,24 +54,19 @@ class LTX2Refiner:
         self._is_checked = False
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: str = "bfloat16",
-        options: RefineOptions | None = None,
-        offload: str = "none",
-        keep: bool = False,
-    ) -> LTX2Refiner:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> LTX2Refiner:
         """Opens a refiner folder in diffusers layout, upstream's that holds one, or a hub name.
+
+        Args:
+          options: arguments of the class.
 
         Raises:
           InputError: it cannot be found or is not a refiner folder.
         """
-        return cls(open_refiner(name), dtype=dtype, options=options, offload=offload, keep=keep)
+        return cls(open_refiner(name), **options)
 
     def _part(self, name: str, *where: Any) -> Any:
-        """A network of the folder by the name of its `load_*`."""
+        """A network of the folder, loaded by the folder's method `load_NAME`."""
         load = getattr(self.folder, f"load_{name}")
         if self._kept is None:
             return load(self.dtype, *where)
@@ -125,9 +117,9 @@ class LTX2Refiner:
         return noise
 
     def needs(self, shape: tuple[int, ...]) -> list[Need]:
-        """What refining latents (1, C, F, h, w) needs, network by network; see `memory_plan`.
+        """The memory that refining latents (1, C, F, h, w) needs, network by network.
 
-        They never share the device, so each is a stage of its own.
+        Only one network is on the device at a time; see `memory.plan`.
         """
         folder, options, dtype = self.folder, self.options, np.dtype(self.dtype)
         transformer = refiner_need(
@@ -155,8 +147,8 @@ class LTX2Refiner:
         Args:
           latents: (1, C, F, h, w) of stage 1, normalised.
           prompt: what is in the scene.
-          fps: pixel frames a second, which the transformer's time positions are made of.
-          noise: (1, C, F - sink, h, w) array or .npy file in place of the seed's.
+          fps: pixel frames per second, from which the transformer's time positions are computed.
+          noise: (1, C, F - sink, h, w) array or .npy file that replaces the seed's noise.
           progress: show a progress bar.
 
         Returns:
@@ -188,25 +180,18 @@ class LTX2Refiner:
                 progress=progress,
                 run=run,
             )
-        return np.asarray(rearrange(refined, "B F h w C -> B C F h w"), np.float32)
+        return np.asarray(channels_first(refined), np.float32)
 
     def encode_prompt(self, prompt: str) -> RefinerText:
-        """The prompt as the transformer reads it; each network is dropped after its turn."""
-        tokenizer = self.folder.load_tokenizer()
-        ids, mask = tokenizer([prompt.strip()], self.folder.text_length, padding_side="left")
-        tower = self._part("text", *streaming_of(self.offload, stays=False))
+        """The prompt as the transformer reads it; each network is dropped after it has run."""
+        how = streaming_of(self.offload, stays=False)
         with matmul_precision(self.dtype):
-            states = tower(ids, mask).block_until_ready()
-            del tower
-            graphdef, params = self._part("connectors")
-            # the connectors' mask shows everything: registers stand where padding was
-            text = connect_text(graphdef, params, states, jnp.asarray(mask), self.dtype)
+            text = encode_texts(
+                [prompt],
+                self.folder.load_tokenizer(),
+                self.folder.text_length,
+                lambda: self._part("text", *how),
+                lambda: self._part("connectors"),
+                self.dtype,
+            )
         return RefinerText(text)
-
-
-@jax.jit(static_argnames=("graphdef", "dtype"))
-def connect_text(
-    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
-) -> jax.Array:
-    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
-    return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

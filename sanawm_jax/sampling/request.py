@@ -1,4 +1,4 @@
-"""What a user asks for, checked and brought into the networks' form before anything is loaded."""
+"""A user's inputs, checked and prepared for the networks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def make_request(
       action: action string such as "w-40,dw-20"; exactly one of camera and action.
       action_mapping: meaning of the keys, `sana` or `diffusers`.
       intrinsics: see `camera.intrinsics.parse_intrinsics`, in pixels of the given image; None
-        takes a horizontal field of view of 70 degrees and warns.
-      num_frames: upper bound; snapped to temporal * k + 1 within the camera path's length.
+        assumes a horizontal field of view of 70 degrees and warns.
+      num_frames: upper bound; the video has temporal * k + 1 frames, at most one per pose.
       height, width: output size in pixels, multiples of `spatial`.
-      temporal, spatial: pixels a latent of the VAE.
+      temporal, spatial: pixel frames and pixels per latent of the VAE.
 
     Raises:
       InputError: one line on the first thing that is wrong.

@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from kernels_pallas.ucpe import inverse_rms, rotate_pairs
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, apply, build, draw, stack
 from sanawm_jax.memory.streaming import Runner, call
@@ -31,7 +32,7 @@ Tower = Callable[[np.ndarray, np.ndarray], jax.Array]  # (ids (B, L), mask (B, L
 def rope_tables(
     length: int, head_dim: int, theta: float, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (L, D) of the rotary embedding for positions 0..L-1, float32.
+    """Cosines and sines (L, D/2) of the rotary embedding for positions 0..L-1, float32.
 
     Args:
       theta: base of the frequencies.
@@ -39,7 +40,6 @@ def rope_tables(
     """
     frequency = (theta ** -(np.arange(0, head_dim, 2) / head_dim) / factor).astype(np.float32)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-    angle = jnp.concatenate([angle, angle], -1)  # a pair is one channel of each half of a head
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -49,10 +49,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     In contrast, the reference rounds cosines, sines and products to x's dtype.
     """
     shape = (1, cos.shape[0], *(1,) * (x.ndim - 3), cos.shape[1])
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    x32 = x.astype(jnp.float32)
-    first, second = jnp.split(x32, 2, -1)
-    return (x32 * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+    return rotate_pairs(x, cos.reshape(shape), sin.reshape(shape), interleaved=False)
 
 
 def attention_masks(mask: jax.Array, window: int | None) -> tuple[jax.Array, jax.Array]:
@@ -115,8 +112,7 @@ class GemmaNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """Normalises x (..., C); the result has `dtype`, by default that of x."""
-        x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        y = x.astype(jnp.float32) * inverse_rms(x, self.eps)
         return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(dtype or x.dtype)
 
 

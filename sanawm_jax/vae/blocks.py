@@ -18,6 +18,7 @@ from einops import rearrange, reduce
 from flax import nnx
 from jax import lax
 
+from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Conv, Linear, modulation_table
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import DownStage, Strides, UpStage
@@ -27,12 +28,11 @@ Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one for each convoluti
 
 def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     """Divides every location by the RMS of its channels; statistics in float32."""
-    x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    scale = inverse_rms(x, eps)
     # With channels as the last axis in memory, XLA would write the normalised array and then pad
     # it. It is one pass less to read x again when the padded array is written.
     scale = lax.optimization_barrier(scale)
-    return (x32 * scale).astype(x.dtype)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def space_to_depth(x: jax.Array, strides: Strides) -> jax.Array:

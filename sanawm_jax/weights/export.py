@@ -3,7 +3,7 @@
     python -m sanawm_jax.weights.export --weights DIR --layout diffusers --out OUT
     python -m sanawm_jax.weights.export --weights DIR --layout upstream --out OUT
 
-Prints the folders that it wrote, one a line.
+Prints the folders that it wrote, one per line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sanawm_jax.checkpoints.export import LAYOUTS, export_weights
+from sanawm_jax.checkpoints.export import export_weights
+from sanawm_jax.checkpoints.layouts import LAYOUTS
 from sanawm_jax.runtime.command_line import fail
 from sanawm_jax.runtime.errors import InputError
 

@@ -4,7 +4,7 @@
     python -m sanawm_jax.weights.random_init --out DIR --layout upstream --tiny
 
 The released size takes 18 GB of disk for stage 1 and 64 GB for the refiner; `--tiny` takes
-megabytes. The tokenizers are small ones, trained on one prompt. Prints the folders, one a line.
+megabytes. The tokenizers are small; they are trained on one prompt. Prints one folder per line.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sanawm_jax.checkpoints.export import LAYOUTS
-from sanawm_jax.checkpoints.random_weights import PARTS, RELEASED, TINY, write_random
+from sanawm_jax.checkpoints.layouts import LAYOUTS
+from sanawm_jax.checkpoints.random_weights import PARTS, write_random
+from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 from sanawm_jax.runtime.command_line import fail
 from sanawm_jax.runtime.errors import InputError
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sanawm_jax.checkpoints.export import export_refiner
+from sanawm_jax.checkpoints.layouts import write_refiner_index
 from sanawm_jax.core.params import init
 from sanawm_jax.eval import refiner as evaluation
 from sanawm_jax.eval.__main__ import main as dispatch
 from sanawm_jax.eval.runner import summary
 from sanawm_jax.refiner.model import Refiner
-from sanawm_jax.training.recipes.export import export_refiner, write_refiner_index
 from sanawm_jax.training.recipes.refiner import make_text_path, new_model
 from tests.e2e.test_train_refiner import CHANNELS, make_stage1
 from tests.e2e.tiny_config import get_config

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.checkpoints.random_weights import TINY, write_random
+from sanawm_jax.checkpoints.random_weights import write_random
+from sanawm_jax.checkpoints.sizes import TINY
 from sanawm_jax.media.video import read_mp4
 from sanawm_jax.runtime.failures import explain
 from sanawm_jax.sampling import command

@@ -13,17 +13,16 @@ import pytest
 
 from benchmarks import key_scaling
 from kernels_pallas.gdn import frame_transitions
-from sanawm_jax.dit.attention import KEY_SCALES
 
 
 @pytest.mark.parametrize(
-    ("name", "bounded"), [(name, name == "1/sqrt(D*S)") for name in KEY_SCALES]
+    ("name", "bounded"), [(name, name == "1/sqrt(D*S)") for name in key_scaling.KEY_FACTORS]
 )
 def test_only_the_scale_by_tokens_bounds_a_frame(name: str, bounded: bool) -> None:
     size, tokens = 16, 64
     keys = jax.random.normal(jax.random.key(0), (1, 1, tokens, 1, size))
     keys = jax.nn.relu(keys / jnp.sqrt(jnp.mean(keys**2, -1, keepdims=True)))  # as the model's are
-    scaled = keys * KEY_SCALES[name](size, tokens)
+    scaled = keys * key_scaling.KEY_FACTORS[name](size, tokens)
     beta, decay = jnp.full((1, 1, tokens, 1), 0.5), jnp.ones((1, 1, 1))
     w = frame_transitions(scaled, scaled, beta, decay).w[0, 0, 0]
     norm = np.linalg.norm(np.asarray(w), ord=2)

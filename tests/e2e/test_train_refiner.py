@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from sanawm_jax.checkpoints.export import export_refiner, export_transformer, export_vae
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.core.params import init, leaves
 from sanawm_jax.dit.config import DiTConfig
@@ -21,15 +23,10 @@ from sanawm_jax.dit.model import DiT
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.refine import LTX2Refiner, RefineOptions
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.small_world.clip import make_clips
 from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.training.engine.loop import train
-from sanawm_jax.training.recipes.export import (
-    export_refiner,
-    export_transformer,
-    export_vae,
-    write_index,
-)
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 from tests.e2e.tiny_config import get_config
@@ -54,7 +51,7 @@ def make_stage1(folder: Path) -> Path:
     export_transformer(
         model, init(DiT, model, jax.random.key(1)), folder / "transformer", "bfloat16"
     )
-    write_index(folder, 3.0)
+    write_index(folder, Schedule(shift=3.0))
     return folder
 
 

@@ -19,7 +19,8 @@ from sanawm_jax.camera.intrinsics import default_intrinsics
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.checkpoints.files import published_fields
 from sanawm_jax.checkpoints.folder import Stage1Folder
-from sanawm_jax.checkpoints.random_weights import TINY, write_random
+from sanawm_jax.checkpoints.random_weights import write_random
+from sanawm_jax.checkpoints.sizes import TINY
 from sanawm_jax.core.params import apply
 from sanawm_jax.data.bad_samples import BadSampleCounter
 from sanawm_jax.data.encode import encode_videos, main, make_parser

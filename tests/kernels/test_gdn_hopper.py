@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import tiles
-from kernels_pallas import choice, gdn
+from kernels_pallas import gdn
 from kernels_pallas.gdn import (
-    api,
     gpu_hopper,
     gpu_maps_hopper,
     gpu_read_hopper,
@@ -24,7 +23,7 @@ from kernels_pallas.gdn import (
     reference,
 )
 from kernels_pallas.gdn.gpu import Run
-from tests.kernels import interpreter
+from tests.kernels import hopper_programs, interpreter
 from tests.kernels.lowering import lowered
 
 IS_BUILT = jax.__version_info__ >= (0, 11)  # else it is an older Mosaic GPU
@@ -206,53 +205,17 @@ def test_tiles_alone(interpret):
 
 
 @pytest.mark.parametrize("size", [64, 112])
-def test_lowers(monkeypatch, size):
+@pytest.mark.parametrize("name", hopper_programs.PROGRAMS)
+def test_lowers(monkeypatch, name, size):
     """At the released number of tokens every kernel is Mosaic's, and the Triton ones on request."""
-    monkeypatch.setattr(choice, "capability", lambda: choice.HOPPER)
-    monkeypatch.setattr(choice, "interpret", lambda: False)
-    monkeypatch.setattr(gpu_states_hopper, "CHAINS", 1)
-    batch, frames, count, heads = 1, 2, 880, 2
-
-    def like(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((batch, frames, *shape), dtype)
-
-    token = like(count, heads, size, dtype=jnp.bfloat16)
-    matrix, row = like(heads, size, size), like(heads, 1, size)
-    initial = jax.ShapeDtypeStruct((batch, heads, size, size), jnp.float32)
-    beta, decay = like(count, heads), like(heads)
-    k_beta = (token, beta, decay)
-
-    def maps(tiles, k, v, beta, decay, w, u):
-        saved = (k, v, beta, decay)
-        found = api._maps(tiles, False, *saved)
-        return found, [a for a in api._maps_backward(tiles, False, saved, (w, u)) if a is not None]
-
-    def states(tiles, k, v, beta, decay, initial):
-        def run(*saved):
-            bidirectional = gdn.bidirectional_token_states(*saved, tiles=tiles, impl="pallas")
-            return gdn.token_states(*saved, initial, tiles=tiles, impl="pallas"), bidirectional
-
-        found, vjp = jax.vjp(run, k, v, beta, decay)
-        return found, vjp(found)
-
-    def rows(tiles, k, beta, decay, w, u):
-        return maps(tiles, k, None, beta, decay, w, u)[1]
-
-    def read(tiles, states, q, z, dy):
-        static, saved = (tiles, False, 1e-8), (states, q, z, q)
-        return api._read(static, *saved), api._read_backward(static, saved, dy)
-
-    for function, args in (
-        (maps, (token, *k_beta, matrix, matrix)),
-        (states, (token, *k_beta, initial)),
-        (rows, (*k_beta, matrix, row)),
-        (read, (matrix, token, row, token)),
-    ):
-        text = lowered(functools.partial(function, gdn.Tiles()), *args)
-        assert ("mosaic_gpu" in text) == IS_BUILT == ("xla.gpu.triton" not in text)
-        text = lowered(functools.partial(function, gdn.Tiles(mosaic=())), *args)
-        assert "xla.gpu.triton" in text
-        assert (IS_BUILT and function is states) == ("mosaic_gpu" in text)  # of its recurrence
+    hopper_programs.pretend(monkeypatch)
+    function, args = hopper_programs.program(name, size)
+    text = lowered(functools.partial(function, gdn.Tiles()), *args)
+    assert ("mosaic_gpu" in text) == IS_BUILT == ("xla.gpu.triton" not in text)
+    text = lowered(functools.partial(function, gdn.Tiles(mosaic=())), *args)
+    assert "xla.gpu.triton" in text
+    # of the states, the recurrence is Mosaic's all the same
+    assert (IS_BUILT and name == "states") == ("mosaic_gpu" in text)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,30 @@ def test_beta_is_discounted(
     assert relative(apply(graphdef, params, **inputs), expected) >= 1e-2
 
 
+def test_beta_is_not_raised_where_keys_shrink(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Keys are positive, so that a small translation towards the negative makes them smaller."""
+    model, inputs = small_keys_far_cameras(rng)
+    poses = np.tile(np.eye(4, dtype=np.float32), (*inputs["camera"].shape[:2], 1, 1))
+    poses[:, 1:, :3, 3] = -0.3
+    inputs["camera"][..., :16] = poses.reshape(*poses.shape[:2], 16)
+    with torch.no_grad(), float32_attention():
+        expected = run_reference(model, inputs)
+    _, graphdef, params = loaded(model, tmp_path)
+    found: list[jax.Array] = []
+    original = attention.ucpe.to_ray_space
+
+    def to_ray_space(*args: Any) -> tuple[jax.Array, jax.Array]:
+        moved, inflation = original(*args)
+        jax.debug.callback(found.append, jnp.min(inflation))
+        return moved, inflation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.ucpe, "to_ray_space", to_ray_space)
+        assert relative(apply(graphdef, params, **inputs), expected) <= 1e-4
+    jax.effects_barrier()
+    assert min(map(float, found)) < 0.99  # or the case proves nothing
+
+
 def test_gradients_of_the_discount(rng: np.random.Generator, tmp_path: Path) -> None:
     model, inputs = small_keys_far_cameras(rng)
     config, graphdef, params = loaded(model, tmp_path)

@@ -13,7 +13,8 @@ import torch
 from diffusers import SanaWMPipeline, SanaWMTransformer3DModel
 from safetensors.numpy import load_file, save_file
 
-from sanawm_jax.checkpoints.export import DIT_FILE, export_weights
+from sanawm_jax.checkpoints.export import export_weights
+from sanawm_jax.checkpoints.layouts import DIT_FILE
 from sanawm_jax.checkpoints.upstream import is_ignored, to_diffusers, upstream_table
 from sanawm_jax.checkpoints.upstream_folder import open_refiner, open_stage1
 from sanawm_jax.dit.config import SANA_WM_2B

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.adapters import load_adapters, save_adapters
-from sanawm_jax.checkpoints.export import export_weights
+from sanawm_jax.checkpoints.export import export_refiner, export_weights
+from sanawm_jax.checkpoints.layouts import write_refiner_index
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.core.lora import LoraConfig, build_adapted, combine, init_adapters
 from sanawm_jax.core.params import Params, apply, build, init
@@ -29,7 +30,6 @@ from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.refine import LTX2Refiner
 from sanawm_jax.training.objectives import refiner_flow as flow
-from sanawm_jax.training.recipes.export import export_refiner, write_refiner_index
 from sanawm_jax.training.recipes.refiner import make_text_path, new_model
 from tests.e2e.tiny_config import get_config
 from tests.parity.compare import relative
@@ -279,7 +279,7 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, to
 BROKEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     "rank": (None, dict(r=4), "does not fit rank 4"),
     "dora": (None, dict(use_dora=True), "use_dora=True is not supported"),
-    "layer": (lambda t: rename(t, "attn1.to_q", "attn3.to_q"), {}, "layers that the base has not"),
+    "layer": (lambda t: rename(t, "attn1.to_q", "attn3.to_q"), {}, "layers that the base lacks"),
     "half": (
         lambda t: {k: v for k, v in t.items() if "blocks.1.attn1.to_q.lora_A" not in k},
         {},

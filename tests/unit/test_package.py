@@ -159,7 +159,7 @@ def test_every_module_has_a_layer() -> None:
         ("sanawm_jax/media/video.py", "av"),
         ("sanawm_jax/core/layers.py", "sanawm_jax.dit.model"),
         ("benchmarks/stage1.py", "torch"),
-        ("sanawm_jax/training/recipes/export.py", "sanawm_jax.weights.export.main"),
+        ("sanawm_jax/checkpoints/export.py", "sanawm_jax.weights.export.main"),
     ],
 )
 def test_a_wrong_direction_is_noticed(file: str, name: str) -> None:

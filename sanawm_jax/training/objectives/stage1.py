@@ -43,7 +43,6 @@ class Stage1Objective:
       config: of the run, see `configs.common.stage1`; chunk_size 0 is the bidirectional model.
       model: of the network.
       frames: F of every clip.
-      options: further arguments of every call of the network, see `dit.model.DiT`.
 
     Attributes:
       abstract: shapes of what is trained: all weights, or with `config.lora` adapters.
@@ -53,9 +52,7 @@ class Stage1Objective:
       InputError: a chunk layout, mixture or adapters that do not exist.
     """
 
-    def __init__(
-        self, config: ml_collections.ConfigDict, model: DiTConfig, frames: int, **options: Any
-    ):
+    def __init__(self, config: ml_collections.ConfigDict, model: DiTConfig, frames: int):
         self._config = config
         self._model = model
         self._dtype = compute_dtype(config.dtype)
@@ -66,7 +63,6 @@ class Stage1Objective:
             if not config.init_weights:
                 raise InputError("init_weights is empty; give the folder that the adapters are for")
         self._frames = frames
-        self._options = options
         self.starts, self.mixture = None, None
         if config.chunk_size:
             self.starts = chunk_starts(frames, config.chunk_size, config.chunk_split_strategy)
@@ -169,7 +165,6 @@ class Stage1Objective:
             chunk_starts=self.starts,
             remat=self._config.remat,
             unroll=self._config.unroll,
-            **self._options,
         )
         errors = frame_errors(velocity, target)
         return jnp.mean(jnp.sum(errors * weights, axis=1)), _by_timestep(

@@ -22,27 +22,27 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.adapters import save_adapters
-from sanawm_jax.checkpoints.files import SafetensorsFolder, read_config
+from sanawm_jax.checkpoints.export import export_connectors, export_refiner
+from sanawm_jax.checkpoints.files import read_config
 from sanawm_jax.checkpoints.folder import Stage1Folder, find_weights
-from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
+from sanawm_jax.checkpoints.layouts import write_refiner_index
+from sanawm_jax.checkpoints.refiner_folder import RefinerFolder, load_connectors
 from sanawm_jax.core.lora import LoraConfig, build_adapted, init_adapters
 from sanawm_jax.core.params import Params, build, init
 from sanawm_jax.data.latent_cache import cache_facts, fingerprint_of
 from sanawm_jax.data.pair_cache import Sampler, build_pairs, build_text, stage1_sampler
 from sanawm_jax.refiner.config import SPLIT, ConnectorsConfig, RefinerConfig
-from sanawm_jax.refiner.connectors import TextConnectors
-from sanawm_jax.refiner.keys import connectors_table, is_audio_connector, refiner_table
+from sanawm_jax.refiner.connectors import TextConnectors, encode_texts
+from sanawm_jax.refiner.keys import refiner_table
 from sanawm_jax.refiner.model import Refiner
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.refine import connect_text
 from sanawm_jax.sampling.schedule import check_sigmas
 from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from sanawm_jax.text.config import GEMMA3
-from sanawm_jax.text.gemma import text_tower
+from sanawm_jax.text.gemma import Tower, text_tower
 from sanawm_jax.text.keys import load_text_encoder
 from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.engine.precision import compute_dtype
@@ -51,11 +51,6 @@ from sanawm_jax.training.objectives.adapters import lora_of
 from sanawm_jax.training.objectives.refiner_loss import PrepareRefiner, RefinerLoss, make_objective
 from sanawm_jax.training.recipes.cached_clips import cache_folder, cached_clips
 from sanawm_jax.training.recipes.clips import open_source
-from sanawm_jax.training.recipes.export import (
-    export_connectors,
-    export_refiner,
-    write_refiner_index,
-)
 
 _TEXT_HEAD = 32  # channels a head of the small connectors
 
@@ -251,20 +246,6 @@ def make_text_path(config: ConfigDict, captions: Sequence[str], folder: Path) ->
     export_connectors(connectors, params, folder / "connectors", config.export_dtype)
 
 
-def _load_connectors(folder: Path, dtype: jnp.dtype) -> tuple:
-    config = ConnectorsConfig.from_json(read_config(folder))
-    graphdef, abstract = build(TextConnectors, config)
-    params = keymap.load(
-        connectors_table(config),
-        abstract,
-        SafetensorsFolder(folder),
-        what=str(folder),
-        dtype=dtype,
-        ignore=is_audio_connector,
-    )
-    return graphdef, params
-
-
 def _text(config: ConfigDict, workdir: Path, base: RefinerFolder | None) -> np.ndarray:
     """Every caption (U, L, C) as the transformer reads it, through a frozen text path."""
     _, captions = cache_facts(cache_folder(config, workdir))
@@ -277,15 +258,18 @@ def _text(config: ConfigDict, workdir: Path, base: RefinerFolder | None) -> np.n
     dtype = compute_dtype(config.dtype)
 
     @functools.cache
-    def networks() -> tuple:
+    def tower() -> Tower:
         tower_config, params = load_text_encoder(tower_folder, dtype=dtype)
-        tower = text_tower(tower_config, params, dtype=dtype, all_states=True)
-        return tower, Tokenizer(folder / "tokenizer"), *_load_connectors(connectors, dtype)
+        return text_tower(tower_config, params, dtype=dtype, all_states=True)
+
+    @functools.cache
+    def connect() -> tuple:
+        model = ConnectorsConfig.from_json(read_config(connectors))
+        return load_connectors(connectors, model, dtype)
 
     def encode(texts: Sequence[str]) -> jax.Array:
-        tower, tokenizer, graphdef, params = networks()
-        ids, mask = tokenizer([t.strip() for t in texts], length, padding_side="left")
-        return connect_text(graphdef, params, tower(ids, mask), jnp.asarray(mask), dtype)
+        tokenizer = Tokenizer(folder / "tokenizer")
+        return encode_texts(texts, tokenizer, length, tower, connect, dtype)
 
     files = [*_weights(tower_folder, connectors), folder / "tokenizer" / "tokenizer.json"]
     return build_text(

@@ -17,15 +17,17 @@ import numpy as np
 from absl import logging
 
 from sanawm_jax.checkpoints.adapters import save_adapters
+from sanawm_jax.checkpoints.export import export_transformer
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import Params
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.recipes.cached_clips import cached_clips, text_folder
 from sanawm_jax.training.recipes.clips import open_source
-from sanawm_jax.training.recipes.export import export_transformer, write_index
 from sanawm_jax.training.recipes.latent_source import LatentSource, array_source
 from sanawm_jax.training.recipes.samples import first_rows, stage1_samples
 from sanawm_jax.training.recipes.stage1_zip import zip_source
@@ -37,24 +39,10 @@ def dit_config(config: ml_collections.ConfigDict) -> DiTConfig:
 
 
 def dit_recipe(config: ml_collections.ConfigDict, workdir: Path) -> Recipe:
-    """Trains stage 1 on cached latents of a trained autoencoder."""
+    """Trains stage 1 on clips encoded by a trained autoencoder, which all lie on the device."""
     if not config.vae_dir:
         raise InputError("vae_dir is empty; give the vae/ folder that an autoencoder run exported")
-    return recipe_of_cache(config, workdir, cached_clips(config, workdir, open_source(config)))
-
-
-def recipe_of_cache(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    cache: dict[str, np.ndarray],
-    **options: Any,
-) -> Recipe:
-    """Stage 1 on encoded clips that lie on the device.
-
-    Args:
-      cache: of `cached_clips`.
-      options: of every call of the network, see `Stage1Objective`.
-    """
+    cache = cached_clips(config, workdir, open_source(config))
     folder = workdir / "export"
     resident: dict[str, Any] = {name: np.asarray(a) for name, a in cache.items()}
     size = len(cache["latents"])
@@ -67,7 +55,7 @@ def recipe_of_cache(
         chunk_plucker_channels=cache["plucker"].shape[-1],
         **config.dit.to_dict(),
     )
-    objective = Stage1Objective(config, model, cache["latents"].shape[1], **options)
+    objective = Stage1Objective(config, model, cache["latents"].shape[1])
 
     def prepare(resident: dict[str, jax.Array], batch: jax.Array, key: jax.Array) -> Any:
         rows = {name: resident[name][batch] for name in ("latents", "camera", "plucker")}
@@ -82,7 +70,7 @@ def recipe_of_cache(
         text = text_folder(config, workdir)
         for part in ("tokenizer", "text_encoder") if text != folder else ():
             shutil.copytree(text / part, folder / part, dirs_exist_ok=True)
-        write_index(folder, config.flow_shift)
+        write_index(folder, Schedule(shift=config.flow_shift))
 
     resident.update(objective.frozen())
     return one_learner(

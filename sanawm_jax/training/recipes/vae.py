@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from sanawm_jax.checkpoints.export import export_vae
 from sanawm_jax.core.params import Params, apply, build, init
 from sanawm_jax.data.latent_cache import clip_encoder, to_signed
 from sanawm_jax.runtime.errors import InputError
@@ -22,7 +23,6 @@ from sanawm_jax.training.engine.recipe import Recipe, one_learner
 from sanawm_jax.training.engine.step import Metrics
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.training.recipes.clips import crop_clips, open_source, pack_clips
-from sanawm_jax.training.recipes.export import export_vae
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.latents import sample_posterior
 from sanawm_jax.vae.model import VideoVAE

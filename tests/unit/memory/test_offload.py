@@ -21,7 +21,7 @@ BOUND = 1e-6  # relative: layers are compiled apart from each other
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    from sanawm_jax.checkpoints.random_weights import TINY
+    from sanawm_jax.checkpoints.sizes import TINY
 
     out = tmp_path_factory.mktemp("offload") / "w"
     return write_random(out, part="all", sizes=TINY)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sanawm_jax.checkpoints.random_weights import RELEASED, TINY, write_random
+from sanawm_jax.checkpoints.random_weights import write_random
+from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 from sanawm_jax.memory import plan as memory_plan
 from sanawm_jax.memory.plan import check_fits, dit_need, peak, refiner_need, text_need
 from sanawm_jax.runtime.errors import InputError

@@ -12,7 +12,7 @@ import pytest
 from sanawm_jax.data.latent_cache import _write_progress
 from sanawm_jax.media.video import write_gif, write_mp4
 from sanawm_jax.runtime.atomic import atomic_write
-from sanawm_jax.sampling.command import write_npy
+from sanawm_jax.sampling.latents import write_npy
 
 
 class Full(Exception):

@@ -7,7 +7,7 @@ import pytest
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.command import _drop_frames
-from sanawm_jax.sampling.generate import decode_tiling
+from sanawm_jax.sampling.decode import decode_tiling
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
 

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sanawm_jax.sampling.schedule import Schedule, euler_step, frame_timesteps, guide
-from sanawm_jax.sampling.stage1 import next_sigmas
+from sanawm_jax.sampling.schedule import (
+    Schedule,
+    euler_step,
+    frame_timesteps,
+    guide,
+    next_sigmas,
+)
 
 FRAMES, SHAPE = 3, (2, 3, 2, 2, 4)
 GIVEN = jnp.array([True, False, False])

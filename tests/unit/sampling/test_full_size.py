@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sanawm_jax.checkpoints.random_weights import RELEASED
+from sanawm_jax.checkpoints.sizes import RELEASED
 from sanawm_jax.core.params import build
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.memory.programs import INDEX_LIMIT, large_arrays, trace
@@ -134,7 +134,7 @@ def test_encode_the_first_frame() -> None:
 
 def test_guidance_in_halves_is_the_same() -> None:
     """If a clip is too long for a batch of both prompts, they run one after the other."""
-    from sanawm_jax.checkpoints.random_weights import TINY
+    from sanawm_jax.checkpoints.sizes import TINY
     from sanawm_jax.core.params import init
     from sanawm_jax.sampling import stage1
 

@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.checkpoints.random_weights import TINY, write_random
-from sanawm_jax.sampling import generate, refine
+from sanawm_jax.checkpoints.random_weights import write_random
+from sanawm_jax.checkpoints.sizes import TINY
+from sanawm_jax.sampling import decode, generate, refine
 from sanawm_jax.sampling.generate import SanaWM
+from sanawm_jax.sampling.latents import channels_last
 from sanawm_jax.sampling.precision import matmul_precision
 from sanawm_jax.sampling.refine import LTX2Refiner
 
 CALLS = {
-    generate: ("denoise", "encode_prompt", "_encode", "_decode"),
-    refine: ("refine", "read_text", "connect_text"),
+    generate: ("denoise", "encode_prompt", "_encode"),
+    decode: ("_decode",),
+    refine: ("refine", "read_text", "encode_texts"),
 }
 
 
@@ -79,7 +82,7 @@ def test_two_models_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             width=64, steps=1, text_length=8, decode=False, progress=False,
         )  # fmt: skip
         refined = refiner(video.latents, "a room", progress=False)
-        for window in model.decode_stream(jnp.asarray(generate.channels_last(refined))):
+        for window in model.decode_stream(jnp.asarray(channels_last(refined))):
             assert current() is None  # also while the caller of a stream works
             assert np.isfinite(window).all()
         assert seen == {name: {expected} for names in CALLS.values() for name in names}

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.checkpoints.random_weights import RELEASED, TINY, write_random
+from sanawm_jax.checkpoints.random_weights import write_random
+from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 from sanawm_jax.core.float8 import LARGEST, float8_matmul, quantise, quantising, scale_for
 from sanawm_jax.core.params import apply, build, from_leaves, leaves
 from sanawm_jax.dit.config import DiTConfig

@@ -20,14 +20,15 @@ from configs import (
     stage1_example_set,
 )
 from sanawm_jax.checkpoints.folder import Stage1Folder
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import leaves
 from sanawm_jax.data.zip_index import Selection
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.training.engine.loop import train
 from sanawm_jax.training.engine.step import accumulated_gradients
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.recipes.dry_run import describe
-from sanawm_jax.training.recipes.export import write_index
 from sanawm_jax.training.recipes.latent_source import open_latents, synthetic_latents
 from sanawm_jax.training.recipes.stage1 import dit_config
 
@@ -145,7 +146,7 @@ def test_folder_of_latents_and_weights(tmp_path):
 
     # what a run exports, without an average its weights, starts another
     folder = tmp_path / "run" / "export"
-    write_index(folder, 3.0)
+    write_index(folder, Schedule(shift=3.0))
     for part in ("text_encoder", "tokenizer", "vae"):
         (folder / part).mkdir()
     Stage1Folder(folder).check("transformer")

@@ -14,14 +14,16 @@ from ml_collections import ConfigDict
 
 from configs import curriculum, lora, stage1_bidirectional
 from sanawm_jax.checkpoints import keymap
+from sanawm_jax.checkpoints.export import export_transformer
 from sanawm_jax.checkpoints.initial_weights import load_initial
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.core.params import init, leaves
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
-from sanawm_jax.training.recipes.export import export_transformer, write_index
 from sanawm_jax.training.recipes.latent_source import synthetic_latents
 from sanawm_jax.training.recipes.samples import first_rows, stage1_samples
 from sanawm_jax.training.recipes.stage1 import dit_config, export_stage1
@@ -42,7 +44,7 @@ def _folder(path: Path, config: DiTConfig, params: Any) -> str:
     for part in ("text_encoder", "tokenizer", "vae"):
         (path / part).mkdir(parents=True)
     export_transformer(config, params, path / "transformer", "float32")
-    write_index(path, 3.0)
+    write_index(path, Schedule(shift=3.0))
     return str(path)
 
 
@@ -133,7 +135,7 @@ def test_adapters_alone_are_trained_on_a_frozen_base(adapted: Any, tmp_path: Pat
     assert (tmp_path / "lora" / "adapter_config.json").is_file()
     for part in ("text_encoder", "tokenizer", "vae"):
         (tmp_path / part).mkdir()
-    write_index(tmp_path, 3.0)
+    write_index(tmp_path, Schedule(shift=3.0))
     again = load_initial(str(tmp_path), model)
     jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(merged))
 

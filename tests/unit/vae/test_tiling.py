@@ -123,6 +123,8 @@ def test_blend_is_a_linear_ramp():
     short = blend(jnp.zeros((2, 2)), jnp.ones((5, 2)), axis=0, overlap=4)
     np.testing.assert_allclose(short[:, 0], [0, 0.5, 1, 1, 1])
     np.testing.assert_allclose(blend(jnp.zeros((6, 2)), jnp.ones((5, 2)), axis=0, overlap=0), 1)
+    end = blend(jnp.arange(6.0), jnp.zeros(5), axis=0, overlap=2)
+    np.testing.assert_allclose(end, [4, 2.5, 0, 0, 0])  # of the last two before
 
 
 def test_tiles_below_a_latent_are_refused():
