@@ -107,6 +107,13 @@ def test_shifted_logit_normal_levels(tokens: int) -> None:
     assert np.mean(u < 1e-3) == pytest.approx(0.0, abs=1e-4)
 
 
+def test_levels_below_the_range_are_reflected() -> None:
+    """They lie above 1e-3 as far as they were below it, and do not pile up there."""
+    u = np.asarray(flow.shifted_logit_normal_levels(jax.random.key(4), 100_000, 1024))
+    # 0.5% of the normal share are below the stretched range
+    assert np.mean(u <= np.float32(1e-3)) < 1e-4
+
+
 def test_clip_sequence_keeps_the_sink_of_stage_1(triple) -> None:
     sequence = flow.clip_sequence(*triple, jnp.array([0.2, 0.5, 2.0]))
     stage1, truth, noise = (a[:, 1:] for a in triple)
