@@ -1,8 +1,9 @@
-"""What the benchmarks share: a process a side, medians, peak memory, random weights.
+"""Shared parts of the benchmarks: a process per side, medians, peak memory, random weights.
 
-Each script starts itself once for every side, so that one side's memory is never the other's, and
-prints one JSON line a measurement: side, what, seconds (median), seconds of the first call,
-peak_gib, the device. A last line a measurement has the ratio reference / ours.
+A side is one of the implementations to compare: `ours` or `reference`. A script starts a process of
+its own for every side, so that the memory of each side is measured alone. It prints one JSON line
+per measurement: side, what, seconds (median), seconds of the first call, peak_gib, device. At the
+end it prints one line per measurement with the ratio reference / ours.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ def run_sides(
     sides: dict[str, Measure],
     arguments: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs one side in this process if `--side` names it, else all sides, each in its own.
+    """Runs one side in this process if `--side` names it, else every side in its own process.
 
     Args:
-      parser: of the script's own flags.
-      sides: `ours` first, then what it is compared with. `reference` has a second form, `compiled`,
-        for which it reads `given.compile`.
-      arguments: of the command line.
+      parser: the parser with the script's own flags.
+      sides: `ours` first, then the others. `reference` has a second form, `compiled`, which runs
+        the same function with `given.compile`.
+      arguments: the command line.
 
     Returns:
-      name of a measurement -> side -> its line; empty for one side.
+      Name of a measurement -> side -> its line; empty if only one side runs.
     """
     sides = {**sides, "compiled": sides["reference"]}
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
-    parser.add_argument("--repeats", type=int, default=3, help="calls that the median is of")
-    parser.add_argument("--peer", action="store_true", help="torch.compile the reference, too")
-    parser.add_argument("--side", choices=list(sides), help="only this one, in this process")
+    parser.add_argument("--repeats", type=int, default=3, help="calls for the median")
+    parser.add_argument("--peer", action="store_true", help="also run it with torch.compile")
+    parser.add_argument("--side", choices=list(sides), help="run only this side, here")
     parser.add_argument(
         "--lines",
         type=Path,
         nargs="+",
-        help="run nothing, compare what sides printed to these files",
+        help="run nothing; compare the lines of sides in these files",
     )
     given = parser.parse_args(arguments)
     given.compile = given.side == "compiled"
@@ -87,7 +88,7 @@ def run_sides(
 
 
 def in_own_process(words: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
-    """Starts this script anew, prints its lines, and returns them with the exit status."""
+    """Starts this script in a new process, and prints and returns its lines and exit status."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, sys.argv[0], *words],
@@ -102,13 +103,13 @@ def in_own_process(words: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
 
 
 def report(side: str, what: str, call: Callable[[], Any], repeats: int, **extra: Any) -> None:
-    """Times a call that waits for its own result, and prints its line.
+    """Measures a call that waits for its own result, and prints the line.
 
     Args:
-      side: who is measured.
+      side: the side that is measured.
       what: name of the measurement.
-      call: runs it once.
-      repeats: calls after the first, which compiles.
+      call: the function to measure.
+      repeats: calls after the first one, which compiles.
       extra: further fields of the line.
     """
     line = {"side": side, "what": what, **timed(call, repeats), **memory(side), **extra}
@@ -116,7 +117,7 @@ def report(side: str, what: str, call: Callable[[], Any], repeats: int, **extra:
 
 
 def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """`seconds`, the median of the calls after the first, and `first_seconds`, of that one."""
+    """Returns `seconds`, the median of all calls but the first, and its time, `first_seconds`."""
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -127,7 +128,7 @@ def timed(call: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def memory(side: str) -> dict[str, Any]:
-    """Peak of the device's memory, or of the process's where there is no accelerator."""
+    """Returns the peak of the device's memory, or of the process without an accelerator."""
     if side == "ours":
         import jax
 
@@ -147,18 +148,18 @@ def memory(side: str) -> dict[str, Any]:
 
 @functools.cache
 def _normal(shape: tuple[int, ...], dtype: Any) -> Callable[[Any], Any]:
-    """A compiled function that draws small random numbers, an array for every key."""
+    """Returns a compiled function that draws an array of small random numbers for every key."""
     import jax
 
     def draw(key: jax.Array) -> jax.Array:
         return 0.02 * jax.random.normal(key, shape, dtype)
 
-    # one after the other: all at once need several times their memory
+    # The arrays are drawn one after the other, because all at once need several times the memory.
     return jax.jit(lambda keys: jax.lax.map(draw, keys))
 
 
 def random_leaf(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A random array of the size that `fill_reference` gives a parameter of that name."""
+    """Returns random values with the scale that `fill_reference` gives to this parameter."""
     import jax
     import jax.numpy as jnp
 
@@ -175,7 +176,7 @@ def random_leaf(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def random_layers(path: str, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """`random_leaf`, its layers separate if it has any; see `core.stack.over_layers`."""
+    """Works as `random_leaf`, with one array per layer; see `core.stack.over_layers`."""
     import jax
 
     from sanawm_jax.core.stack import stacked_axes
@@ -193,9 +194,9 @@ def random_params(
     place: Callable[[str, Any], Any] | None = None,
     draw: Callable[..., Any] = random_leaf,
 ) -> tuple[Any, Any]:
-    """Graph definition and random parameters on the device, a leaf at a time.
+    """Returns a graph definition and random parameters on the device, made one after the other.
 
-    `place` as `keymap.load`'s; `draw` is `random_leaf` or `random_layers`.
+    `place` is as in `keymap.load`; `draw` is `random_leaf` or `random_layers`.
     """
     import jax
 
@@ -211,7 +212,7 @@ def random_params(
 
 
 def random_dit(config: Any, dtype: Any, precision: str) -> tuple[Any, Any]:
-    """`random_params` of the DiT, in FP8 the same numbers rounded; see `pipeline.precision`."""
+    """Returns `random_params` of the DiT, rounded if in FP8; see `sampling.precision`."""
     from sanawm_jax.core.float8 import quantising
     from sanawm_jax.dit.model import DiT
     from sanawm_jax.sampling.precision import build_dit
@@ -223,7 +224,7 @@ def random_dit(config: Any, dtype: Any, precision: str) -> tuple[Any, Any]:
 
 
 def fill_reference(model: Any, device: str, dtype: Any) -> Any:
-    """Gives a reference module made on the meta device random weights on a real one."""
+    """Moves a reference module from the meta device to a real one, with random weights."""
     model = model.to_empty(device=device).to(dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("A_log"):
@@ -240,7 +241,7 @@ def fill_reference(model: Any, device: str, dtype: Any) -> Any:
 
 
 def torch_device(tiny: bool) -> tuple[str, Any]:
-    """The reference's device and dtype: bfloat16 on an accelerator, float32 for `--tiny`."""
+    """Returns the reference's device, and its dtype: bfloat16, or float32 with `--tiny`."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -248,7 +249,7 @@ def torch_device(tiny: bool) -> tuple[str, Any]:
 
 
 def jax_dtype(tiny: bool) -> Any:
-    """Our dtype, as `torch_device`'s."""
+    """Returns our dtype, which is the same as that of `torch_device`."""
     import jax.numpy as jnp
 
     return jnp.float32 if tiny else jnp.bfloat16

@@ -1,12 +1,13 @@
-"""A guided step of stage 1 whose latent frames are shared out over several GPUs.
+"""A guided step of stage 1 whose latent frames are divided over several GPUs.
 
     python -m benchmarks.devices --devices 1 2 --latent_frames 121
     python -m benchmarks.devices --devices 1 2 --tiny     # on virtual devices of a CPU
 
-Random weights of the released size, 704x1280, bfloat16, two prompts. Every number of devices has a
-process of its own, so that the peak memory is its own; `peak_gib` is that of the fullest device.
-The last lines compare the step's latents at `--compared_frames`: with one device in bfloat16, and
-one device in bfloat16 with float32, which says how large a difference bfloat16 makes anyway.
+The weights are random and have the released size; 704x1280 pixels, bfloat16, two prompts. Every
+number of devices runs in its own process, so that its peak memory is measured alone. `peak_gib` is
+that of the device that uses most. The last lines compare the latents of a step with
+`--compared_frames` frames: several devices with one device, both in bfloat16; and one device in
+bfloat16 with float32, which shows the size of bfloat16's own error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks import common
 
 
 def step_of(devices: int, dtype: Any, frames: int, given: argparse.Namespace) -> Any:
-    """A function that runs one step and returns the latents (1, F, H, W, C) of the host."""
+    """Returns a function that runs one step and returns its latents (1, F, H, W, C)."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -53,7 +54,7 @@ def step_of(devices: int, dtype: Any, frames: int, given: argparse.Namespace) ->
             found = denoise_step(
                 graphdef,
                 params,
-                jnp.array(start),  # the step takes its latents' memory
+                jnp.array(start),  # a copy, because the latents are donated to the step
                 conditions,
                 *map(np.float32, (0.7, 0.6, 5.0)),
                 dtype=dtype,
@@ -64,7 +65,7 @@ def step_of(devices: int, dtype: Any, frames: int, given: argparse.Namespace) ->
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Prints the line of one number of devices, and keeps latents to compare."""
+    """Prints the line of one number of devices, and stores latents for the comparison."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--latent_frames", type=int, default=121)
     parser.add_argument("--compared_frames", type=int, default=11)
-    parser.add_argument("--repeats", type=int, default=3, help="steps that the median is of")
+    parser.add_argument("--repeats", type=int, default=3, help="steps for the median")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
     parser.add_argument("--kept", default="", help=argparse.SUPPRESS)
     parser.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)

@@ -1,23 +1,24 @@
-"""Linear layers of stage 1 at the released size: bfloat16 against several ways to FP8.
+"""Linear layers of stage 1 at the released size: bfloat16 and several forms of FP8.
 
     python -m benchmarks.fp8                          # all layers, 21 and 121 latent frames
     python -m benchmarks.fp8 --only up down --latent_frames 121
     python -m benchmarks.fp8 --tiny                   # emulated, seconds on a CPU
 
-One JSON line a layer and form: median ms of a call, rounding of the activations included, TFLOP/s,
-relative error ||y - t|| / ||t|| against float32 on the first rows, the compiled program's library
-calls (`__cublas$lt$matmul$f8` is an FP8 product), and whether a product of it reads FP8. A last
-line a layer names the fastest form whose product does, and its speed over bfloat16.
+The benchmark prints one JSON line per layer and form: median ms of a call, with the rounding of the
+activations; TFLOP/s; relative error ||y - t|| / ||t|| against float32 on the first rows; the
+library calls of the compiled program (`__cublas$lt$matmul$f8` is an FP8 product); and whether one
+of its products reads FP8. A last line per layer names the fastest form with an FP8 product, and its
+speed relative to bfloat16.
 
 Forms:
   bf16              as `core.layers.Linear`
-  tensor            as `core.float8.float8_matmul`: one scale a tensor, folded into the product
-  tensor, f32 out   the product writes float32; bias and scale are added before rounding
-  tensor, given     the activations' scale is known: what finding their maximum costs
-  tensor, in-out    the kernel is stored (in, out): what turning it costs
-  rows              a scale a token and a scale an output channel, multiplied afterwards
-  qdq               both sides scaled back to bfloat16 before the product, for XLA to fold
-  product alone     activations in FP8 already: the limit of all of them
+  tensor            as `core.float8.float8_matmul`: one scale per tensor, a part of the product
+  tensor, f32 out   the product writes float32; scale and bias are applied before rounding
+  tensor, given     the scale of the activations is known; shows the cost of finding their maximum
+  tensor, in-out    the kernel is stored (in, out); shows the cost of its transposition
+  rows              a scale per token and a scale per output channel, applied after the product
+  qdq               both operands are scaled back to bfloat16; XLA may rewrite this to FP8
+  product alone     the activations are already in FP8; the limit of all forms
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from sanawm_jax.core.layers import affine
 from sanawm_jax.memory.programs import INDEX_LIMIT
 from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
-# in, out, has a bias; of the release's width 2240
+# (in, out, whether there is a bias), for the release's width of 2240.
 LAYERS = {
     "qkv": (2240, 6720, False),
     "out": (2240, 2240, True),
@@ -50,7 +51,7 @@ LAYERS = {
 TOKENS, TEXT = 22 * 40, 300
 CHECKED_ROWS = 4096
 
-Form = tuple[Callable[..., jax.Array], Any]  # function of (x, weights, bias), and the weights
+Form = tuple[Callable[..., jax.Array], Any]  # a function of (x, weights, bias), and the weights
 
 
 def _product(x8: jax.Array, values: jax.Array, dtype: Any, axis: int = 1) -> jax.Array:
@@ -62,7 +63,7 @@ def _added(y: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def forms(kernel: jax.Array) -> dict[str, Form]:
-    """Every form of a layer, with its weights made from a kernel (in, out)."""
+    """Returns every form of a layer, with weights that are made from a kernel (in, out)."""
     tensor = quantise(kernel)
     scale = tensor["scale"]
 
@@ -79,7 +80,7 @@ def forms(kernel: jax.Array) -> dict[str, Form]:
         return _added(y, bias).astype(x.dtype)
 
     def given(x: jax.Array, w: Any, bias: Any) -> jax.Array:
-        s = jnp.float32(2.0**-6)  # of a standard normal
+        s = jnp.float32(2.0**-6)  # the scale for standard normal activations
         y = _product(to_float8(x, s), w["values"], x.dtype)
         return _added(y * (s * w["scale"]).astype(x.dtype), bias)
 
@@ -119,7 +120,7 @@ def forms(kernel: jax.Array) -> dict[str, Form]:
 
 
 def products(text: str) -> tuple[list[str], bool]:
-    """Library calls and fused products of an HLO text, and whether a product reads FP8."""
+    """Returns library calls and fused products of an HLO text, and whether a product reads FP8."""
     calls = set(re.findall(r'custom_call_target="([^"]+)"', text))
     calls |= set(re.findall(r'"kind":"(__[^"]+)"', text))
     reads_fp8 = any(
@@ -159,7 +160,7 @@ def measure(layer: str, rows: int, sizes: tuple[int, int, bool], given: Any) -> 
                 "calls": calls,
                 "reads_fp8": is_fp8,
             }
-        except Exception as error:  # what one form does must not end the session
+        except Exception as error:  # the other forms run even if one fails
             line["error"] = f"{type(error).__name__}: {str(error)[:300]}"
         line["device"] = jax.devices()[0].device_kind
         print(json.dumps(line), flush=True)
@@ -185,7 +186,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     use_compiler_flags()
     found = []
     for frames in [1] if given.tiny else given.latent_frames:
-        # a guided clip whose widest layer outgrows an index runs one prompt at a time
+        # With guidance, a clip runs one prompt at a time if its widest array is too large for a
+        # 32-bit index.
         batch = 2 if 2 * frames * TOKENS * 13440 <= INDEX_LIMIT else 1
         for layer in given.only:
             inputs, outputs, has_bias = LAYERS[layer]

@@ -1,9 +1,10 @@
-"""What a compiled program's instructions do: scope, floating-point operations, bytes moved.
+"""Finds the scope, floating-point operations and bytes of a compiled program's instructions.
 
-Read from the optimised HLO text, whose instruction names are those that a profile reports. Bytes
-are what a perfect cache would move: every operand once, every result once; of an operand that a
-fusion only slices, the slices. Operations are those of matrix products, convolutions and fused
-attention, 2 a multiply-add; element-wise arithmetic is not counted, since it is never the limit.
+The source is the optimised HLO text. It has the same names of instructions as a profile. The bytes
+are those that a program with a perfect cache moves: every operand once and every result once. Of an
+operand that a fusion only slices, only the slices count. The operations are those of matrix
+products, convolutions and fused attention, with 2 per multiply-add. Element-wise arithmetic is not
+counted, because it is never the limit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128, "token": 0, "opaqu
 _SHAPE = re.compile(r"\b(pred|token|opaque|bf16|[fsuc]\d+[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\s*$")
-# they only run others, which are reported on their own
+# These only run other instructions, which a profile reports separately.
 CONTAINERS = {"while", "call", "conditional", "async-start", "async-done"}
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "iota"}
 _MOVES = {"copy", "transpose", "reshape", "broadcast", "concatenate", "slice", "dynamic-slice"}
@@ -31,14 +32,14 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: list[tuple[str, tuple[int, ...]]]  # of the result, or of a tuple's parts
+    shapes: list[tuple[str, tuple[int, ...]]]  # shape of the result, or shapes of a tuple's parts
     operands: list[str]
     text: str  # everything after the operands
     is_root: bool
 
     @property
     def bytes(self) -> float:
-        """Of the result, without the scratch memory of a library call."""
+        """Bytes of the result, without the temporary memory of a library call."""
         parts = self.shapes
         if self.opcode == "custom-call" and len(parts) > 1:
             parts = [part for part in parts if part[0] not in ("s8", "u8")]
@@ -46,13 +47,13 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """Path of JAX scopes, `jit(f)/blocks/gdn/dot_general`, or empty."""
+        """Path of JAX scopes, such as `jit(f)/blocks/gdn/dot_general`, or empty."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 
     @property
     def target(self) -> str:
-        """What a custom call calls, or empty."""
+        """Name of the function that a custom call calls, or empty."""
         found = re.search(r'custom_call_target="([^"]*)"', self.text)
         return found[1] if found else ""
 
@@ -63,7 +64,7 @@ def _itembytes(kind: str) -> float:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`."""
+    """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -95,7 +96,7 @@ class Program:
     """The instructions of an optimised module by name.
 
     Args:
-      text: of `jax.stages.Compiled.as_text()`.
+      text: the result of `jax.stages.Compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -109,29 +110,29 @@ class Program:
                 name = opened[1]
             elif (instruction := _instruction(line)) is not None:
                 current[instruction.name] = instruction
-                # names are unique in a module
+                # Names are unique in a module.
                 self.instructions[instruction.name] = instruction
                 self._home[instruction.name] = name
 
     def home(self, name: str) -> str:
-        """The computation of an instruction."""
+        """Returns the name of the computation that contains an instruction."""
         return self._home[name]
 
     def called(self, instruction: Instruction) -> Iterable[Instruction]:
-        """What a fusion is made of, in order; else the instruction itself."""
+        """Returns the instructions inside a fusion, in order; else the instruction itself."""
         found = re.search(r"\bcalls=%?([\w.-]+)", instruction.text)
         if instruction.opcode != "fusion" or not found:
             return [instruction]
         return list(self.computations.get(found[1], {}).values())
 
     def scope(self, instruction: Instruction) -> str:
-        """Its own, or that of the product in it, which a slice of weights may come before."""
+        """Returns the scope of an instruction, or, if it has none, of the product inside it."""
         if instruction.scope:
             return instruction.scope
         return next((part.scope for part in self.called(instruction) if self._flops(part)), "")
 
     def flops(self, instruction: Instruction) -> float:
-        """Of the matrix products, convolutions and attention in it."""
+        """Returns the operations of the matrix products, convolutions and attention inside it."""
         return sum(self._flops(part) for part in self.called(instruction))
 
     def _flops(self, part: Instruction) -> float:
@@ -142,7 +143,7 @@ class Program:
         if part.opcode == "custom-call" and "matmul" in part.target:
             return 2.0 * math.prod(part.shapes[0][1]) * self._contracted(part, inputs[0])
         if part.opcode == "convolution" or "conv" in part.target:
-            # a kernel's elements but its output axis are read for every output element
+            # Every output element reads all kernel elements of its output channel.
             return 2.0 * math.prod(part.shapes[0][1]) * _taps(part, inputs[1])
         if "fmha" in part.target:
             return _attention_flops(part, inputs)
@@ -157,7 +158,7 @@ class Program:
         return math.prod(lhs[axis] for axis in axes)
 
     def bytes(self, instruction: Instruction) -> float:
-        """Read and written, see the module's head."""
+        """Returns the bytes that are read and written, as the module's docstring defines them."""
         if instruction.opcode in CONTAINERS | _FREE:
             return 0.0
         home = self.computations[self._home[instruction.name]]
@@ -174,7 +175,7 @@ class Program:
         for root in (part for part in parts if part.is_root):
             written = [inside[n] for n in root.operands] if root.opcode == "tuple" else [root]
             for part in written:
-                if part.opcode == "dynamic-update-slice":  # in place: only the slice is written
+                if part.opcode == "dynamic-update-slice":  # works in place and writes only a slice
                     total += inside[part.operands[1]].bytes - part.bytes
         for part in parts:
             if part.opcode == "parameter":
@@ -183,7 +184,7 @@ class Program:
         return max(total, 0.0)
 
     def is_copy(self, instruction: Instruction) -> bool:
-        """Whether it moves data and computes nothing but addresses."""
+        """Whether it only moves data, and computes nothing except addresses."""
         if instruction.opcode != "fusion":
             return instruction.opcode in _MOVES
         kinds = {part.opcode for part in self.called(instruction)} - _FREE
@@ -191,7 +192,7 @@ class Program:
 
 
 def _read(part: Instruction, use: Instruction) -> float:
-    if use.operands[0] != part.name:  # an index
+    if use.operands[0] != part.name:  # it is an index
         return part.bytes
     if use.opcode in ("dynamic-slice", "slice", "gather"):
         return use.bytes
@@ -207,11 +208,11 @@ def _taps(part: Instruction, kernel: tuple[int, ...]) -> float:
 
 
 def _attention_flops(part: Instruction, inputs: list[tuple[int, ...]]) -> float:
-    """cuDNN takes q, k, v as (B, N, T, D) or (B, T, N, D); the result is shaped like q."""
+    """Counts cuDNN's attention of q, k, v (B, N, T, D) or (B, T, N, D); the result is as q."""
     if len(inputs) < 3 or len(inputs[0]) != 4:
         return 0.0
     q, k = inputs[:2]
-    # with as many keys as queries both axes match, and there are fewer heads than tokens
+    # If there are as many keys as queries, both axes match; there are fewer heads than tokens.
     heads = min((n for n in q[1:3] if n in k[1:3]), default=1)
     shared = math.prod(q[1:3]) * math.prod(k[1:3]) / heads**2  # queries x keys
     products = 5 if "Backward" in part.target else 2

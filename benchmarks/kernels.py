@@ -1,17 +1,18 @@
-"""Every implementation of every kernel at the released size: time, bandwidth and error.
+"""Time, bandwidth and error of every implementation of every kernel, at the released size.
 
     python -m benchmarks.kernels                                  # all, 121 latent frames
     python -m benchmarks.kernels --only gdn --latent_frames 21
     python -m benchmarks.kernels --only gdn --part recurrence
     python -m benchmarks.kernels --tiny                           # interpreted, seconds on a CPU
 
-One JSON line a measurement: kernel, part, variant, pass (forward, or backward: gradients of all
-inputs with what they compute again), median ms, GB/s of the least bytes that the pass must move,
-and for every result the relative error ||x - t|| / ||t|| against the XLA form in float32 on
-the same (bfloat16) inputs. A variant that fails to compile or to run is a line with its error, and
-the rest goes on. A last line a part and pass names the fastest variant, whose error is at most 1.1
-times XLA's: the default is `kernels_pallas.choice.AUTO`, and this is what to set it by.
-Times are of ten queued calls over ten; at the released size inputs are larger than any cache.
+The benchmark prints one JSON line per measurement: kernel, part, variant, pass, median ms, GB/s,
+and for every result the relative error ||x - t|| / ||t|| against the XLA form in float32 on the
+same (bfloat16) inputs. The pass is forward or backward; backward computes the gradients of all
+inputs, including recomputation. The GB/s are those of the fewest bytes that the pass must move. For
+a variant that does not compile or run, a line shows the error, and the others continue. A last line
+per part and pass names the fastest variant whose error is at most 1.1 times that of XLA. The table
+`kernels_pallas.choice.AUTO` should follow these lines. A time is that of ten queued calls, divided
+by ten. At the released size, the inputs are larger than any cache.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of one run, as the DiT's: batch, latent frames, grid of tokens, heads, head size, width."""
+    """Sizes of one run: batch, latent frames, grid of tokens, heads, head size, FFN width."""
 
     batch: int
     frames: int
@@ -58,10 +59,11 @@ class Part:
     """One function in several variants.
 
     Attributes:
-      inputs: arrays; those that are not float are not differentiated.
-      variants: name -> function of the inputs, giving an array or a tuple; the first is XLA.
-      forward_bytes, backward_bytes: least that each pass moves.
-      flops: of the forward pass, where matrix units bound it.
+      kernel, name: names of the kernel and of the function.
+      inputs: arrays. Only floating-point arrays are differentiated.
+      variants: name -> function of the inputs that returns an array or a tuple; the first is XLA.
+      forward_bytes, backward_bytes: the fewest bytes that each pass must move.
+      flops: operations of the forward pass if matrix units limit it, else 0.
     """
 
     kernel: str
@@ -82,7 +84,7 @@ def _normal(index: int, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) 
 
 
 def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
-    """The feed-forward's gated convolution on one prompt, as a guided long clip runs it."""
+    """The gated convolution of the feed-forward network on one prompt, as in a long guided clip."""
     shape = (sizes.frames, *sizes.grid, 2 * sizes.inner)
     x = _normal(0, shape, sizes.dtype)
     kernel = _normal(1, (3, 3, 1, 2 * sizes.inner), jnp.float32, 0.3)
@@ -105,7 +107,7 @@ def conv_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 
 def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
-    """Stages of the main branch, then one direction and both of it as a whole."""
+    """Parts of the main branch, then the whole branch in one direction and in both."""
     del is_tiny
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     bound = sizes.head_dim**-0.5 * sizes.tokens**-0.5
@@ -123,7 +125,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
         forms = {impl: {"impl": impl} for impl in choice.IMPLS["gdn"]}
         if choice.capability() == choice.HOPPER:
             forms["pallas, Triton"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=())}
-            if of_tokens:  # without the kernel that makes maps and states at once
+            if of_tokens:  # without the kernel that computes maps and states together
                 apart = tuple(name for name in gdn.Tiles().mosaic if name != "states")
                 forms["pallas, maps apart"] = {"impl": "pallas", "tiles": gdn.Tiles(mosaic=apart)}
         return {name: lambda *a, o=options: function(*a, **o) for name, options in forms.items()}
@@ -198,7 +200,7 @@ def gdn_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 
 def attention_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
-    """Self-attention of one prompt over all tokens of a clip."""
+    """Self-attention over all tokens of a clip, for one prompt."""
     del is_tiny
     shape = (1, sizes.frames * sizes.tokens, sizes.heads, sizes.head_dim)
     q, k, v = (_normal(i, shape, sizes.dtype) for i in range(3))
@@ -217,7 +219,7 @@ def attention_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
 
 
 def ucpe_parts(sizes: Sizes, is_tiny: bool) -> Iterator[Part]:
-    """From projections to what both branches' recurrences read, and the camera branch's output."""
+    """The steps between projections and recurrences, and the output of the camera branch."""
     del is_tiny
     shape = (sizes.batch, sizes.frames, sizes.tokens, sizes.heads, sizes.head_dim)
     x = _normal(0, shape, sizes.dtype)
@@ -255,14 +257,14 @@ PARTS = {
 
 
 def _pass(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Function of (weights, *inputs); the forward pass has no weights."""
+    """Returns a function of (weights, *inputs). The forward pass ignores the weights."""
     if name == "forward":
         return lambda _, *inputs: function(*inputs)
     return lambda weights, *inputs: jax.vjp(function, *inputs)[1](weights)
 
 
 def _weights(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    """What every result is multiplied by before the gradient; bfloat16 numbers in any dtype."""
+    """Returns the cotangents of the results; their values are bfloat16 numbers in any dtype."""
     if name == "forward":
         return None
     like, tree = jax.tree.flatten(jax.eval_shape(function, *inputs))
@@ -272,9 +274,10 @@ def _weights(name: str, function: Callable[..., Any], inputs: tuple[Any, ...]) -
 
 
 def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> float:
-    """Time of a call of a compiled function: the median of runs of ten queued ones, over ten.
+    """Returns the time of one call: the median of several runs of ten queued calls, divided by ten.
 
-    A launch hides behind the call before it; calls of more than 50 ms are timed one by one.
+    The launch of a queued call overlaps with the previous call. Calls that take more than 50 ms are
+    measured one by one.
     """
     jax.block_until_ready(function(*inputs))
     start = time.perf_counter()
@@ -291,35 +294,37 @@ def milliseconds(function: Callable[..., Any], inputs: tuple[Any, ...], repeats:
 
 
 def errors(found: Any, truth: Any) -> list[float]:
-    """Relative error of every result, computed on the device."""
+    """Returns the relative error of every result, computed on the device."""
 
     def one(a: jax.Array, t: jax.Array) -> jax.Array:
         a, t = a.astype(jnp.float32), t.astype(jnp.float32)
         return jnp.sqrt(jnp.sum(jnp.square(a - t)) / jnp.maximum(jnp.sum(jnp.square(t)), 1e-30))
 
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)
-    # one at a time: a result is gigabytes
+    # One at a time, because a result takes gigabytes.
     return [float(jax.jit(one)(a, t)) for a, t in pairs]
 
 
 def measure(
     part: Part, cut: int, repeats: int, passes: tuple[str, ...], wanted: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Lines of one part; errors are of its first `cut` of frames, whose float32 form fits.
+    """Yields the lines of one part.
 
     Args:
-      cut: frames.
-      repeats: of which the median is taken.
+      part: what to measure.
+      cut: number of frames for the errors; for more frames, the float32 form would not fit.
+      repeats: number of measurements for the median.
       passes: forward, backward.
-      wanted: only variants with this in their name; errors are compared to the first of them.
+      wanted: run only variants whose name contains this text. Their errors are compared with the
+        error of the first one.
     """
     reference = next(iter(part.variants.values()))
     small = _cut(part.inputs, cut, part.kernel)
     wide = tuple(a.astype(jnp.float32) for a in small)
     variants = {name: f for name, f in part.variants.items() if wanted in name}
-    # side by side: one after the other, a card would wait for minutes
+    # Programs are compiled in parallel. Otherwise a card would wait for minutes.
     with ThreadPoolExecutor() as pool:
-        # the reference's products are float32 already; its inputs and sums are made so here
+        # The products of the XLA form are in float32 anyway; here its inputs and sums are too.
         truths = _compile(pool, {"": reference}, (wide,), passes, "highest")
         runs = _compile(pool, variants, (small, part.inputs), passes, None)
     for name in passes:
@@ -334,7 +339,7 @@ def measure(
                 found = errors(short(_weights(name, function, small), *small), truth)
                 weights = _weights(name, function, part.inputs)
                 time_of = milliseconds(full, (weights, *part.inputs), repeats)
-            except Exception as error:  # what one variant does must not end the session
+            except Exception as error:  # the other variants run even if one fails
                 yield {**line, "error": f"{type(error).__name__}: {str(error)[:300]}"}
                 continue
             moved = part.forward_bytes if name == "forward" else part.backward_bytes
@@ -365,7 +370,7 @@ def _compile(
     passes: tuple[str, ...],
     precision: str | None,
 ) -> dict[tuple[str, str], list[Future[Any]]]:
-    """Programs of every pass and function on each of the inputs."""
+    """Compiles every pass of every function for each of the inputs."""
 
     def one(name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> Any:
         weights = jax.eval_shape(lambda: _weights(name, function, inputs))
@@ -380,9 +385,9 @@ def _compile(
 
 
 def _cut(inputs: tuple[jax.Array, ...], frames: int, kernel: str) -> tuple[jax.Array, ...]:
-    """The first frames of tokens; of heads, of the first batch row."""
+    """Returns the first frames of the inputs; for arrays with a batch axis, of the first row."""
     if kernel == "attention":
-        return tuple(a[:, :8800] for a in inputs)  # ten frames: logits of 6 GB in float32
+        return tuple(a[:, :8800] for a in inputs)  # ten frames, with 6 GB of float32 logits
     if kernel == "conv_glu":
         return inputs[0][:frames], *inputs[1:]
     return tuple(a[:1, :frames] for a in inputs)
@@ -392,10 +397,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Runs one command line and returns its lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
-    parser.add_argument("--part", default="", help="only parts with this in their name")
-    parser.add_argument("--variants", default="", help="only variants with this in their name")
+    parser.add_argument("--part", default="", help="run only parts with this in their name")
+    parser.add_argument("--variants", default="", help="run only variants with this in their name")
     parser.add_argument("--latent_frames", type=int, default=121)
-    parser.add_argument("--batch", type=int, default=2, help="of gdn and ucpe; conv_glu runs one")
+    parser.add_argument("--batch", type=int, default=2, help="for gdn and ucpe; the others use 1")
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")

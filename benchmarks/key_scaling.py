@@ -1,18 +1,19 @@
-"""Why the recurrence scales its keys: the same small run under three scalings, and a picture.
+"""Shows why the recurrence scales its keys: one small run with three scalings, and a figure.
 
     python -m benchmarks.key_scaling --workdir=DIR --out=docs/key_scaling.png  # 8 minutes
     python -m benchmarks.key_scaling --tiny --workdir=DIR
 
-A frame writes S tokens' keys k of size D into the state at once, S W + U with
-W = g (I - K^T diag(beta) K). Keys times 1/sqrt(D S) keep the norm of W near one or below; with
-1/sqrt(D), or without a factor, it grows with S, and the state by that factor in every frame. The
-model has the first factor alone; this script replaces `dit.attention.key_factor` by the others.
+A frame writes the keys of all its P tokens, of size D, into the state S at once. The new state is
+S W + U with W = g (I - K^T diag(beta) K). If the keys are multiplied by 1/sqrt(D P), the norm of W
+stays near one or below. If they are multiplied by 1/sqrt(D), or not at all, this norm grows with P,
+and every frame multiplies the state by it. The model always has the first factor. This script
+replaces `dit.attention.key_factor` by the others.
 
-Clips of the small world are rendered, encoded by its autoencoder, and trained on with the step of
-`train.py`: each scaling has the same weights, batches, noise and learning rate, and no update is
-skipped. A run ends when its loss or its gradient is not finite. Each JSON line has step, loss,
-gradient norm, and the largest number in the state of any layer for the clips of the first batch;
-null stands for a number that is not finite.
+The script renders clips of the small world, encodes them with its autoencoder, and trains on them
+with the step of `train.py`. Every scaling has the same weights, batches, noise and learning rate,
+and no update is skipped. A run ends when its loss or gradient is not a finite number. The script
+prints JSON lines: step, loss, gradient norm, and the largest number in the state of any layer for
+the clips of the first batch. null stands for a number that is not finite.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ from sanawm_jax.training.engine.recipe import Recipe
 from sanawm_jax.training.recipes.stage1 import dit_recipe
 
 _SMALL_WORLD = Path(attention.__file__).parents[1] / "small_world/assets/small_world"
-# what keys are multiplied by, from D and S
+# the factors of the keys, as functions of D and P
 KEY_FACTORS: dict[str, Callable[[int, int], float]] = {
     "1/sqrt(D*S)": attention.key_factor,
     "1/sqrt(D)": lambda size, tokens: size**-0.5,
     "none": lambda size, tokens: 1.0,
 }
-_PER_CALL = 10  # steps, and the distance of the printed lines
+_PER_CALL = 10  # training steps per call
 
 
 def run_config(given: argparse.Namespace) -> ConfigDict:
-    """Two recurrent layers on 48 clips of 129 frames of 64x64: 17 latent frames of 64 tokens.
+    """Returns a run of two recurrent layers on 48 clips of 129 frames of 64x64 pixels.
 
-    There are no softmax layers: pre-training begins without them (`configs/curriculum.py`), and
-    their keys have no such factor.
+    They are 17 latent frames of 64 tokens. There are no softmax layers, because they do not scale
+    keys, and because pre-training begins without them (`configs/curriculum.py`).
     """
     config = recipes.training("dit")
     config.update(recipes.stage1())
@@ -87,11 +88,12 @@ def run_config(given: argparse.Namespace) -> ConfigDict:
 
 
 def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: jax.Array) -> float:
-    """Largest magnitude in the states of all layers, in one forward pass; NaN stays NaN.
+    """Returns the largest magnitude in the states of all layers in one forward pass, or NaN.
 
     Args:
+      recipe, params, resident: the training run.
       batch: (B,) indices of clips.
-      key: of their noise.
+      key: random key of their noise.
     """
     found: list[float] = []
     update: Any = recipe.update
@@ -103,7 +105,7 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
         return states, last
 
     with mock.patch.object(attention, "recurrent_states", watched):
-        # a new function, so that JAX uses no earlier trace without the watch
+        # A new function, so that jit does not reuse an earlier trace without the callback.
         loss = jax.jit(lambda p, r, b, k: update.loss(p, update.prepare(r, b, k))[0])
         jax.block_until_ready(loss(params, resident, batch, key))
     jax.effects_barrier()
@@ -111,7 +113,7 @@ def largest_state(recipe: Recipe, params: Any, resident: Any, batch: Any, key: j
 
 
 def train(config: ConfigDict, recipe: Recipe, name: str) -> list[dict[str, Any]]:
-    """Trains, prints, and returns the rows of all steps until the run ends or is not finite."""
+    """Trains, prints lines, and returns the rows of all steps until the run ends or diverges."""
     mesh = make_mesh(**config.mesh.to_dict())
     rows: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
@@ -155,10 +157,9 @@ def _json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Loss and gradient norm over steps, one curve for each scaling.
+    """Draws loss and gradient norm by step, with a curve per scaling, and a cross at a divergence.
 
-    A cross marks where a run stops being finite; the strong lines of the loss are means over twenty
-    steps.
+    The thick lines of the loss are means over twenty steps.
     """
     colours = dict(zip(KEY_FACTORS, ("#1f4e9c", "#d9822b", "#b3261e"), strict=True))
     with panels(out, 2, (10, 3.4)) as axes:
@@ -172,10 +173,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
                 if metric == "loss":
                     axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.6)
                     axis.plot(x, smooth(y, 20), color=colour, label=label)
-                else:  # a mean would show only its peaks
+                else:  # a mean would show only the peaks
                     axis.plot(x, y, color=colour, linewidth=0.8)
                 if is_over:
-                    # at the last finite value; at the top if there is none
+                    # The cross is at the last finite number, or at the top if there is none.
                     place = (last["step"], y[-1]) if len(y) else (last["step"], 0.95)
                     transform = axis.transData if len(y) else axis.get_xaxis_transform()
                     axis.plot(*place, "X", color=colour, markersize=8, transform=transform)
@@ -193,8 +194,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument(
         "--key_scales", nargs="+", choices=list(KEY_FACTORS), default=[*KEY_FACTORS]
     )
-    parser.add_argument("--out", type=Path, help="a PNG of the curves")
-    parser.add_argument("--workdir", type=Path, help="keeps the encoded clips")
+    parser.add_argument("--out", type=Path, help="write the curves to this PNG file")
+    parser.add_argument("--workdir", type=Path, help="the folder of the encoded clips")
     parser.add_argument("--tiny", action="store_true", help="clips of 3 latent frames, 4 tokens")
     given = parser.parse_args(arguments)
     use_compiler_flags()

@@ -1,15 +1,15 @@
-"""The whole way from a picture to an mp4: ours and diffusers' on one device, stage by stage.
+"""The whole pipeline from an image to an mp4, ours and diffusers', on one device, by stage.
 
     python -m sanawm_jax.weights.random_init --part all --out DIR
     python -m benchmarks.pipeline --weights DIR --refiner_weights DIR-refiner --num_frames 961
-    python -m benchmarks.pipeline --weights DIR       # stage 1 and the decoder alone
+    python -m benchmarks.pipeline --weights DIR       # only stage 1 and the decoder
     python -m benchmarks.pipeline --tiny
 
-Both read the same folders, released or random. A line each for reading the DiT, beside the time of
-reading its files alone, both from the disk; for stage 1, the refiner, and decoding into an mp4. A
-stage's time is of one call; `first_seconds` is of the first, which also reads weights and compiles.
-Ours runs every stage in a process of its own, so that `peak_gib`, of the device, and `host_gib` are
-the stage's.
+Both sides read the same folders, with released or random weights. There is a line for loading the
+DiT from the disk, with the time of only reading its files. Other lines are for stage 1, the
+refiner, and decoding into an mp4. The time of a stage is that of one call. `first_seconds` is the
+time of the first call, which also reads weights and compiles. Our side runs every stage in its own
+process, so `peak_gib` (device memory) and `host_gib` (host memory) are those of the stage.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _report(side: str, what: str, given: argparse.Namespace, call: Callable[[], 
 
 
 def ours(given: argparse.Namespace) -> None:
-    """Measures one stage, or starts a process for each."""
+    """Measures one stage, or starts a process per stage."""
     if given.stage:
         globals()[f"_{given.stage}"](given)
         return
@@ -92,7 +92,7 @@ def _load(given: argparse.Namespace) -> None:
         jax.block_until_ready(model.folder.load_dit(model.dtype)[2])
 
     buffer = bytearray(1 << 24)
-    jax.block_until_ready(jax.numpy.zeros(1))  # the device is up
+    jax.block_until_ready(jax.numpy.zeros(1))  # starts the device before the measurement
     seconds = {}
     for name, call in (("read_seconds", read), ("load_seconds", load)):
         for file in files:
@@ -106,7 +106,7 @@ def _load(given: argparse.Namespace) -> None:
 
 
 def _forget(file: Path) -> None:
-    """Drops a file's pages from memory, so that the disk is read."""
+    """Removes a file from the page cache, so that the next read uses the disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -165,7 +165,7 @@ def _decode(given: argparse.Namespace) -> None:
 
 
 def reference(given: argparse.Namespace) -> None:
-    """Measures `SanaWMPipeline` and `SanaWMLTX2Refiner`, offloaded as their documents advise."""
+    """Measures `SanaWMPipeline` and `SanaWMLTX2Refiner`, with the offload that their docs show."""
     import torch
     from diffusers import SanaWMLTX2Refiner, SanaWMPipeline
 
@@ -220,13 +220,13 @@ def reference(given: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", help="stage 1, diffusers layout")
-    parser.add_argument("--refiner_weights", help="the refiner, diffusers layout")
+    parser.add_argument("--weights", help="stage 1 in diffusers layout")
+    parser.add_argument("--refiner_weights", help="the refiner in diffusers layout")
     parser.add_argument("--num_frames", type=int, default=161)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--offload", default="model", choices=["none", "model", "block"])
     parser.add_argument("--stage", choices=["load", "stage1", "refiner", "decode"])
-    parser.add_argument("--folder", help="of the stages' latents")
+    parser.add_argument("--folder", help="the folder of the stages' latents")
     words, _ = parser.parse_known_args(arguments)
     if words.weights:
         common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)

@@ -1,16 +1,17 @@
-"""Where one step spends its time, kernel by kernel, and how near each part is to the card.
+"""Where one step spends its time, kernel by kernel, and how close each part is to the limits.
 
     python -m benchmarks.profile_step --latent_frames 121               # a guided step, full size
     python -m benchmarks.profile_step --latent_frames 21 --backward    # loss, gradients, one clip
-    python -m benchmarks.profile_step --refiner                        # one forward of the window
+    python -m benchmarks.profile_step --refiner                        # one pass of the refiner
     python -m benchmarks.profile_step --tiny                           # seconds on a CPU
 
-Random weights, bfloat16. The step runs under `jax.profiler`; every kernel is matched by name to an
-instruction of the compiled program and so to the named scope of the model that made it. A kernel
-that fuses several scopes counts to that of its last instruction. One JSON line a part, then a
-table (on stderr): milliseconds, share, kernels, TFLOP/s and GB/s with their share of the card's
-limit. Bytes are the least that must move (`benchmarks/hlo.py`), so GB/s above the limit means that
-operands came from a cache, and far below it that memory is not what the kernel waits for.
+The weights are random and the dtype is bfloat16. The step runs under `jax.profiler`. The name of a
+kernel leads to an instruction of the compiled program, and so to a named scope of the model. A
+kernel that fuses several scopes belongs to the scope of its last instruction. The script prints one
+JSON line per part, and then a table on stderr: milliseconds, share, kernels, TFLOP/s and GB/s with
+their share of the card's limit. The bytes are the fewest that must move (`benchmarks/hlo.py`). If
+the GB/s are above the limit, operands came from a cache. If they are far below it, memory does not
+limit the kernel.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from benchmarks import common
 from benchmarks.hlo import CONTAINERS, Instruction, Program
 from sanawm_jax.runtime.compiler_flags import options_on, use_compiler_flags
 
-# Achievable bf16 TFLOP/s of large matrix products and of attention; nominal GB/s of the memory.
+# Achievable bfloat16 TFLOP/s of large matrix products and of attention; nominal GB/s of memory.
 LIMITS = {
     "H100": {"gemm": 685.0, "attention": 515.0, "memory": 3350.0},
     "H200": {"gemm": 685.0, "attention": 515.0, "memory": 4800.0},
 }
-# Named scopes of the model and the part of a step that they are; the innermost decides.
+# The named scopes of the model, and the part of a step to which each belongs. The innermost scope
+# decides.
 SCOPES = {
     "short_conv": "convolution",
     "ffn_conv": "convolution",
@@ -48,16 +50,16 @@ SCOPES = {
     "rope": "element-wise",
     "adaln": "element-wise",
     "norm": "element-wise",
-    "fp8": "element-wise",  # rounding to it; its products are gemm, measured by bf16's limit
+    "fp8": "element-wise",  # rounding to FP8; FP8 products are "gemm", with the limit of bfloat16
 }
 _NAMED = re.compile(r"\b(" + "|".join(SCOPES) + r")\b")
 
 
 def part_of(program: Program, instruction: Instruction) -> tuple[str, str]:
-    """Part of the step and finer name: ("gdn", "gdn"), ("gemm", "other")."""
+    """Returns the part of the step and the scope, such as ("gdn", "gdn") or ("gemm", "other")."""
     named = _NAMED.findall(program.scope(instruction))
     scope = named[-1] if named else ""
-    # a product inside an element-wise scope is a product
+    # A matrix product in an element-wise scope counts as a product.
     if scope and SCOPES[scope] != "element-wise":
         return SCOPES[scope], scope
     if program.flops(instruction):
@@ -68,13 +70,13 @@ def part_of(program: Program, instruction: Instruction) -> tuple[str, str]:
 
 
 def kernels(trace: Path) -> Iterator[tuple[str, str, float]]:
-    """Instruction, kernel and nanoseconds of everything that a device ran.
+    """Yields the instruction, the kernel and the nanoseconds of everything that a device ran.
 
     Args:
-      trace: folder that `jax.profiler.trace` wrote; the newest run in it is read.
+      trace: a folder that `jax.profiler.trace` wrote; its newest run is read.
 
     Raises:
-      FileNotFoundError: no profile there.
+      FileNotFoundError: the folder has no profile.
     """
     import jax
 
@@ -86,7 +88,7 @@ def kernels(trace: Path) -> Iterator[tuple[str, str, float]]:
     for plane in devices or [plane for plane in planes if plane.name == "/host:CPU"]:
         for line in plane.lines:
             if devices and not (line.name or "").startswith("Stream"):
-                continue  # lines that sum others up
+                continue  # such a line contains the events of other lines again
             for event in line.events:
                 stats = dict(event.stats)
                 name = stats.get("hlo_op")
@@ -97,12 +99,12 @@ def kernels(trace: Path) -> Iterator[tuple[str, str, float]]:
 def summarise(
     program: Program, events: Sequence[tuple[str, str, float]], steps: int
 ) -> list[dict[str, Any]]:
-    """Sums kernels up by part and scope, the longest first.
+    """Adds up the kernels by part and scope, and sorts the sums, the longest time first.
 
     Args:
-      program: what ran.
-      events: of `kernels`.
-      steps: how often it ran.
+      program: the program that ran.
+      events: the result of `kernels`.
+      steps: how often the program ran.
     """
     rows: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(
         lambda: {"ms": 0.0, "kernels": 0, "flops": 0.0, "bytes": 0.0}
@@ -132,10 +134,11 @@ def summarise(
 
 
 def executions(program: Program, events: Sequence[tuple[str, str, float]]) -> dict[str, int]:
-    """How often every instruction ran.
+    """Returns how often every instruction ran.
 
-    An instruction may be several kernels (split reductions, attention), some of one name; so it
-    ran as often as that one of its computation's instructions that has the fewest.
+    An instruction may run several kernels (split reductions, attention), and some of them may have
+    the same name. All instructions of a computation run equally often. So the smallest count of a
+    kernel in the computation is the number of runs.
     """
     counts = collections.Counter((name, kernel) for name, kernel, _ in events)
     least: dict[str, int] = {}
@@ -152,7 +155,7 @@ def executions(program: Program, events: Sequence[tuple[str, str, float]]) -> di
 def longest(
     program: Program, events: Sequence[tuple[str, str, float]], steps: int, count: int
 ) -> list[str]:
-    """The instructions that take longest: ms a step, kernels, name, scope, result."""
+    """Lists the instructions that take longest: ms per step, kernels, name, scope, result."""
     times: collections.Counter[str] = collections.Counter()
     kernels_of: collections.Counter[str] = collections.Counter()
     for name, kernel, nanoseconds in events:
@@ -171,7 +174,7 @@ def longest(
 
 
 def rates(line: dict[str, Any], device: str) -> dict[str, Any]:
-    """Adds tflops, gbps and their shares of the card's limits, None on a card without any here."""
+    """Adds tflops, gbps and their shares of the card's limits, or None for an unknown card."""
     limits = next((limit for kind, limit in LIMITS.items() if kind in device), None)
     seconds = max(line["ms"] * 1e-3, 1e-12)
     tflops, gbps = line["flops"] / seconds * 1e-12, line["bytes"] / seconds * 1e-9
@@ -186,7 +189,7 @@ def rates(line: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Text for a reader."""
+    """Formats the lines as a table."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.0f}%"
@@ -217,7 +220,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[Any], Any]]:
-    """A compiled step and a function that runs it once."""
+    """Returns a compiled step and a function that runs it once."""
     import jax
     import jax.numpy as jnp
 
@@ -233,7 +236,7 @@ def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[A
         scalars = tuple(map(jnp.float32, (0.7, 0.6, 5.0)))
         step = denoise_step.lower(graphdef, params, start, conditions, *scalars, dtype=dtype)
         compiled = step.compile()
-        # the step takes its latents' memory
+        # The latents are donated to the step, so each call gets a copy.
         return compiled, lambda run: run(params, jnp.array(start), conditions, *scalars)
 
     def loss(params: Any, latents: jax.Array, conditions: Any) -> jax.Array:
@@ -261,10 +264,10 @@ def build_step(given: argparse.Namespace, frames: int) -> tuple[Any, Callable[[A
 
 
 def build_refiner(given: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]:
-    """One forward of the refiner's window, as `build_step`."""
+    """Works as `build_step`, for one forward pass of the refiner with its KV cache."""
     from benchmarks import refiner
 
-    given.frames = 0  # no clip is refined
+    given.frames = 0  # this benchmark does not refine a clip
     config, frames, grid, length = refiner.sizes(given)
     dtype = common.jax_dtype(given.tiny)
     graphdef, params, *_, call = refiner.window(config, frames, grid, length, dtype)
@@ -279,22 +282,22 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latent_frames", type=int, nargs="+", default=[121])
-    parser.add_argument("--batch", type=int, default=None, help="2 is guidance, the default")
+    parser.add_argument("--batch", type=int, default=None, help="2: with guidance (default)")
     parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
-    parser.add_argument("--refiner", action="store_true", help="the refiner's window instead")
+    parser.add_argument("--refiner", action="store_true", help="a pass of the refiner instead")
     parser.add_argument("--backward", action="store_true", help="loss and gradients instead")
     parser.add_argument(
         "--remat", default="full", help="with --backward: none, dots, full or parts"
     )
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
-    parser.add_argument("--repeats", type=int, default=3, help="profiled steps")
-    parser.add_argument("--longest", type=int, default=0, help="list so many instructions as well")
+    parser.add_argument("--repeats", type=int, default=3, help="steps to profile")
+    parser.add_argument("--longest", type=int, default=0, help="also list this many instructions")
     parser.add_argument("--trace", type=Path, help="keep the profile in this folder")
     given = parser.parse_args(arguments)
     use_compiler_flags()
     given.batch = given.batch or (1 if given.backward else 2)
     given.sizes = sizes(given)
-    # kernels that are launched as one graph carry no instruction's name
+    # In a profile, kernels that are launched as one graph do not have the names of instructions.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
 

@@ -1,16 +1,18 @@
-"""The refiner: one forward of the canonical window, and a whole clip; ours and diffusers'.
+"""The refiner, ours and diffusers': one forward pass with a full KV cache, and a whole clip.
 
     python -m benchmarks.refiner
     python -m benchmarks.refiner --tiny
 
-The window is full, 1 sink, 7 frames of history and 3 active frames of 22x40, with 1024 text tokens;
-the clip is 1 sink and 120 frames, in blocks of 3, whose history grows to 10. Random weights of the
-video half, bfloat16.
+The KV cache of the forward pass holds 1 sink frame and 7 frames of history. The pass has 3 active
+frames of 22x40 tokens and 1024 text tokens. The clip has 1 sink frame and 120 other frames, in
+blocks of 3, and its history grows to 10 frames. The weights are random, those of the video half of
+LTX-2, in bfloat16.
 
-Both start after the text is read, once a clip: ours keeps the keys and values of its tokens and has
-dropped the layers that make them; the reference makes them anew in every forward. Of the other
-frames both keep keys and values, ours the sink's as the window's place has it, turned once a block.
-Everything else of a forward is made in it.
+Both measurements start after the text is encoded, which happens once per clip. Our side keeps the
+keys and values of the text tokens, and has released the layers that compute them. The reference
+computes them in every forward pass. Both sides keep the keys and values of earlier frames. Ours
+rotates the keys of the sink once per block, to their position in the window. A forward pass
+computes everything else.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _AUDIO = ("audio", "av_cross", "video_to_audio", "video_a2v", "a2v", "v2a")
 
 
 def sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
-    """Configuration, refined frames, latent rows and columns, text tokens."""
+    """Returns configuration, refined frames, latent rows and columns, and text tokens."""
     from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 
     if given.tiny:
@@ -36,15 +38,19 @@ def sizes(given: argparse.Namespace) -> tuple[Any, int, tuple[int, int], int]:
 
 
 def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: Any) -> Any:
-    """The transformer as sampling has it, with random weights and a full window.
+    """Returns the transformer as sampling uses it, with random weights and a full KV cache.
 
     Args:
-      frames: latent frames that the positions reach, after the sink.
+      config: the refiner's.
+      frames: latent frames after the sink for which there are rotary positions.
+      grid: latent rows and columns.
       length: text tokens.
+      dtype: of weights and activations.
 
     Returns:
-      graph definition, parameters, prompt, rotary tables, and a jitted function of the first two
-      with its other arguments, prompt, latents and window. It returns the velocity.
+      Graph definition, parameters, prompt, rotary tables, and a tuple. The tuple holds a jitted
+      function that returns the velocity, and its arguments after graph definition and parameters:
+      prompt, latents and KV cache.
     """
     import jax
     import jax.numpy as jnp
@@ -93,7 +99,7 @@ def window(config: Any, frames: int, grid: tuple[int, int], length: int, dtype: 
 
 
 def ours(given: argparse.Namespace) -> None:
-    """Measures the transformer with a window, and `refiner.sampler.refine`."""
+    """Measures the transformer with a KV cache, and `refiner.sampler.refine`."""
     import jax
     import jax.numpy as jnp
 
@@ -109,7 +115,7 @@ def ours(given: argparse.Namespace) -> None:
         lambda forward=forward: forward().block_until_ready(),
         given.repeats,
     )
-    del call, forward  # the clip has a window of its own
+    del call, forward  # the clip has its own KV cache
     shape = (1, SINK + frames, *grid, config.in_channels)
     clip = jax.random.normal(jax.random.key(4), shape, jnp.float32)
     common.report(
@@ -136,7 +142,7 @@ def reference(given: argparse.Namespace) -> None:
     device, dtype = common.torch_device(given.tiny)
     with torch.device("meta"):
         model = SanaWMLTX2RefinerTransformer3DModel(**dataclasses.asdict(config))
-    # the rotary tables are made anew on every call; the audio half is never run
+    # The audio half never runs, so it is removed, except the modules of its rotary tables.
     for module in (model, *model.transformer_blocks):
         for name, _ in list(module.named_children()):
             if name.startswith(_AUDIO) and not name.endswith("rope"):

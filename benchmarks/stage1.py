@@ -1,14 +1,15 @@
-"""One denoising step of stage 1 with guidance: ours and diffusers' on the same device.
+"""One denoising step of stage 1 with guidance, ours and diffusers', on the same device.
 
     python -m benchmarks.stage1 --latent_frames 21 121
-    python -m benchmarks.stage1 --peer           # the reference's blocks through torch.compile, too
+    python -m benchmarks.stage1 --peer           # also the reference with torch.compile
     python -m benchmarks.stage1 --peer --latent_frames 21 41 61 81 101 121 --figure cost.png
     python -m benchmarks.stage1 --precision fp8  # ours in FP8, and its error against bfloat16
     python -m benchmarks.stage1 --tiny
 
-Random weights of the released size, 704x1280, bfloat16. A step of ours also makes the Euler update.
-In FP8 a further line a length compares one step with bfloat16's from the same weights and latents:
-relative errors of the latents and of their change, which is the velocity.
+The weights are random and have the released size; 704x1280 pixels, bfloat16. Our step includes the
+Euler update. With FP8, a further line per length compares one step with the step in bfloat16, for
+the same weights and latents. It has the relative errors of the latents and of their change, which
+is the velocity.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks import common
 
 
 def sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], int]:
-    """Configuration, latent frames, latent rows and columns, text tokens."""
+    """Returns configuration, latent frames, latent rows and columns, and text tokens."""
     from sanawm_jax.checkpoints.sizes import RELEASED, TINY
 
     if given.tiny:
@@ -33,11 +34,14 @@ def sizes(given: argparse.Namespace) -> tuple[Any, list[int], tuple[int, int], i
 def inputs(
     config: Any, frames: int, grid: tuple[int, int], text: int, dtype: Any, batch: int = 2
 ) -> tuple[Any, Any]:
-    """Random latents (1, F, H, W, C) float32 and conditions with a camera that moves forward.
+    """Returns random latents (1, F, H, W, C) float32, and conditions with a moving camera.
 
     Args:
-      text: tokens a prompt.
-      batch: prompts, 2 with guidance.
+      config: the DiT's.
+      frames, grid: F and (H, W).
+      text: tokens per prompt.
+      dtype: of the conditions.
+      batch: number of prompts, 2 with guidance.
     """
     import jax
     import jax.numpy as jnp
@@ -63,7 +67,7 @@ def inputs(
 
 
 def ours(given: argparse.Namespace) -> None:
-    """Measures `pipeline.stage1.denoise_step`."""
+    """Measures `sampling.stage1.denoise_step`."""
     import jax.numpy as jnp
 
     from sanawm_jax.sampling.stage1 import denoise_step
@@ -76,7 +80,7 @@ def ours(given: argparse.Namespace) -> None:
         return denoise_step(
             graphdef,
             params,
-            jnp.array(start),  # the step takes its latents' memory
+            jnp.array(start),  # a copy, because the latents are donated to the step
             conditions,
             *map(jnp.float32, (0.7, 0.6, 5.0)),
             dtype=dtype,
@@ -94,7 +98,7 @@ def ours(given: argparse.Namespace) -> None:
         common.report("ours", what, step, given.repeats, **extra)
     if given.precision == "bf16":
         return
-    del params  # both at once would count to the memory
+    del params  # so that the two sets of weights are never in memory together
     graphdef, params = common.random_dit(config, dtype, "bf16")
     for frames, latents in made.items():
         start, conditions = inputs(config, frames, grid, text, dtype)
@@ -122,7 +126,7 @@ def reference(given: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = SanaWMTransformer3DModel(**published_fields(config))
     model = common.fill_reference(model, device, dtype)
-    # a plain attribute, made on the meta device too
+    # This plain attribute was made on the meta device too, so it is made again.
     model.rope = SanaWMRotaryPosEmbed(
         attention_head_dim=config.linear_head_dim, patch_size=config.patch_size, max_seq_len=1024
     )
@@ -156,11 +160,11 @@ def reference(given: argparse.Namespace) -> None:
 
 
 def draw(found: dict[str, dict[str, Any]], out: Path) -> None:
-    """Seconds of a step by the clip's latent frames, one curve a side.
+    """Draws the seconds of a step by the clip's latent frames, with one curve per side.
 
     Args:
-      found: of `common.run_sides`.
-      out: a PNG.
+      found: the result of `common.run_sides`.
+      out: a PNG file.
     """
     from sanawm_jax.training.curves import panels
 
@@ -183,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--latent_frames", type=int, nargs="+", default=[21, 121])
-    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="of ours")
-    parser.add_argument("--figure", type=Path, help="a PNG of seconds by length, of all sides")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16", help="our side")
+    parser.add_argument("--figure", type=Path, help="write seconds by length to this PNG file")
     found = common.run_sides(parser, {"ours": ours, "reference": reference}, arguments)
     figure = parser.parse_args(arguments).figure
     if figure and found:

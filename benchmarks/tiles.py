@@ -1,11 +1,12 @@
-"""How fast a Hopper GPU moves what the recurrence's kernels move, without their arithmetic.
+"""The time in which a Hopper GPU only moves the data of the recurrence's kernels.
 
     python -m benchmarks.tiles                      # 121 latent frames, two prompts
 
-A block of threads a head and frame brings tiles of 64 tokens and matrices of float32 to its shared
-memory by the copy engine and sends others back, as `kernels_pallas.gdn.gpu_hopper`'s kernels do.
-What is sent is what happens to lie there. One JSON line a part, named as in `benchmarks.kernels`:
-median ms and GB/s. A kernel with these reads and writes takes no less.
+There is one block of threads per head and frame. It copies tiles of 64 tokens and float32 matrices
+to its shared memory with the copy engine, and copies others back, as the kernels of
+`kernels_pallas.gdn.gpu_hopper` do. It computes nothing, so the written values have no meaning. The
+script prints one JSON line per part, with the names of `benchmarks.kernels`: median ms and GB/s. A
+kernel with these reads and writes cannot be faster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kernels_pallas import choice
 from kernels_pallas.gdn import gpu_hopper as hopper
 from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
-# part -> how many tokens and matrices come, and how many of each go
+# part -> the numbers of token arrays and matrices that are read, and of those that are written
 PARTS = {
     "frame maps": (2, 0, 0, 2),
     "recurrence, one direction": (0, 2, 0, 1),
@@ -80,12 +81,15 @@ def move(
     slots: int = 4,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """What the part writes: copies of its tokens, then matrices.
+    """Returns the arrays that the part writes: copies of its tokens, then matrices.
 
     Args:
-      tokens: as many (F, P, N, D) bfloat16 as the part reads.
-      matrices: as many (F, N, D, D) float32 as it reads.
+      part: a key of `PARTS`.
+      tokens: the arrays (F, P, N, D) bfloat16 that the part reads.
+      matrices: the arrays (F, N, D, D) float32 that it reads.
       shape: (F, P, N, D).
+      slots: number of tiles in shared memory per array.
+      interpret: whether and how Pallas interprets the kernel.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

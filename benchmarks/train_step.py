@@ -1,19 +1,21 @@
 """One stage-1 training step at the released size: seconds, utilisation, peak memory.
 
-    python -m benchmarks.train_step                              # all weights, six lengths
+    python -m benchmarks.train_step                              # all weights, six clip lengths
     python -m benchmarks.train_step --lora 32 --latent_frames 21
     python -m benchmarks.train_step --chunk_causal --latent_frames 121
     python -m benchmarks.train_step --latent_frames 121 --context 2 --fsdp 1   # on two devices
     python -m benchmarks.train_step --tiny                       # seconds on a CPU
 
-What `train.py` compiles for `configs/stage1_bidirectional.py`, by default on one device: noise,
-loss and gradients in bfloat16 over float32 masters with rematerialisation, clipping, optimizer and
-guard; the state is donated. One clip of random latents of 704x1280, camera and 300 text tokens lies
-on the device. Weights are random and nowhere zero, since zeros would save a card power and time.
+The step is the one that `train.py` compiles for `configs/stage1_bidirectional.py`, by default on
+one device: noise, loss and gradients in bfloat16 with float32 weights and rematerialisation,
+gradient clipping, optimizer, and the guard against loss spikes. The training state is donated. The
+device holds one clip of random latents of 704x1280 pixels, its camera and 300 text tokens. Weights
+are random and never zero, because a card needs less power, and so less time, for zeros.
 
-Every length has a process of its own, shortest first; one that does not fit prints a line with
-`error` and what it `needs_gib` by the compiler's plan. `mfu` is that of a run's log, over the data
-sheet's peak; `of_achievable` divides by what large products reach, as `benchmarks.profile_step`.
+Every length runs in its own process, the shortest first. For a length that does not fit, the script
+prints a line with `error`, and with `needs_gib` from the compiler's plan. `mfu` is the number in
+the log of a run, relative to the peak of the data sheet. `of_achievable` is relative to the speed
+that large products reach, as in `benchmarks.profile_step`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sanawm_jax.runtime.compiler_flags import use_compiler_flags
 
 
 def run_config(given: argparse.Namespace) -> Any:
-    """The configuration of a run, by default on one device."""
+    """Returns the configuration of a run, by default on one device."""
     from configs import stage1_bidirectional, stage1_chunk_causal
     from sanawm_jax.checkpoints.files import published_fields
     from sanawm_jax.checkpoints.sizes import TINY
@@ -49,15 +51,16 @@ def run_config(given: argparse.Namespace) -> Any:
         config.dtype = "float32"
         config.dit.update(published_fields(TINY.dit))
     if given.lora:
-        config.init_weights = "random"  # a name: `build_recipe` makes the base
+        config.init_weights = "random"  # any name; `build_recipe` makes the base model
     return config
 
 
 def build_recipe(config: Any, frames: int, grid: tuple[int, int], text: int) -> tuple[Any, Any]:
-    """The recipe of a run with random weights, and a batch (1, 1, ...) of each of its arrays.
+    """Returns the recipe of a run with random weights, and a batch (1, 1, ...) of every input.
 
     Args:
-      frames, grid: latent frames, rows and columns.
+      config: the run's.
+      frames, grid: latent frames, and their rows and columns.
       text: tokens of the caption.
     """
     import jax
@@ -76,7 +79,7 @@ def build_recipe(config: Any, frames: int, grid: tuple[int, int], text: int) -> 
     model, dtype = dit_config(config), compute_dtype(config.dtype)
 
     class Objective(Stage1Objective):
-        """Begins with random weights, and knows no folder."""
+        """Starts with random weights, and reads no folder."""
 
         def init(self, shardings: Any) -> Any:
             if not self.lora:
@@ -101,13 +104,13 @@ def build_recipe(config: Any, frames: int, grid: tuple[int, int], text: int) -> 
     batch = {name: np.repeat(np.asarray(a)[None], config.batch_size, 1) for name, a in rows.items()}
     null = (np.zeros(rows["text"].shape[1:], np.float32), np.ones((text,), np.int32))
     source = LatentSource(size=1, frames=frames, grid=grid, null=null)
-    workdir = Path(tempfile.gettempdir())  # nothing is exported
+    workdir = Path(tempfile.gettempdir())  # nothing is written there
     objective = Objective(config, model, frames)
     return recipe_of_latents(config, workdir, model, objective, source), batch
 
 
 def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
-    """The line of one length."""
+    """Returns the line of one length."""
     import jax
     import jax.numpy as jnp
 
@@ -171,10 +174,10 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
 
 
 def _plan(compiled: Any) -> dict[str, float]:
-    """GiB that the compiled step needs in all, and of them what it is given: state, data."""
+    """Returns the GiB that the compiled step needs, and the part of them that is its arguments."""
     plan = compiled.memory_analysis()
     given, made = plan.argument_size_in_bytes, plan.output_size_in_bytes
-    # the donated state is both given and made
+    # The donated state is counted both as an argument and as a result.
     whole = given + made - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     return {
         "needs_gib": round(whole / common.GIB, 4),
@@ -189,24 +192,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
     parser.add_argument("--chunk_causal", action="store_true", help="chunks of 3 latent frames")
     parser.add_argument("--remat", default="full", help="none, dots, full or parts")
-    parser.add_argument("--optimizer", default="adamw", help="or muon, with half the moments")
-    parser.add_argument("--ema_decay", type=float, default=0.0, help="0 keeps no average")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that share the weights out")
-    parser.add_argument("--context", type=int, default=1, help="devices that share the frames out")
+    parser.add_argument("--optimizer", default="adamw", help="or muon (half the moments)")
+    parser.add_argument("--ema_decay", type=float, default=0.0, help="0: no average")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that divide the weights")
+    parser.add_argument("--context", type=int, default=1, help="devices that divide the frames")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
-    parser.add_argument("--repeats", type=int, default=3, help="steps that the median is of")
-    parser.add_argument("--one", action="store_true", help="of each length, in this process")
+    parser.add_argument("--repeats", type=int, default=3, help="steps for the median")
+    parser.add_argument("--one", action="store_true", help="run all lengths in this process")
     given = parser.parse_args(arguments)
     use_compiler_flags()
     lengths = given.latent_frames or ([5] if given.tiny else [21, 41, 61, 81, 101, 121])
-    # as much as leaves the libraries room; JAX takes 0.75 by default
+    # This share leaves enough memory for the libraries; JAX's default is 0.75.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     words = list(sys.argv[1:] if arguments is None else arguments)
     for frames in sorted(lengths):
         if given.one:
             print(json.dumps(measure(given, frames)), flush=True)
             continue
-        # the last --latent_frames counts
+        # If --latent_frames is given twice, the last one is used.
         _, status = common.in_own_process([*words, "--latent_frames", str(frames), "--one"])
         if status:
             print(json.dumps({"latent_frames": frames, "error": status}), flush=True)

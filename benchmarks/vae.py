@@ -1,9 +1,10 @@
-"""Decoding a clip in tiles, and encoding one picture: ours and diffusers' on the same device.
+"""Decoding a clip in tiles, and encoding one image, ours and diffusers', on the same device.
 
     python -m benchmarks.vae --latent_frames 13 121
     python -m benchmarks.vae --tiny
 
-Random weights of the released size, 704x1280, bfloat16, tiles of 512x512 pixels and 96 frames.
+The weights are random and have the released size; 704x1280 pixels, bfloat16, tiles of 512x512
+pixels and 96 frames.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""One `get_config()` a run; every number that a run can change lives here."""
+"""One `get_config()` per kind of run. All numbers that a run can change are defined here."""

@@ -1,4 +1,4 @@
-"""The stages of a world model's pre-training, each of which starts from the one before.
+"""The stages of a world model's pre-training. Each stage starts with the weights of the last one.
 
     python train.py --config=configs/curriculum.py:gdn_5s --workdir=A --config.data_dir=LATENTS
     python train.py --config=configs/curriculum.py:hybrid_5s --workdir=B --config.data_dir=LATENTS
@@ -8,10 +8,11 @@
 
 `A_FOLDER` is a stage-1 folder whose transformer/ is A/export/transformer.
 
-Found in what NVlabs/Sana publishes: the network, 16 frames a second and 961 frames of the final
-stage, data without cameras in the mix, 15 days on 64 H100 in all, and the optimizer of the later
-chunk-causal fine-tune, which every stage has here. Not found, and ours: the order's clip length of
-81 frames, steps, rates, batch sizes, the mix of data, and what the last stage's data are.
+NVlabs/Sana publishes the network, the 961 frames at 16 frames per second of the final stage, that
+the data are partly without cameras, the total of 15 days on 64 H100, and the optimizer of the later
+chunk-causal fine-tuning, which all stages use here. It does not publish the clip length of the
+first stages (81 frames here), the numbers of steps, the learning rates, the batch sizes, the
+mixture of the data, and the data of the last stage. These values are our own.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from ml_collections import ConfigDict
 
 from configs import stage1_bidirectional
 
-# lines that differ from `stage1_bidirectional`
+# Fields that differ from `stage1_bidirectional`.
 _STAGES: dict[str, dict] = {
-    # five seconds: 81 frames are 11 latents. The recurrence alone, and no poses
+    # Five seconds: 81 pixel frames are 11 latent frames. All layers are recurrent; no camera.
     "gdn_5s": {"use_camera": False, "dit.softmax_every_n": 0},
-    # every fourth layer becomes softmax attention, with the recurrent layer's own weights
+    # Every fourth layer becomes a softmax layer, and starts with the recurrent layer's weights.
     "hybrid_5s": {"use_camera": False, "dit.softmax_every_n": 4},
     "minute_camera": {},
-    # chosen clips
+    # Fine-tuning on selected clips.
     "sft": {"steps": 5_000, "save_every": 50},
 }
 
 
 def get_config(stage: str = "minute_camera") -> ConfigDict:
-    """One stage: gdn_5s, hybrid_5s, minute_camera or sft."""
+    """Returns the configuration of a stage: gdn_5s, hybrid_5s, minute_camera or sft."""
     if stage not in _STAGES:
         raise ValueError(f"no stage {stage!r}; use one of {', '.join(_STAGES)}")
     config = stage1_bidirectional.get_config()

@@ -1,8 +1,8 @@
-"""LoRA fine-tuning of the released world model, adapters on its attention.
+"""LoRA fine-tuning of the released world model, with adapters on its attention.
 
 python train.py --config=configs/lora.py --workdir=DIR --config.data_dir=LATENTS
 
-Rank and targets are ours: no recipe for adapters of stage 1 is published.
+The rank and the targets are our own, because no recipe for adapters of stage 1 is published.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from configs import stage1_bidirectional
 
 
 def get_config() -> ConfigDict:
-    """`export/lora/` holds the adapters for PEFT, `export/transformer/` the weights with them."""
+    """Returns the configuration.
+
+    The run writes the adapters for PEFT to `export/lora/`, and the merged weights to
+    `export/transformer/`.
+    """
     config = stage1_bidirectional.get_config()
     config.init_weights = "Efficient-Large-Model/SANA-WM_bidirectional-diffusers"
     config.lora.rank = 32

@@ -4,8 +4,8 @@
         --config.stage1_dir=Efficient-Large-Model/SANA-WM_bidirectional-diffusers
         --config.base_dir=LTX2_REFINER
 
-Rank, targets, start level, chunks, window and curriculum are those of NVlabs/Sana; its learning
-rate for this stage is not published and is stage 1's here.
+Rank, targets, first noise level, chunks, window and curriculum are those of NVlabs/Sana. The
+learning rate of this stage is not published, so it is that of stage 1.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from configs import common
 
 
 def add_fields(config: ConfigDict) -> None:
-    """What every training run of a refiner has besides `common.training`."""
-    config.stage1_dir = ""  # a stage-1 folder, of which the VAE and the text encoder are taken too
-    config.base_dir = (
-        ""  # a refiner folder to start from; empty: a new one, of `refiner` and `text`
-    )
+    """Adds the fields that every training run of a refiner has in addition to `common.training`."""
+    config.stage1_dir = ""  # a stage-1 folder; its VAE and text encoder are used too
+    # a refiner folder to start from; empty: a new refiner with the sizes `refiner` and `text`
+    config.base_dir = ""
     config.cache_dir = ""  # encoded clips and pairs of another run; empty: workdir/latents
-    # rank 0 trains all weights; targets are linear layers by their path; alpha 0 is the rank
+    # rank 0 trains all weights; targets match paths of linear layers; alpha 0: the rank
     config.lora = ConfigDict(dict(rank=0, alpha=0.0, targets=(r"blocks\.attn\.(q|k|v)",)))
     # how stage 1 samples the training clips, once
     config.pairs = ConfigDict(dict(steps=20, cfg_scale=1.0, seeds=1, batch=1))
 
     config.objective = "clip"  # or stream
     config.levels = "uniform"  # or shifted_logit_normal
-    # where a new refiner's sampling starts, and its steps; empty: those of the release. That of
+    # noise levels of a new refiner's sampling steps; empty: those of the release. A refiner in
     # base_dir has its own
     config.sigmas = ()
-    config.stage1_noise = (0.0, 0.0)  # least and most noise added to stage 1
+    config.stage1_noise = (0.0, 0.0)  # lowest and highest level of the noise added to stage 1
     config.sink_frames = 1
     config.stream = ConfigDict(
         dict(
@@ -53,10 +52,11 @@ def add_fields(config: ConfigDict) -> None:
     )
     config.fps = 16.0
     config.remat = "none"
-    config.text_length = 300  # of stage 1's captions
+    config.text_length = 300  # tokens of stage 1's captions
 
 
 def get_config() -> ConfigDict:
+    """Returns the configuration of the released size."""
     config = common.training("refiner")
     add_fields(config)
     config.views = 1

@@ -10,7 +10,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.weights = "Efficient-Large-Model/SANA-WM_bidirectional-diffusers"
-    config.refiner_weights = ""  # "": stage 1 is decoded unrefined
+    config.refiner_weights = ""  # "": the result of stage 1 is decoded without refinement
     config.image = ""
     config.prompt = ""
     config.negative_prompt = ""
@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.fps = 16
     config.step = 60
     config.cfg_scale = 5.0
-    config.flow_shift = 0.0  # 0: the scheduler's own
+    config.flow_shift = 0.0  # 0: the value of the scheduler's configuration
     config.text_length = 300
     config.seed = 42
     config.sink_size = 1
@@ -34,5 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.precision = "bf16"
     config.offload = "none"
     config.devices = 1
-    config.vae_tiling = "auto"  # tiles of 512x512 pixels and 96 frames if larger; none, always
+    # none; always: tiles of 512x512 pixels and 96 frames; auto: tiles if the video is larger
+    config.vae_tiling = "auto"
     return config

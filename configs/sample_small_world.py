@@ -1,4 +1,4 @@
-"""Sampling defaults of the small world, 49 frames of 128x128, refined: `python sample.py` alone."""
+"""Sampling defaults of `python sample.py`: 49 frames of 128x128 of the small world, refined."""
 
 import ml_collections
 

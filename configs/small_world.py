@@ -1,4 +1,4 @@
-"""The small world's stage 1, a DiT of about twelve million parameters.
+"""Stage 1 of the small world, a DiT with about twelve million parameters.
 
 python train.py --config=configs/small_world.py --workdir=DIR --config.data_dir=DATA
     --config.vae_dir=VAE_DIR/export/vae
@@ -12,14 +12,14 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """About eleven minutes on one 80 GB accelerator, after encoding the clips."""
+    """The run takes about eleven minutes on one 80 GB accelerator, after the clips are encoded."""
     config = common.training("dit")
     config.update(common.stage1())
-    config.text_dir = ""  # holds text_encoder/ and tokenizer/; empty: make the small ones
+    config.text_dir = ""  # a folder with text_encoder/ and tokenizer/; empty: make small ones
     config.text_width = 128
     config.text_length = 300
     config.cache_batch = 16
-    config.views = 4  # of each clip: as it is, mirrored, backwards, both
+    config.views = 4  # versions of each clip: unchanged, mirrored, reversed, both
     config.dit = ConfigDict(
         dict(
             num_layers=8,

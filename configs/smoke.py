@@ -1,4 +1,4 @@
-"""A tiny stage-1 run on latents that are made up: does training work here, on this mesh?
+"""A tiny stage-1 run on synthetic latents, to test whether training works on a machine or a mesh.
 
 python train.py --config=configs/smoke.py --workdir=DIR
 """
@@ -11,13 +11,13 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """Half a minute to a few minutes on a CPU; needs neither data nor an autoencoder."""
+    """The run takes between half a minute and a few minutes on a CPU, and needs no data or VAE."""
     config = common.training("stage1")
     config.dtype = "float32"
     config.update(common.stage1())
     config.data = common.stage1_data()
     config.synthetic = ConfigDict(
-        dict(clips=32, latent_frames=16, height=4, width=4, captions=4)  # on the latent grid
+        dict(clips=32, latent_frames=16, height=4, width=4, captions=4)  # size of the latent grid
     )
     config.dit = ConfigDict(
         dict(

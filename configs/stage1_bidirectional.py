@@ -1,4 +1,4 @@
-"""Stage 1 of the release, bidirectional: the 2.66 B DiT, fine-tuned on 60 s clips of 704 x 1280.
+"""The bidirectional stage 1 of the release, a 2.66 B DiT, fine-tuned on 60 s clips of 704 x 1280.
 
 python train.py --config=configs/stage1_bidirectional.py --workdir=DIR --config.data_dir=LATENTS
     --config.init_weights=SANA-WM_bidirectional-diffusers
@@ -12,19 +12,21 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """The published optimizer, noise and mesh; docs/training.md says what was not published."""
+    """The optimizer, noise and mesh are the published ones; docs/training.md lists the others."""
     config = common.training("stage1")
     config.seed = 3407
-    config.dtype = "bfloat16"  # compute; masters, moments and gradients' sums are float32
+    # dtype of the computation; weights, moments and sums of gradients are float32
+    config.dtype = "bfloat16"
     config.update(common.stage1())
     config.data = common.stage1_data()
-    # without data_dir: shapes of the published example set, 961 frames of 704 x 1280
+    # without data_dir: the shapes of the published example set, 961 frames of 704 x 1280
     config.synthetic = ConfigDict(dict(clips=8, latent_frames=121, height=22, width=40, captions=4))
-    config.dit = ConfigDict()  # the release's
+    config.dit = ConfigDict()  # the sizes of the release
     config.remat = "full"
     config.flow_shift = 9.95
 
-    # eight devices: each pair shares the frames of a clip, the four pairs share the weights
+    # Eight devices are four pairs. A pair divides the frames of a clip; the pairs divide the
+    # weights.
     config.mesh.update(fsdp=4, context=2)
     config.batch_size = 4
     config.steps = 100_000

@@ -1,4 +1,4 @@
-"""Stage 1 of the release, chunk-causal: chunks of three latent frames that see no later chunk.
+"""The chunk-causal stage 1 of the release. Chunks of three latent frames do not see later chunks.
 
 python train.py --config=configs/stage1_chunk_causal.py --workdir=DIR --config.data_dir=LATENTS
     --config.init_weights=SANA-WM_bidirectional-diffusers
@@ -12,7 +12,7 @@ from configs import stage1_bidirectional
 
 
 def get_config() -> ConfigDict:
-    """The published fine-tune: noise steps by chunk, in four modes."""
+    """The published fine-tuning. Each chunk has its noise level, which is drawn in four ways."""
     config = stage1_bidirectional.get_config()
     config.chunk_size = 3
     return config

@@ -1,10 +1,10 @@
-"""The published chunk-causal fine-tune on the published example set, filtered as upstream does.
+"""The published chunk-causal fine-tuning on the published example set, with upstream's filters.
 
 python train.py --config=configs/stage1_example_set.py --workdir=DIR --config.data_dir=RAW
     --config.data.latent_dir=LATENTS --config.init_weights=SANA-WM_bidirectional-diffusers
 
-RAW is the folder of the raw zips and sidecars, sekai_game_train_961frames_16fps_ovl640; LATENTS
-that of the latent zips, LTX2VAE_diffusers_704x1280.
+RAW is the folder of the raw zips and sidecars, sekai_game_train_961frames_16fps_ovl640. LATENTS is
+the folder of the latent zips, LTX2VAE_diffusers_704x1280.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from configs import stage1_chunk_causal
 
 
 def get_config() -> ConfigDict:
-    """`stage1_chunk_causal` with upstream's filters, captions and repeats."""
+    """Returns `stage1_chunk_causal` with upstream's filters, captions and number of repeats."""
     config = stage1_chunk_causal.get_config()
     config.data.format = "zip_latents"
     config.data.repeat = 16

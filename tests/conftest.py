@@ -17,10 +17,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
-    """A module starts without the programs of those before it, and collects its own garbage alone.
+    """Clears JAX's caches before each module, and limits the garbage collector to new objects.
 
-    Millions of objects, of imported libraries and of earlier tests, would be scanned again and
-    again while jax traces: late tests would take several times as long as when they run alone.
+    Otherwise the collector would scan millions of objects of imported libraries and earlier tests
+    again and again while JAX traces. The last tests would take several times as long as alone.
     """
     gc.unfreeze()
     jax.clear_caches()
@@ -30,17 +30,17 @@ def small_heap() -> None:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Random numbers that depend on the test's name alone."""
+    """Returns random numbers that depend only on the name of the test."""
     return np.random.default_rng(abs(hash_of(request.node.name)))
 
 
 def hash_of(text: str) -> int:
-    """A hash that does not change from process to process."""
+    """Returns a hash that is the same in every process."""
     return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "little")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves out tests of several devices, whose count is fixed for a process, unless asked for."""
+    """Skips multi-device tests unless requested: a process cannot change its number of devices."""
     if collection_path.name == "multi_device" and collection_path.is_dir():
         return True if not any("multi_device" in arg for arg in config.args) else None
     return None

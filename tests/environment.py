@@ -1,4 +1,4 @@
-"""The environment that the tests and the commands they start run in, set before jax starts."""
+"""The environment variables of tests and of the commands that they start. Set before JAX starts."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 
 def users_environment() -> dict[str, str]:
-    """The environment of a command that compiles as a user's would."""
+    """Returns the environment of a command that compiles as it does for a user."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_FLAGS"))}
     return {**kept, "JAX_PLATFORMS": os.environ["JAX_PLATFORMS"], "SANAWM_COMPILATION_CACHE": "off"}

@@ -1,13 +1,13 @@
-"""Breaks one line of the maths at a time and asks whether the tests notice.
+"""Changes one line of the mathematics at a time, and checks that the tests detect the change.
 
     python -m tests.mutations                 all of them, in copies of this tree
     python -m tests.mutations --only NAME     those whose name contains NAME
     python -m tests.mutations --list          their names
 
-A test that passes proves little if it also passes on wrong code. Each entry of the tables in
-`tests/mutation_tables` changes one line and names the tests that have to fail then. Every change is
-made in a temporary copy of the tree, never in the tree itself. The exit status is 1 if a mutation
-survived without a written reason, or if a mutation could not be tried.
+A test proves little if it also passes on wrong code. Each entry of the tables in
+`tests/mutation_tables` changes one line, and names the tests that must then fail. Every change is
+made in a temporary copy of the repository. The exit status is 1 if a mutation survives without a
+written reason, or if a mutation cannot be tried.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Mutation:
     """One changed line.
 
     Attributes:
-      name: of the change, with the area that it belongs to in front.
-      file: that is changed, from the root of the repository.
-      old: exact text that stands there once.
-      new: what it becomes.
-      tests: files or tests that have to fail, as pytest takes them.
-      survives: why the tests may pass all the same; empty if they must not.
+      name: name of the change, which begins with its area.
+      file: the file to change, from the root of the repository.
+      old: exact text, which the file contains once.
+      new: the text that replaces it.
+      tests: files or tests that must fail, as arguments of pytest.
+      survives: the reason why the tests may pass; empty if they must fail.
       jax: the first version of JAX that the tests need.
     """
 
@@ -67,7 +67,7 @@ def read_tables() -> list[Mutation]:
 
 
 def copy_tree(folder: Path) -> Path:
-    """A copy of all that the tests need, in `folder`."""
+    """Copies all files that the tests need to `folder`."""
     ignored = shutil.ignore_patterns("__pycache__")
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -78,7 +78,7 @@ def copy_tree(folder: Path) -> Path:
 
 
 def environment(compiled: str) -> dict[str, str]:
-    """Of the tests: programs that one run compiled are there for the next."""
+    """Returns the environment of the tests. Their runs share a cache of compiled programs."""
     return {
         **os.environ,
         "PYTHONDONTWRITEBYTECODE": "1",  # a line may change twice within one tick of a file's clock
@@ -90,7 +90,7 @@ def environment(compiled: str) -> dict[str, str]:
 def run_tests(
     tree: Path, tests: tuple[str, ...], compiled: str, timeout: float = TIMEOUT
 ) -> tuple[int, str]:
-    """Exit status and output of pytest in a copy, until the first failure."""
+    """Runs pytest in a copy until the first failure, and returns its exit status and output."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(
@@ -107,10 +107,10 @@ def run_tests(
 
 
 def mutate(text: str, mutation: Mutation) -> str:
-    """The text of a file with the mutation in it.
+    """Returns the text of a file with the mutation.
 
     Raises:
-      ValueError: the old text does not stand there exactly once.
+      ValueError: the file does not contain the old text exactly once.
     """
     count = text.count(mutation.old)
     if count != 1:
@@ -119,7 +119,7 @@ def mutate(text: str, mutation: Mutation) -> str:
 
 
 def try_mutation(mutation: Mutation, tree: Path, compiled: str) -> str:
-    """Makes one change, runs its tests and takes the change back.
+    """Makes one change, runs its tests, and undoes the change.
 
     Returns:
       killed, survived, or what kept the tests from running.
@@ -139,7 +139,7 @@ def try_mutation(mutation: Mutation, tree: Path, compiled: str) -> str:
 
 
 def report(results: dict[Mutation, str]) -> int:
-    """Prints the sums and what is wrong; the exit status."""
+    """Prints a summary and the problems, and returns the exit status."""
     killed = [m for m, result in results.items() if result == "killed"]
     survived = [m for m, result in results.items() if result == "survived"]
     excused = [m for m in survived if m.survives]

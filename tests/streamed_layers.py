@@ -1,4 +1,4 @@
-"""Which layers that wait in host memory are on the device, for tests of what streams them."""
+"""Records which layers of a network in host memory are on the device, for tests of `Streamer`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Layers:
     """Counts layers by the arrays that were uploaded.
 
     Attributes:
-      most: layers that were on the device at a time.
+      most: the largest number of layers that were on the device at the same time.
       brought: every layer that was uploaded, in order.
     """
 
@@ -41,12 +41,12 @@ class Layers:
         monkeypatch.setattr(streaming.Streamer, "_bring", counted)
 
     def alive(self) -> int:
-        """Layers on the device; one of which two copies are there counts twice."""
+        """Returns the number of layers on the device; a layer with two copies counts twice."""
         gc.collect()
         self._arrays = [(i, array) for i, array in self._arrays if array() is not None]
         return len({i for i, _ in self._arrays})
 
     def forget(self) -> None:
-        """Starts to count anew, but for what is on the device."""
+        """Resets the counts, except for the layers that are on the device."""
         self.most = self.alive()
         self.brought.clear()

@@ -28,7 +28,7 @@ GRAPHDEF, ABSTRACT = build(DiT, CONFIG)
 
 
 def random_params(seed: int = 0) -> Params:
-    """Every leaf random, also those that start at zero and would hide a branch."""
+    """Draws every parameter; a parameter that stays zero would hide a branch of the network."""
     rng = np.random.default_rng(seed)
     flat = {}
     for path, leaf in leaves(ABSTRACT):

@@ -16,7 +16,7 @@ SIZE = (64, 48)  # width, height
 
 
 def random_path(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """(frames, 4, 4) float32: a camera that turns and drifts, far from the origin."""
+    """Returns (frames, 4, 4) float32 poses of a rotating and moving camera, far from the origin."""
     c2w = np.tile(np.eye(4), (frames, 1, 1))
     c2w[:, :3, :3] = Rotation.from_rotvec(
         np.cumsum(rng.normal(0, 0.03, (frames, 3)), 0)
@@ -26,7 +26,7 @@ def random_path(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def make_sample(key: str, seed: int, **over: object) -> ZipSample:
-    """A sample whose latents, camera and prompt depend on the seed alone."""
+    """Returns a sample whose latents, camera and prompt depend only on the seed."""
     rng = np.random.default_rng(seed)
     fields = {
         "latents": rng.standard_normal(SHAPE).astype(np.float16),
@@ -40,7 +40,7 @@ def make_sample(key: str, seed: int, **over: object) -> ZipSample:
 
 
 def write_set(folder: Path, zips: int = 3, samples: int = 4) -> Path:
-    """`zips` zips of `samples` samples s<zip><number> each."""
+    """Writes `zips` zips with `samples` samples s<zip><number> each."""
     for number in range(zips):
         write_zip_latents(
             folder,
@@ -51,12 +51,12 @@ def write_set(folder: Path, zips: int = 3, samples: int = 4) -> Path:
 
 
 def folders(*sets: Path) -> Sequence[tuple[Path, Path]]:
-    """What `index_zips` takes."""
+    """Returns the folders for `index_zips`."""
     return [(folder / "raw", folder / "latents") for folder in sets]
 
 
 def flip_bytes(file: Path, member: str) -> None:
-    """Damages the middle of a stored member of a zip, whose directory stays whole."""
+    """Damages the middle of a stored member of a zip, but not the zip's directory."""
     import zipfile
 
     with zipfile.ZipFile(file) as archive:

@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from kernels_pallas.triton import fma
 
 Rows = tuple[jax.Array, ...]  # one vector of channels per row
-_OUTSIDE = -9984.0  # stands for x outside the frame: its SiLU is 0 whatever bias is added
+_OUTSIDE = -9984.0  # The value of x outside the frame. Its SiLU is 0 for any bias.
 
 
 @dataclasses.dataclass(frozen=True)

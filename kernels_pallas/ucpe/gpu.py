@@ -5,7 +5,7 @@ and rotations once for all heads. It holds a head as eight blocks of (tokens, D/
 of the first half and of the second half. A 4x4 product and two rotated pairs are then sums of whole
 blocks, and a sum over the head is a sum of blocks followed by one reduction. Everything runs in
 float32 and is rounded once, at the end. The XLA implementation rounds there too, or more often.
-Axis letters: B batch, F frames, P tokens a frame, N heads, D head size.
+Axis letters: B batch, F frames, P tokens per frame, N heads, D head size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Norm, rotary embedding and UCPE ray transform of the heads of tokens, for XLA on any device.
 
-Axis letters: B batch, F latent frames, P tokens a frame, N heads, D head size.
+Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size.
 Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
 """
 

@@ -1,20 +1,20 @@
-"""Linear layers in FP8 (e4m3): weights stored in it, activations rounded to it as they come.
+"""Linear layers in FP8 (e4m3). Weights are stored in FP8, and activations are rounded to it.
 
     y = s_x s_w (x8 W8^T) + b,  x8 = e4m3(x / s_x),  W8 = e4m3(W^T / s_w)
 
-Both scales are one number a tensor: that is all that XLA's FP8 product takes on Hopper, and a scale
-a token or an output channel is no more accurate on trained weights (small world, 20 steps: 0.088
-in place of 0.089), since e4m3 lacks bits and not range. They are powers of two, so scaling rounds
-nothing and a scale is exact in bfloat16 as well.
+Each of the two scales is one number per tensor. XLA's FP8 product on Hopper takes nothing else. A
+scale per token or per output channel is not more accurate on trained weights (small world, 20
+steps: error 0.088 instead of 0.089), because e4m3 has enough range and too few bits. The scales are
+powers of two, so scaling does not round, and a scale is also exact in bfloat16.
 
-XLA makes one call of the lines in `float8_matmul`, of a library or, where it measures that to be
-faster (an H100 under jax 0.11), of Triton: a product of two e4m3 matrices, each with its contracted
-axis last, then a scalar factor, then a vector. Kernels are therefore (out, in), and everything is
-two-dimensional. Rows that are no multiple of 16, such as 300 text tokens, are
-padded by XLA.
+XLA compiles `float8_matmul` to one call: a product of two e4m3 matrices whose contracted axes are
+last, then a scalar factor, then a vector. The call goes to a library, or to Triton if XLA measures
+that this is faster (on an H100 with jax 0.11). Kernels therefore have the shape (out, in), and all
+arrays are two-dimensional. XLA pads a number of rows that is not a multiple of 16, such as 300 text
+tokens.
 
-qwix is not used: it wraps a call of the model and keeps its own arrays as parameters, where ours
-are a plain dict of stacked leaves that are loaded, streamed and counted by path.
+The library qwix is not used. It wraps calls of the model and has its own arrays as parameters. Our
+parameters are a plain dict of stacked arrays, which are loaded, streamed and counted by path.
 """
 
 from __future__ import annotations
@@ -35,29 +35,34 @@ from sanawm_jax.core.params import Params, build_with, leaves
 from sanawm_jax.runtime.errors import InputError
 
 FLOAT8 = jnp.float8_e4m3fn
-LARGEST = 448.0  # finite e4m3; beyond it is NaN
-MULTIPLE = 16  # of both sizes of a kernel, which the library asks for
+LARGEST = 448.0  # the largest finite e4m3 number; larger ones become NaN
+MULTIPLE = 16  # the library needs kernels whose two sizes are multiples of this number
 
 
 def scale_for(largest: jax.Array) -> jax.Array:
-    """Scales (float32) that bring magnitudes `largest` below 448: powers of two, 1 for zero.
+    """Returns float32 scales that bring the magnitudes `largest` below 448.
 
-    NaN and infinity get 1 and become NaN in e4m3, so a broken activation stays visible.
+    They are powers of two, and 1 for zero. NaN and infinity also get 1. They become NaN in e4m3, so
+    a wrong activation stays visible.
     """
     bits = lax.bitcast_convert_type(largest.astype(jnp.float32) / LARGEST, jnp.uint32)
-    # up to a whole exponent; so few operations because a compiler may repeat them for every element
+    # Round up to a power of two. The compiler may repeat this per element, so it is short.
     rounded = lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
     return jnp.where((rounded > 0) & (rounded < jnp.inf), rounded, 1.0)
 
 
 def to_float8(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """`x / scale` in e4m3; the scale is a power of two that broadcasts against x."""
+    """Returns `x / scale` in e4m3. The scale is a power of two that broadcasts against x."""
     return (x * (1.0 / scale).astype(x.dtype)).astype(FLOAT8)
 
 
 @jax.jit
 def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
-    """A kernel (..., in, out) as `values` (..., out, in) in e4m3 and `scale` (...) in float32."""
+    """Converts a kernel (..., in, out) to e4m3.
+
+    Returns:
+      `values` (..., out, in) in e4m3, and `scale` (...) in float32.
+    """
     scale = scale_for(jnp.max(jnp.abs(kernel), (-2, -1)))
     values = to_float8(kernel, scale[..., None, None])
     return {"values": jnp.swapaxes(values, -1, -2), "scale": scale}
@@ -67,9 +72,12 @@ def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
 def float8_matmul(
     x: jax.Array, values: jax.Array, scale: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:
-    """x (..., in) times a kernel of `quantise`, plus bias (out,): (..., out) in x's dtype.
+    """Multiplies x (..., in) by a kernel of `quantise` and adds a bias (out,).
 
-    A backend without FP8 products computes with the same rounded numbers in a wider type.
+    A backend without FP8 products computes with the same rounded numbers in a wider dtype.
+
+    Returns:
+      (..., out) in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
     x_scale = scale_for(jnp.max(jnp.abs(rows)))
@@ -86,7 +94,7 @@ def float8_matmul(
 
 
 class Float8Kernel(nnx.Module):
-    """What `quantise` makes of a kernel, its two leaves below the kernel's path."""
+    """The two arrays that `quantise` makes of a kernel, under the kernel's path."""
 
     def __init__(self, kernel: jax.Array):
         quantised = quantise(kernel)
@@ -95,7 +103,7 @@ class Float8Kernel(nnx.Module):
 
 
 class Float8Linear(nnx.Module):
-    """Stands where a `Linear` was."""
+    """The FP8 version of a `Linear`, which it replaces in a model."""
 
     def __init__(self, linear: Linear):
         self.kernel = Float8Kernel(linear.kernel[...])
@@ -116,14 +124,15 @@ class Float8Linear(nnx.Module):
 def build_float8(
     module: type[nnx.Module], config: Any, targets: str
 ) -> tuple[nnx.GraphDef, Params]:
-    """`params.build` with e4m3 kernels in the targeted layers.
+    """Works as `params.build`, but the targeted layers have e4m3 kernels.
 
     Args:
-      targets: regular expression on a linear layer's whole dotted path. A layer whose sizes are
-        no multiples of 16 stays as it is.
+      module, config: see `params.build`.
+      targets: regular expression for the whole dotted path of a linear layer. A layer whose sizes
+        are not multiples of 16 does not change.
 
     Raises:
-      InputError: no layer is left.
+      InputError: no layer can be changed.
     """
 
     def change(model: nnx.Module) -> None:
@@ -146,14 +155,15 @@ def build_float8(
 
 
 def quantising(abstract: Params, place: Callable[[str, Any], Any] | None) -> Callable[..., Any]:
-    """A `place` for `keymap.load` that quantises each kernel as soon as it is read.
+    """Returns a `place` for `keymap.load` that quantises each kernel immediately after reading.
 
     Args:
-      abstract: of `build_float8`; says which kernels.
-      place: what is done with each leaf; None puts it on the device.
+      abstract: the abstract parameters of `build_float8`, which say which kernels are in FP8.
+      place: (dotted path, array) -> the array in its place; None puts it on the device.
 
     Returns:
-      (dotted path, array) -> the leaf, or the two leaves of a kernel by name.
+      A function (dotted path, array) -> the placed array, or, for an FP8 kernel, its two arrays by
+      name.
     """
     suffix = ".values"
     paths = {p.removesuffix(suffix) for p, _ in leaves(abstract) if p.endswith(f".kernel{suffix}")}

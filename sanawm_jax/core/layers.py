@@ -1,7 +1,8 @@
-"""Layers that every tower shares: thin modules over pure functions.
+"""Layers that all networks share: thin modules that call pure functions.
 
-Weights are cast to the dtype of the activations where they are used, so float32 masters and
-bfloat16 compute need no second copy of the model. Axis letters: B batch, C channels.
+Weights are cast to the dtype of the activations where they are used. Training with float32 weights
+and bfloat16 computation therefore needs no second copy of the model. Axis letters: B batch, C
+channels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ zeros_init: Initializer = nnx.initializers.zeros
 
 
 def modulation_table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Learned shifts and scales that a timestep embedding is added to, (rows, width)."""
+    """Returns learned shifts and scales (rows, width), to which a timestep embedding is added."""
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
         return jax.random.normal(key, shape, dtype) / width**0.5
@@ -31,10 +32,10 @@ def modulation_table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
 
 @jax.custom_vjp
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x @ kernel + bias` with one rounding, after the bias, as a fused GEMM epilogue does it."""
+    """Computes `x @ kernel + bias` and rounds once, after the bias, as a fused GEMM does."""
     if jax.default_backend() == "gpu":
-        # cuBLASLt adds the bias before it rounds; asked for float32, it would write the product
-        # at twice the size, for a kernel of its own to read, add and round
+        # cuBLASLt adds the bias before it rounds. With a float32 result it would write twice as
+        # many bytes, and another kernel would have to read them, add the bias and round.
         return x @ kernel + bias
     y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
     return (y + bias.astype(jnp.float32)).astype(x.dtype)
@@ -49,8 +50,8 @@ def _affine_forward(
 def _affine_backward(
     saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # The derivative of the lines above would carry float32 into both products and run them on
-    # the slow units; dy comes in the compute dtype and stays in it.
+    # The automatic derivative would compute both products in float32, which is slow. dy has the
+    # compute dtype, and the products keep it.
     x, kernel = saved
     rows = dy.reshape(-1, dy.shape[-1])
     d_kernel = jnp.matmul(x.reshape(-1, x.shape[-1]).T, rows)
@@ -66,14 +67,15 @@ def _is_wider(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x (..., in) float32 times a bfloat16 kernel (in, out), as in float32.
+    """Multiplies x (..., in) float32 by a bfloat16 kernel (in, out) with float32 accuracy.
 
-    The kernel is read as it is: a float32 copy of one that modulates a large model is half a
-    gigabyte, for one row. x is the sum of three bfloat16 numbers, whose products are exact.
+    The kernel is read in bfloat16. In a large model, a float32 copy of a kernel that computes the
+    modulation would take half a gigabyte, for the product with one row. Therefore x is written as
+    the sum of three bfloat16 numbers, whose products with the kernel are exact.
     """
     parts, rest = [], x
     for _ in range(3):
-        # a mere cast back and forth is what a compiler may leave out
+        # A compiler may remove a cast to bfloat16 and back, but not this operation.
         part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part
@@ -81,12 +83,12 @@ def wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias` on the last axis; kernel (in, out).
+    """Computes `x @ kernel + bias` on the last axis, with a kernel (in, out).
 
     `core.lora.build_adapted` adds `lora_a` (in, R), `lora_b` (R, out) and `lora_scale`.
     """
 
-    # of adapted layers alone
+    # only layers with adapters have these attributes
     lora_a: nnx.LoRAParam
     lora_b: nnx.LoRAParam
     lora_scale: float
@@ -112,7 +114,7 @@ class Linear(nnx.Module):
         return self._adapted(x, affine(x, kernel.astype(x.dtype), bias))
 
     def product(self, x: jax.Array) -> jax.Array:
-        """Without the bias, for a reader that adds it on the way."""
+        """Computes `x @ kernel` for a caller that adds the bias itself."""
         kernel = self.kernel[...]
         if _is_wider(x, kernel):
             return self._adapted(x, wide_product(x, kernel))
@@ -122,13 +124,14 @@ class Linear(nnx.Module):
         if not hasattr(self, "lora_a"):
             return y
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-        return y + self.lora_scale * ((x @ a) @ b)  # two thin products, never a @ b
+        return y + self.lora_scale * ((x @ a) @ b)  # two small products instead of a @ b
 
 
 class Conv(nnx.Module):
-    """Convolution over `len(kernel_size)` spatial axes of a channels-last input, SAME by default.
+    """Convolution over `len(kernel_size)` spatial axes of an input whose channels are last.
 
-    Kernel (*kernel_size, in / groups, out), as `lax.conv_general_dilated` takes it.
+    The kernel has the shape (*kernel_size, in / groups, out), as in `lax.conv_general_dilated`.
+    By default the padding is symmetric, as in PyTorch.
     """
 
     def __init__(
@@ -157,11 +160,11 @@ class Conv(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         rank = kernel.ndim - 2
         if padding is None:
-            # torch's symmetric padding; "SAME" differs on even kernels
+            # PyTorch pads symmetrically; "SAME" differs for kernels of even size.
             padding = [(k // 2, k // 2) for k in kernel.shape[:rank]]
         letters = "DHW"[3 - rank :]
-        # One rounding, after the bias, as in a fused convolution; a CPU has none and rounds twice
-        # unless it is asked for float32.
+        # Round once, after the bias, as a fused convolution does. A CPU has no fused convolution
+        # and would round twice, so there the result of the convolution is float32.
         is_wide = jax.default_backend() == "cpu" and x.dtype != jnp.float32
         y = lax.conv_general_dilated(
             x,
@@ -178,7 +181,7 @@ class Conv(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale; statistics in float32."""
+    """Root-mean-square norm with a learned scale. The statistics are computed in float32."""
 
     def __init__(self, features: int, *, eps: float, rngs: nnx.Rngs | None = None):
         del rngs
@@ -191,7 +194,11 @@ class RMSNorm(nnx.Module):
 
 @jax.named_scope("adaln")
 def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Layer norm, then `(1 + scale) x + shift` (adaLN), all in float32; x's dtype comes back."""
+    """Computes a layer norm, then `(1 + scale) x + shift` (adaLN), in float32.
+
+    Returns:
+      An array of x's shape and dtype.
+    """
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, -1, keepdims=True)
     variance = jnp.mean(centred * centred, -1, keepdims=True)
@@ -199,10 +206,10 @@ def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Arra
 
 
 def activation(name: str | None) -> Callable[[jax.Array], jax.Array]:
-    """Activation by the reference's name; None is the identity.
+    """Returns an activation function by the reference's name; None is the identity.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: the name is unknown.
     """
     table: dict[str | None, Callable[[jax.Array], jax.Array]] = {
         None: lambda x: x,

@@ -2,13 +2,13 @@
 
     y = x W + b + scale (x A) B,  scale = alpha / rank,  A (in, R) and B (R, out)
 
-Adapters are a tree of their own: the model's paths with `lora_a` and `lora_b` in the place of
-`kernel`, stacked on the same leading axes. Training sees that tree alone, the base stays frozen
-and outside of gradients, optimizer, average and checkpoints; `combine` lays one over the other for
-a forward pass, in which a scanned layer computes (x A) B and never the product A B. For sampling,
-`merge_lora` adds the product to the kernels once.
+Adapters are a separate tree of parameters. It has the model's paths with `lora_a` and `lora_b`
+instead of `kernel`, stacked along the same leading axes. Training uses only this tree: gradients,
+optimizer, average and checkpoints do not contain the base model, which stays frozen. For a forward
+pass, `combine` joins the two trees, and a layer computes (x A) B and never A B. For sampling,
+`merge_lora` adds A B to the kernels once.
 
-Axis letters: R rank; leading axes are those along which layers are stacked.
+Axis letters: R rank. The leading axes are those along which layers are stacked.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from sanawm_jax.runtime.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which layers are adapted, and how.
+    """The layers that get adapters, and the adapters' rank and scale.
 
     Attributes:
       rank: R.
-      targets: regular expressions on a linear layer's whole dotted path, e.g.
+      targets: regular expressions for the whole dotted path of a linear layer, for example
         `blocks\\.attn\\.(q|k|v)`.
-      alpha: numerator of the scale; None is the rank, a scale of 1.
+      alpha: numerator of the scale; None stands for the rank, so that the scale is 1.
 
     Raises:
-      InputError: a rank or alpha that is not positive, no target, or a broken expression.
+      InputError: the rank or alpha is not positive, there is no target, or an expression is not
+        valid.
     """
 
     rank: int
@@ -60,12 +61,12 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What the product A B is multiplied with."""
+        """The factor of the product A B."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def _add_adapters(model: nnx.Module, config: LoraConfig) -> None:
-    """Gives every targeted `Linear` of an abstract model its two factors."""
+    """Adds the two factors A and B to every targeted `Linear` of an abstract model."""
     linear = {
         ".".join(map(str, path)): module
         for path, module in nnx.iter_modules(model)
@@ -97,30 +98,30 @@ def _add_adapters(model: nnx.Module, config: LoraConfig) -> None:
 def build_adapted(
     module: type[nnx.Module], config: Any, lora: LoraConfig
 ) -> tuple[nnx.GraphDef, Params]:
-    """Graph definition of an adapted model, and its abstract adapters.
+    """Returns the graph definition of a model with adapters, and the abstract adapters.
 
     Args:
       module, config: see `params.build`, whose tree is the base.
-      lora: what is adapted.
+      lora: the adapters.
 
     Returns:
-      a graph definition that `apply` takes with `combine(base, adapters)`, and the adapters'
-      shapes.
+      A graph definition for `apply`, whose parameters are `combine(base, adapters)`, and the shapes
+      of the adapters.
 
     Raises:
-      InputError: a target that matches nothing, or a rank beyond a layer's full rank.
+      InputError: a target matches no layer, or the rank is larger than a layer's full rank.
     """
     graphdef, abstract = build_with(module, config, lambda model: _add_adapters(model, lora))
     return graphdef, adapters_of(abstract)
 
 
 def adapters_of(tree: Params) -> Params:
-    """The adapters' leaves of a tree that holds base and adapters."""
+    """Returns the adapters in a tree that holds the base and the adapters."""
     return from_leaves({p: a for p, a in leaves(tree) if p.endswith((".lora_a", ".lora_b"))})
 
 
 def combine(base: Params, adapters: Params) -> Params:
-    """Both trees as one, for a forward pass; nothing is copied."""
+    """Joins the two trees for a forward pass, without a copy of any array."""
     out = dict(base)
     for name, value in adapters.items():
         out[name] = combine(base.get(name, {}), value) if isinstance(value, dict) else value
@@ -128,9 +129,10 @@ def combine(base: Params, adapters: Params) -> Params:
 
 
 def init_adapters(abstract: Params, key: jax.Array) -> Params:
-    """Fresh float32 adapters: A uniform in +-in^-1/2, B zero, so that nothing changes at first.
+    """Returns new float32 adapters that do not change the model: A is random and B is zero.
 
-    That is PyTorch's `kaiming_uniform_` with a = sqrt(5), as PEFT draws A.
+    A is uniform between -in^-1/2 and in^-1/2. This is PyTorch's `kaiming_uniform_` with
+    a = sqrt(5), which PEFT uses for A.
     """
     flat = {}
     for i, (path, leaf) in enumerate(leaves(abstract)):
@@ -145,15 +147,17 @@ def init_adapters(abstract: Params, key: jax.Array) -> Params:
 
 
 def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
-    """`params` with W + scale A B where adapters are; the sum in float32, W's dtype comes back.
+    """Returns `params` in which every kernel W with adapters is replaced by W + scale A B.
+
+    The sum is computed in float32 and then rounded to W's dtype.
 
     Args:
-      params: the base, its layers stacked or separate, see `core.stack.Layers`.
-      adapters: of the same layers, stacked.
+      params: the base; its layers are stacked or separate, see `core.stack.Layers`.
+      adapters: adapters of these layers, stacked.
       scale: `LoraConfig.scale`.
 
     Raises:
-      InputError: adapters of layers that the base does not have, or of other sizes.
+      InputError: the base does not have a layer of the adapters, or its size differs.
     """
     flat, factors = dict(leaves(params)), dict(leaves(adapters))
     for path, a in factors.items():
@@ -178,7 +182,7 @@ def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
 
 @jax.jit
 def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    # rounded once: at the default precision of an accelerator the product would be off by 2^-8
+    # At an accelerator's default precision, the product would have a relative error of 2^-8.
     product = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )

@@ -1,8 +1,8 @@
-"""Models as a static graph definition plus a plain nested dict of arrays.
+"""Represents a model as a static graph definition and a plain nested dict of arrays.
 
-`nnx` describes a module tree once; everything that trains, shards, saves, converts or samples
-sees only the dict, under plain `jax` transforms. Keys are strings, so a leaf has one dotted path
-such as `segments.0.runs.1.attn.qkv.kernel`.
+`nnx` describes the tree of modules. Code that trains, shards, saves, converts or samples uses only
+the dict, with plain `jax` transformations. The keys are strings, so every parameter has a dotted
+path such as `segments.0.runs.1.attn.qkv.kernel`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jax import lax
 Params = dict[str, Any]  # nested; leaves are arrays or jax.ShapeDtypeStruct
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
-# Whether a model is built for its shapes alone. Random numbers are most of what there is to trace
-# in a constructor, and then nobody looks at them.
+# Whether a model is built only for its shapes. Random numbers are the largest part of the trace of
+# a constructor, and they are not needed for shapes.
 _for_shapes = contextvars.ContextVar("for_shapes", default=False)
 
 
@@ -52,7 +52,7 @@ def build(module: type[nnx.Module], config: Any) -> tuple[nnx.GraphDef, Params]:
 def build_with(
     module: type[nnx.Module], config: Any, change: Callable[[nnx.Module], None]
 ) -> tuple[nnx.GraphDef, Params]:
-    """`build` of a model to which `change` adds parameters; it sees shapes, no numbers."""
+    """Works as `build`, for a model that `change` modifies. `change` sees shapes but no values."""
 
     def make() -> nnx.Module:
         model = module(config, rngs=nnx.Rngs(0))  # pyright: ignore
@@ -68,12 +68,12 @@ def build_with(
 
 
 def init(module: type[nnx.Module], config: Any, key: jax.Array, *, shardings: Any = None) -> Params:
-    """Random float32 parameters of `module(config)`, made by one compiled function.
+    """Returns random float32 parameters of `module(config)`, made by one compiled function.
 
     Args:
       module, config: see `build`.
-      key: decides the values, whatever the shardings.
-      shardings: where each leaf is made; by default all on one device.
+      key: the random key. The values do not depend on the shardings.
+      shardings: the sharding of each parameter; by default all are on one device.
     """
 
     def make(key: jax.Array) -> Params:
@@ -92,12 +92,12 @@ def apply(
 
 
 def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
-    """A parameter's first value, float32; all that is random in a constructor comes from here.
+    """Returns the initial float32 value of a parameter. Constructors draw all numbers with it.
 
     Args:
       init: (key, shape, dtype) -> the value.
-      rngs: gives the key.
-      shape: of the value.
+      rngs: the source of the key.
+      shape: the shape of the value.
     """
     if _for_shapes.get():
         return jnp.zeros(shape, jnp.float32)
@@ -105,12 +105,12 @@ def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, shape: tuple[int, ...]) -> Any:
-    """Builds `prod(shape)` copies of a module as one, its parameters stacked on leading axes.
+    """Builds `prod(shape)` copies of a module as one module with stacked parameters.
 
     Args:
       make: random keys -> module.
-      rngs: one of its keys is split over the copies.
-      shape: leading axes of every parameter, outermost first.
+      rngs: the source of one key, which is split over the copies.
+      shape: the leading axes of every parameter, outermost first.
     """
     if _for_shapes.get():
         module = make(rngs)
@@ -128,7 +128,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, shape: tuple[i
 
 
 def leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields `(dotted path, leaf)` in the tree's order."""
+    """Yields `(dotted path, array)` of every parameter, in the order of the tree."""
     for key, value in tree.items():
         path = f"{prefix}.{key}" if prefix else key
         if isinstance(value, dict):
@@ -138,7 +138,7 @@ def leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def from_leaves(flat: dict[str, Any]) -> Params:
-    """Inverse of `dict(leaves(tree))`."""
+    """Makes a tree of a dict by path. It is the inverse of `dict(leaves(tree))`."""
     tree: Params = {}
     for path, value in flat.items():
         *parents, name = path.split(".")
@@ -150,7 +150,7 @@ def from_leaves(flat: dict[str, Any]) -> Params:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Casts the floating leaves to `dtype`."""
+    """Casts the floating-point arrays to `dtype`."""
 
     def one(a: jax.Array) -> jax.Array:
         return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
@@ -159,5 +159,5 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def count(params: Params) -> int:
-    """Number of parameters; works on abstract trees too."""
+    """Returns the number of parameters of a tree, which may be abstract."""
     return sum(int(a.size) for a in jax.tree.leaves(params))

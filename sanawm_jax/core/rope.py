@@ -1,6 +1,6 @@
 """Angles of the rotary position embedding over (frame, row, column), for interleaved pairs.
 
-`kernels_pallas.ucpe` turns heads by them.
+`kernels_pallas.ucpe` rotates heads by these angles.
 Axis letters: F latent frames, H W token rows and columns, D head size.
 Reference: diffusers `SanaWMRotaryPosEmbed` (Wan's split of a head).
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def pair_split(head_dim: int) -> tuple[int, int, int]:
-    """How many rotated pairs of a head go to frames, rows and columns."""
+    """Returns how many rotated pairs of a head belong to frames, rows and columns."""
     space = head_dim // 6
     return head_dim // 2 - 2 * space, space, space
 
@@ -26,13 +26,14 @@ def rope_angles(
     theta: float = 10000.0,
     first_frame: int | jax.Array = 0,
 ) -> jax.Array:
-    """Rotation angle of every pair at every position, float32.
+    """Returns the rotation angle of every pair at every position, float32.
 
     Args:
-      head_dim: head size D that fixes the frequencies.
+      head_dim: head size D, which determines the frequencies.
       grid: (F, H, W).
-      pairs: keep only the first pairs of each axis, `pair_split` of a smaller head; the
-        camera branch rotates half a head with the first frequencies of the whole one.
+      pairs: the numbers of pairs to keep of each axis, `pair_split` of a smaller head. The camera
+        branch rotates half a head with the first frequencies of the whole head.
+      theta: base of the frequencies.
       first_frame: absolute index of the first frame.
 
     Returns:

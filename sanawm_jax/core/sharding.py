@@ -1,9 +1,9 @@
-"""The mesh, where every parameter lives on it, and constraints on activations by logical names.
+"""The device mesh, the sharding of every parameter, and the sharding of activations by axis names.
 
-A mesh has the axes `data` (replicas), `fsdp` (replicas that share the weights out), `context`
-(ranks that share the latent frames out) and `tensor` (ranks that share heads and inner widths
-out). Model code names none of them: it calls `shard(x, "B F P C")`, which does nothing without a
-mesh. Axis letters as in docs/architecture.md.
+A mesh has four axes. `data`: each rank is a replica. `fsdp`: each rank is a replica, and the ranks
+divide the weights. `context`: the ranks divide the latent frames. `tensor`: the ranks divide the
+heads and the inner widths. Model code does not use these names. It calls `shard(x, "B F P C")`,
+which does nothing without a mesh. docs/architecture.md explains the axis letters.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from sanawm_jax.runtime.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# a letter that is not here is not sharded
+# Axes with other letters are not sharded.
 _LOGICAL = {"B": ("data", "fsdp"), "F": "context", "N": "tensor"}
 
 
 def axis_size(name: str) -> int:
-    """Ranks along an axis of the mesh that is set, 1 without one."""
+    """Returns the number of ranks along an axis of the current mesh, or 1 without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
 
 
 def logical_spec(names: str) -> P:
-    """`"B F P N D"` -> the spec of an array with these axes; `(N D)` is one axis, heads merged."""
+    """Returns the spec of an array with axes such as "B F P N D". "(N D)" is one merged axis."""
     tokens = re.findall(r"\([^)]*\)|\S+", names)
     return P(*(_LOGICAL.get(token.strip("() ").split()[0]) for token in tokens))
 
 
 def shard(x: jax.Array, names: str) -> jax.Array:
-    """Constrains an activation's layout on the mesh that is set; without one, x itself.
+    """Constrains the sharding of an activation on the current mesh. Without a mesh it returns x.
 
     Args:
       x: any array.
-      names: its axes, `"B F P C"`.
+      names: its axes, such as `"B F P C"`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -50,10 +50,10 @@ def shard(x: jax.Array, names: str) -> jax.Array:
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first `data * fsdp * context * tensor` devices, to enter by `jax.set_mesh`.
+    """Returns a mesh of the first `data * fsdp * context * tensor` devices, for `jax.set_mesh`.
 
     Raises:
-      InputError: more ranks than devices, or on several hosts a mesh that leaves some out.
+      InputError: there are more ranks than devices, or fewer ranks than devices on several hosts.
     """
     shape = (data, fsdp, context, tensor)
     size, devices = math.prod(shape), jax.devices()
@@ -64,19 +64,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -
         raise InputError(f"mesh of {text} needs {size} devices and there are {len(devices)}")
     if jax.process_count() > 1 and size != len(devices):
         raise InputError(f"mesh of {text} has to use all {len(devices)} devices of the hosts")
-    # Auto: the compiler propagates shardings between our constraints
+    # With Auto, the compiler propagates shardings between our constraints.
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices[:size])
 
 
 def plan_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
-    """The shape of a mesh, whatever devices are here: sizes can be planned, nothing can run."""
+    """Returns a mesh without devices. It serves to plan sizes, and no program can run on it."""
     return AbstractMesh((data, fsdp, context, tensor), AXES)
 
 
-# Where parameters live: the first pattern that is found in a dotted path decides, for optimizer
-# moments and averages too, whose paths end like the parameter's. A spec is of the last axes; the
-# leading ones, along which layers are stacked, stay whole. Kernels into heads or inner widths are
-# split by columns over `tensor`, those out of them by rows, so that each pair costs one reduction.
+# The sharding of parameters. The first pattern that is found in a dotted path decides. The paths of
+# optimizer moments and averages end with the parameter's path, so the same rules apply to them. A
+# spec describes the last axes; the leading axes, along which layers are stacked, are not divided.
+# Over `tensor`, a kernel whose result is heads or an inner width is divided by columns, and the
+# kernel that reads this result by rows. Each such pair of kernels needs only one reduction.
 _BLOCK = r"layers\."
 PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (_BLOCK + r"attn\.(qkv|gate|[qkv]_camera)\.kernel$", P("fsdp", "tensor")),
@@ -93,7 +94,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (_BLOCK + r"(cross_attn\.(q|kv)|ffn\.(up|fc1|depthwise))\.bias$", P("tensor")),
     (_BLOCK + r"attn\.([qkv]_norm|[qkv]_norm_camera)\.scale$", P("tensor")),
     (_BLOCK + r"attn\.[qkv]_conv(_camera)?\.taps$", P(None, "tensor")),
-    # small, or read whole by every rank
+    # These are small, or every rank reads them as a whole.
     (_BLOCK + r".*(bias|scale|modulation_table|decay_rate_log|decay_step)$", P()),
     (r"(patch_embed|plucker_embed)\.conv\.kernel$", P(None, "fsdp")),
     (r"raymap_embed\.conv\.kernel$", P()),
@@ -103,7 +104,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (r"(^|\.)final\.kernel$", P("fsdp", None)),
     (r"(_embed(\.conv|\.fc[12])?|time_in|time_out|modulation|final)\.bias$", P()),
     (r"(text_norm\.scale|final_table)$", P()),
-    # the refiner's blocks, and adapters of any model
+    # The refiner's blocks, and the adapters of any model.
     (r"(^|\.)lora_[ab]$", P()),
     (r"blocks\.((cross_)?attn\.[qkv]|ffn\.up)\.kernel$", P("fsdp", "tensor")),
     (r"blocks\.((cross_)?attn\.out|ffn\.down)\.kernel$", P("tensor", "fsdp")),
@@ -113,18 +114,18 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     (r"(^|\.)caption\.linear_2\.kernel$", P("tensor", "fsdp")),
     (r"(^|\.)embed\.kernel$", P(None, "fsdp")),
     (r"(^|\.)(embed|caption\.linear_[12])\.bias$", P()),
-    # autoencoders are small: every rank holds all of one
+    # Autoencoders are small, so every rank holds a whole one.
     (r"(encoder|decoder)\.|latents_(mean|std)$", P()),
-    # of the training state
+    # Parts of the training state.
     (r"(^|\.)(step|count|ns_coeffs)$|^guard\.", P()),
 )
 
 
 def parameter_spec(path: str, shape: tuple[int, ...]) -> P:
-    """Layout of one leaf by `PARAMETER_RULES`.
+    """Returns the sharding of one array by `PARAMETER_RULES`.
 
     Raises:
-      InputError: no rule knows the path.
+      InputError: no rule matches the path.
     """
     for pattern, spec in PARAMETER_RULES:
         if re.search(pattern, path):
@@ -133,14 +134,14 @@ def parameter_spec(path: str, shape: tuple[int, ...]) -> P:
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Shardings of every leaf of parameters, optimizer state or a whole training state.
+    """Returns the shardings of parameters, of an optimizer state or of a whole training state.
 
     Args:
-      tree: of arrays or `jax.ShapeDtypeStruct`.
-      mesh: with the axes `AXES`.
+      tree: tree of arrays or of `jax.ShapeDtypeStruct`.
+      mesh: a mesh with the axes `AXES`.
 
     Raises:
-      InputError: a leaf that no rule knows, or an axis that the mesh does not divide.
+      InputError: no rule matches a path, or an axis of the mesh does not divide the array's axis.
     """
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -157,25 +158,29 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, *, steps: bool = False) -> NamedSharding:
-    """Batches are split over their rows, their first axis; frames are split inside the model.
+    """Returns the sharding of a batch. Its rows, the first axis, are divided over the ranks.
+
+    Frames are divided inside the model.
 
     Args:
-      steps: the batches of several steps are stacked on an axis before that.
+      mesh: the mesh.
+      steps: whether the batches of several steps are stacked on an axis before the rows.
     """
     return NamedSharding(mesh, logical_spec("K B" if steps else "B"))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a batch this process holds, ascending int."""
+    """Returns the numbers of the rows of a batch that this process holds, in ascending order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
 
 
 def place_batches(batches: Any, mesh: Mesh, batch_size: int) -> Any:
-    """Global arrays of the batches of some steps.
+    """Makes global arrays of the batches of several steps.
 
     Args:
-      batches: arrays (K, rows, ...) of the rows that `local_rows` names.
+      batches: arrays (K, rows, ...) with the rows of `local_rows` in K batches.
+      mesh: the mesh.
       batch_size: rows of all processes together.
     """
     sharding = batch_sharding(mesh, steps=True)
@@ -188,17 +193,17 @@ def place_batches(batches: Any, mesh: Mesh, batch_size: int) -> Any:
 
 
 def place(tree: Any, places: Any) -> Any:
-    """Puts a tree that every process has whole onto a mesh.
+    """Puts a tree onto a mesh. Every process has the whole tree.
 
     Args:
-      tree: of arrays.
-      places: their shardings, in a tree of the same structure, or one for all.
+      tree: tree of arrays.
+      places: their shardings, in a tree with the same structure, or one sharding for all.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, places)
 
     def one(a: Any, sharding: NamedSharding) -> jax.Array:
-        # `device_put` would first compare what the processes have
+        # `device_put` would first compare the arrays of all processes.
         host = np.asarray(a)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -208,12 +213,12 @@ def place(tree: Any, places: Any) -> Any:
 
 
 def signal_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array that has a row for every rank."""
+    """Returns the sharding of an array that has one row per rank."""
     return NamedSharding(mesh, P(AXES))
 
 
 def place_signals(mesh: Mesh, *values: float) -> jax.Array:
-    """What this process has to say, beside what the others say: (ranks, values) float32."""
+    """Returns the values of all processes, (ranks, values) float32; `values` are this process's."""
     row = np.asarray(values, np.float32)
 
     shape = (mesh.size, len(values))
@@ -221,10 +226,10 @@ def place_signals(mesh: Mesh, *values: float) -> jax.Array:
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulation: int = 1) -> None:
-    """Every part of a batch has to lie on all replicas alike.
+    """Checks that every part of a batch can be divided evenly over all replicas.
 
     Raises:
-      InputError: it does not.
+      InputError: it cannot.
     """
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (replicas * accumulation):
@@ -235,10 +240,10 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulation: int = 
 
 
 def check_heads(heads: int, ranks: int) -> None:
-    """Every rank of the axis `tensor` has whole heads.
+    """Checks that every rank of the axis `tensor` gets a whole number of heads.
 
     Raises:
-      InputError: it has not.
+      InputError: it does not.
     """
     if heads % ranks:
         raise InputError(f"mesh.tensor={ranks} does not divide the {heads} heads")

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: named in the log, counted, and too many of them stop the run."""
+"""Samples that cannot be read. The log names them, and a run with too many of them stops."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from absl import logging
 
 from sanawm_jax.runtime.errors import InputError
 
-_SHOWN = 200  # warnings; the rest is only counted
+_SHOWN = 200  # warnings that are logged; later ones are only counted
 
 
 class Problem(NamedTuple):
     """Why samples were skipped.
 
     Attributes:
-      file: that is damaged or missing.
-      key: of the sample; empty if the file concerns several.
+      file: the file that is damaged or missing.
+      key: the sample's name; empty if the problem concerns several samples.
       reason: one line.
-      samples: how many.
-      is_bad: False is a property of good data, such as too few frames, that stops nothing.
+      samples: how many samples were skipped.
+      is_bad: False if the data are good but do not fit the run, for example because a clip has too
+        few frames. Such samples never stop a run.
     """
 
     file: str
@@ -38,11 +39,11 @@ class BadSample(Exception):
 
 
 class BadSampleCounter:
-    """Counts what was asked for and what was bad.
+    """Counts the samples that were requested and those that were bad.
 
     Args:
-      max_fraction: of bad samples among all, above which a run stops.
-      min_bad: fewer never stop it.
+      max_fraction: a run stops when the share of bad samples is larger than this.
+      min_bad: fewer bad samples than this never stop a run.
     """
 
     def __init__(self, max_fraction: float = 0.05, min_bad: int = 10):
@@ -51,7 +52,7 @@ class BadSampleCounter:
         self._shown = 0
 
     def add(self, problem: Problem) -> None:
-        """Logs and counts a problem; the samples count as seen too."""
+        """Logs a problem and counts its samples, both as seen and as skipped."""
         self.seen += problem.samples
         if problem.is_bad:
             self.bad += problem.samples
@@ -65,10 +66,11 @@ class BadSampleCounter:
         self._shown += 1
 
     def check(self) -> None:
-        """Stops a run that skips too much.
+        """Stops a run that skips too many samples.
 
         Raises:
-          InputError: more than `max_fraction` of all samples seen were bad, and `min_bad` or more.
+          InputError: at least `min_bad` samples were bad, and they were more than `max_fraction` of
+            all samples seen.
         """
         if self.bad >= self._min_bad and self.bad > self._max_fraction * self.seen:
             raise InputError(

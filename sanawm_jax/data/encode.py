@@ -2,8 +2,9 @@
 
     python -m sanawm_jax.data.encode --videos DIR --poses DIR --weights WEIGHTS --out OUT
 
-Writes OUT/raw and OUT/latents, some clips a zip. The same command goes on with an interrupted run,
-and later adds new videos. Exit status 0 with OUT as the last line; 2 and one line on bad input.
+The command writes OUT/raw and OUT/latents, with several clips per zip. The same command continues
+an interrupted run, and later adds new videos. It ends with status 0 and prints OUT as its last
+line. On bad input it prints one line and ends with status 2.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, tiled_encode
 
 Encoder = Callable[[np.ndarray], np.ndarray]
-# windows of time as upstream encodes; rows and columns whole, as sampling encodes its image
+# "time" cuts a video into windows of frames, as upstream does. Rows and columns stay whole, as when
+# sampling encodes its image.
 TILINGS = {
     "time": Tiling(
         use_tiling=False,
@@ -57,23 +59,23 @@ TILINGS = {
     "none": Tiling(use_tiling=False, use_framewise=False),
 }
 _SETTINGS = "encode.json"
-_PARTS = ".encoded"  # clips that wait for their zip to fill
+_PARTS = ".encoded"  # holds the encoded clips until there are enough of them for a zip
 
 
 def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, int]:
-    """The autoencoder of a stage-1 folder.
+    """Loads the encoder of a stage-1 folder.
 
     Args:
       weights: see `checkpoints.upstream_folder.open_stage1`.
       dtype: see `sampling.precision.resolve_dtype`.
-      tiling: one of `TILINGS`.
+      tiling: a key of `TILINGS`.
 
     Returns:
-      video (N, H, W, 3) uint8 -> normalised latents (F, h, w, C) float16; pixels a latent in time
-      and in space.
+      A function video (N, H, W, 3) uint8 -> normalised latents (F, h, w, C) float16; the number of
+      pixel frames per latent frame; and the number of pixels per latent row and column.
 
     Raises:
-      InputError: no such folder or weights.
+      InputError: the folder or its weights do not exist.
     """
     config, graphdef, params = open_stage1(weights).load_encoder(resolve_dtype(dtype))
 
@@ -87,7 +89,7 @@ def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, i
         return apply(graphdef, params, mean, method="normalise")
 
     def encode(video: np.ndarray) -> np.ndarray:
-        # the film stays on the host, and windows of it go to the device
+        # The video stays on the host, and only one window at a time goes to the device.
         film: Any = video[None]
         with matmul_precision(resolve_dtype(dtype)):
             tile = functools.partial(moments, params)
@@ -98,11 +100,11 @@ def make_encoder(weights: str, dtype: str, tiling: str) -> tuple[Encoder, int, i
 
 
 def encode_videos(options: argparse.Namespace) -> Path:
-    """Runs a parsed command line, see `make_parser`.
+    """Runs a parsed command line; see `make_parser`.
 
     Raises:
-      InputError: anything that does not fit, before the first clip is encoded; or a video that
-        breaks off, after the clips before it are kept.
+      InputError: an input is missing or does not fit, which is found before the first clip is
+        encoded; or a video ends too early, and then the clips before it are kept.
     """
     videos = plan_videos(options)
     out = check_writable(options.out)
@@ -129,10 +131,10 @@ def encode_videos(options: argparse.Namespace) -> Path:
 
 
 def plan_videos(options: argparse.Namespace) -> list[OwnVideo]:
-    """Reads all cameras and captions and the headers of all videos.
+    """Reads all cameras and captions, and the headers of all videos.
 
     Raises:
-      InputError: anything is missing or does not fit.
+      InputError: an input is missing or does not fit.
     """
     for name in ("num_frames", "height", "width", "frame_step", "clips_per_zip"):
         if getattr(options, name) < 1:
@@ -171,7 +173,7 @@ def plan_videos(options: argparse.Namespace) -> list[OwnVideo]:
 def _encode_one(
     video: OwnVideo, encode: Encoder, options: argparse.Namespace, parts: Path
 ) -> ZipSample:
-    """A sample whose latents lie in a file of their own, made unless it is there."""
+    """Returns a sample whose latents are in their own file, which is made if it does not exist."""
     parts.mkdir(exist_ok=True)
     latents, camera = parts / f"{video.key}.npz", parts / f"{video.key}.npy"
     if not (latents.is_file() and camera.is_file()):
@@ -183,7 +185,8 @@ def _encode_one(
             np.save(partial, clip.intrinsics)
         with atomic_write(latents) as partial:
             partial.write_bytes(pack_latents(encoded))
-    # what is written are the cropped frames: the reader scales intrinsics by this size alone
+    # The latents and intrinsics are those of the cropped frames, so the size is that of the crop:
+    # a reader scales the intrinsics by this size and knows nothing of the crop.
     return ZipSample(
         key=video.key,
         latents=latents.read_bytes,
@@ -196,7 +199,7 @@ def _encode_one(
 
 
 def _check_settings(out: Path, options: argparse.Namespace) -> None:
-    """One set has clips of one length, size and autoencoder."""
+    """Checks that all clips of one data set have the same length, size and autoencoder."""
     names = ("weights", "num_frames", "height", "width", "frame_step", "tiling")
     settings = {name: getattr(options, name) for name in names}
     file = out / _SETTINGS
@@ -231,24 +234,26 @@ def _keys_of(raw: Path) -> set[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m sanawm_jax.data.encode",
         description=(__doc__ or "").partition("\n")[0],
     )
-    parser.add_argument("--videos", required=True, help="folder of videos, or of image folders")
-    parser.add_argument("--poses", required=True, help="folder with a camera for each, or a file")
+    parser.add_argument("--videos", required=True, help="a folder of videos or of image folders")
+    parser.add_argument(
+        "--poses", required=True, help="a folder with one camera per video, or a file"
+    )
     parser.add_argument("--pose_format", default="auto", choices=FORMATS)
-    parser.add_argument("--weights", required=True, help="stage-1 folder, or a hub name")
-    parser.add_argument("--out", required=True, help="folder that gets raw/ and latents/")
-    parser.add_argument("--captions", help="JSON or JSONL by video; else a .txt beside each")
-    parser.add_argument("--intrinsics", help="fx,fy,cx,cy in video pixels, if the poses have none")
-    parser.add_argument("--num_frames", type=int, default=961, help="8k + 1 of each video")
+    parser.add_argument("--weights", required=True, help="a stage-1 folder or a hub name")
+    parser.add_argument("--out", required=True, help="the folder to write raw/ and latents/ to")
+    parser.add_argument("--captions", help="JSON or JSONL; default: a .txt per video")
+    parser.add_argument("--intrinsics", help="fx,fy,cx,cy in video pixels, for poses without")
+    parser.add_argument("--num_frames", type=int, default=961, help="8k + 1 per video")
     parser.add_argument("--height", type=int, default=704)
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--frame_step", type=int, default=1, help="2 takes every other frame")
+    parser.add_argument("--frame_step", type=int, default=1, help="2: every second frame")
     parser.add_argument("--clips_per_zip", type=int, default=16)
-    parser.add_argument("--tiling", default="time", choices=TILINGS, help="all: for small devices")
+    parser.add_argument("--tiling", default="time", choices=TILINGS, help="all: least memory")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     return parser
 
@@ -263,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -1,4 +1,4 @@
-"""Clips as the stage-1 network sees them, encoded once and kept as `.npy` files.
+"""Stores clips in the form that stage 1 reads. They are encoded once, into `.npy` files.
 
 Axis letters: n clips, F latent frames, H W latent rows and columns, c latent channels, U distinct
 captions, L text tokens, C text width.
@@ -30,14 +30,15 @@ from sanawm_jax.vae.model import VideoVAE
 
 TextEncoder = Callable[[Sequence[str]], tuple[jax.Array, jax.Array]]
 _PER_CLIP = ("latents", "camera", "plucker")
-SAVE_EVERY = 32  # batches between notes of progress
+SAVE_EVERY = 32  # batches between two updates of the progress file
 _READERS = 8  # threads that read clips and prepare their conditions
-_FIRST_FRAME_TOLERANCE = 5e-2  # of normalised latents, whose deviation is 1; leaves room for TF32
+# In units of the standard deviation, which normalised latents bring to 1. TF32 must stay below it.
+_FIRST_FRAME_TOLERANCE = 5e-2
 
 
 @functools.cache
 def clip_encoder(config: VAEConfig) -> Callable[[Params, jax.Array], jax.Array]:
-    """Compiled (params, video (B, N, h, w, 3) uint8) -> normalised latents (B, F, H, W, c)."""
+    """Compiles (params, video (B, N, h, w, 3) uint8) -> normalised latents (B, F, H, W, c)."""
     graphdef, _ = build(VideoVAE, config)
 
     @jax.jit
@@ -48,7 +49,7 @@ def clip_encoder(config: VAEConfig) -> Callable[[Params, jax.Array], jax.Array]:
 
 
 def to_signed(video: jax.Array) -> jax.Array:
-    """uint8 pixels -> float32 in [-1, 1]."""
+    """Converts uint8 pixels to float32 in [-1, 1]."""
     return video.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -68,25 +69,28 @@ def build_cache(
     batch_size: int = 16,
     views: Sequence[View] = (View(),),
 ) -> dict[str, np.ndarray]:
-    """Encodes all clips, or what an interrupted call left over, and opens the result.
+    """Encodes all clips, or continues where an interrupted call stopped, and opens the result.
 
     Args:
-      folder: where the arrays go.
+      folder: where the arrays are written.
       clips: random access to dicts with video, c2w, intrinsics and caption.
       vae_config, vae_params: the trained autoencoder.
       encode_captions: texts -> hidden states (B, L, C) and mask (B, L); the empty text is encoded
         as the null caption.
-      fingerprint: names clips and weights; a cache made from others is made anew.
-      batch_size: clips an encoder call.
-      views: versions of every clip; n below counts all clips of the first, then of the second...
+      fingerprint: identifies clips and weights. A cache with another fingerprint is made again.
+      batch_size: clips per call of the encoder.
+      views: versions of every clip. The n clips below are all clips in the first version, then all
+        clips in the second version, and so on.
 
     Returns:
-      memory maps: latents (n, F, H, W, c) float16, camera (n, F, 20) float32, plucker
-      (n, F, H, W, 48) float16, caption (n,) int32 into text (U + 1, L, C) float16 and text_mask
-      (U + 1, L) bool. The last caption is the null caption.
+      Memory maps: latents (n, F, H, W, c) float16, camera (n, F, 20) float32, plucker
+      (n, F, H, W, 48) float16, text (U + 1, L, C) float16 and text_mask (U + 1, L) bool, and
+      caption (n,) int32, the row of `text` that belongs to a clip. The last row is the null
+      caption.
 
     Raises:
-      InputError: no clips, or a VAE whose first latent frame is not that of a lone first frame.
+      InputError: there are no clips; or the VAE is not causal, so that the first latent frame of a
+        clip differs from that of the first pixel frame alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +107,11 @@ def build_cache(
 
 
 def read_rows(arrays: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Clips of a cache as training reads them, each with its caption's text.
+    """Returns clips of a cache as training reads them, each with the text of its caption.
 
     Args:
-      arrays: of `build_cache`.
-      indices: of the clips, of any shape (...).
+      arrays: what `build_cache` returns.
+      indices: numbers of the clips, an array of any shape (...).
 
     Returns:
       latents (..., F, H, W, c), camera (..., F, 20), plucker (..., F, H, W, 48), text (..., L, C)
@@ -121,13 +125,13 @@ def read_rows(arrays: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, n
 
 
 def cache_facts(folder: str | Path) -> tuple[str, list[str]]:
-    """Fingerprint of a finished cache, and its distinct captions in the order of their numbers."""
+    """Returns a complete cache's fingerprint and distinct captions, in the order of their rows."""
     progress = json.loads((Path(folder) / "progress.json").read_text(encoding="utf-8"))
     return progress["fingerprint"], sorted(set(progress["captions"]))
 
 
 def fingerprint_of(files: Sequence[Path], *facts: Any) -> str:
-    """A hash of the files' bytes and of plain values."""
+    """Returns a hash of the bytes of files and of plain values."""
     digest = hashlib.sha256(repr(facts).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -162,7 +166,7 @@ def _encode_clips(
     starts = range(progress["done"], len(clips), batch_size)
 
     def prepare(start: int) -> tuple[list[str], list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
-        # the last batch repeats its last clip: one shape, one compilation
+        # The last batch repeats its last clip, so that all batches have one shape and one program.
         batch = [clips[min(i, len(clips) - 1)] for i in range(start, start + batch_size)]
         seen = [[view_clip(clip, view) for clip in batch] for view in views]
         return [clip["caption"] for clip in batch], [_host_arrays(c, config) for c in seen]
@@ -192,7 +196,7 @@ def _encode_clips(
                 video = prepared[0][0]
                 _check_first_frame(encode(params, video[:, :1]), encode(params, video))
             encoded = [{**host, "latents": encode(params, video)} for video, host in prepared]
-            if pending is not None:  # fetched while the device encodes the next ones
+            if pending is not None:  # they come to the host while the device encodes the next ones
                 store(*pending)
             pending = (start, captions, encoded)
         if pending is not None:
@@ -200,7 +204,7 @@ def _encode_clips(
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Sequence) -> Iterator:
-    """`map`, a few items ahead, so that clips of a long set do not pile up in memory."""
+    """Works like `map`, but only a few items ahead, so that a large set does not fill memory."""
     waiting: collections.deque = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -226,7 +230,7 @@ def _open(path: Path, like: np.ndarray, length: int, start: int) -> np.memmap:
 
 
 def clip_conditions(clip: dict, config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pose tokens (F, 20) and Plücker maps (F, H, W, 48) of one clip."""
+    """Returns the camera tokens (F, 20) and Plücker maps (F, H, W, 48) of one clip."""
     frames, height, width = clip["video"].shape[:3]
     intrinsics = np.broadcast_to(np.asarray(clip["intrinsics"], np.float32), (frames, 4))
     return camera_conditions(
@@ -240,7 +244,10 @@ def clip_conditions(clip: dict, config: VAEConfig) -> tuple[np.ndarray, np.ndarr
 
 
 def _check_first_frame(alone: jax.Array, within: jax.Array) -> None:
-    """At sampling the first latent frame is encoded from one image; training must see the same."""
+    """Checks that the first latent frame is that of the first image alone.
+
+    Sampling encodes one image, and training must see the same latents.
+    """
     difference = float(jnp.max(jnp.abs(alone[:, 0] - within[:, 0])))
     logging.info("first latent frame, alone against within its clip: %.2g", difference)
     if not difference < _FIRST_FRAME_TOLERANCE:
@@ -262,7 +269,7 @@ def _encode_texts(folder: Path, captions: list[str], encode: TextEncoder, batch:
     null, null_mask = encode([""])
     text = np.concatenate([*hidden, np.asarray(null, np.float16)])
     mask = np.concatenate([*masks, np.asarray(null_mask) > 0])
-    # positions that no caption reaches are masked everywhere: cross-attention need not see them
+    # No caption reaches the positions after `used`. They are always masked, so they are cut off.
     used = int(np.flatnonzero(mask.any(0))[-1]) + 1
     length = min(-(-used // 8) * 8, mask.shape[1])
     np.save(folder / "text.npy", text[:, :length])

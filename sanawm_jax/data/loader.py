@@ -1,7 +1,7 @@
-"""Endless shuffled batches with a position that a checkpoint can hold.
+"""An endless sequence of shuffled batches, whose position a checkpoint can store.
 
-Sources are random access: clips of `open_clips`, or `range(n)` when the data themselves stay on
-the accelerator and a batch is indices into them.
+A source has random access: the clips of `open_clips`, or `range(n)` if all data stay on the
+accelerator and a batch only holds their indices.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def endless(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """Epoch after epoch, each another shuffle, more than a run can use up.
+    """Repeats a data set for more epochs than a run can use, each with a new shuffle.
 
-    Grain's own `repeat()` has the largest length there is, which overflows in batches of one.
+    Grain's own `repeat()` has the largest possible length, which overflows with batches of one.
     """
     return dataset.seed(seed).shuffle().repeat(sys.maxsize // (2 * len(dataset)))
 
@@ -30,14 +30,14 @@ def endless(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
 class Loader:
     """An iterator of batches over a Grain `MapDataset`.
 
-    Every epoch is a new global shuffle that depends on the seed alone; the last examples of an
-    epoch share a batch with the first of the next.
+    Every epoch has a new global shuffle that depends only on the seed. A batch may hold the last
+    examples of one epoch and the first ones of the next.
 
     Args:
-      source: `len(source)` and `source[i]`; elements are arrays, scalars or dicts of them.
-      batch_size: elements a batch.
-      seed: of the shuffles.
-      num_threads: that read ahead; 0 reads when asked.
+      source: has `len(source)` and `source[i]`; elements are arrays, scalars or dicts of them.
+      batch_size: elements per batch.
+      seed: seed of the shuffles.
+      num_threads: threads that read ahead; with 0 a batch is read when it is requested.
 
     Raises:
       InputError: the source is empty.
@@ -55,11 +55,11 @@ class Loader:
         self._iterator = iter(dataset.to_iter_dataset(options))
 
     def next(self, steps: int) -> Any:
-        """The next `steps` batches, stacked on a new leading axis."""
+        """Returns the next `steps` batches, stacked on a new leading axis."""
         return jax.tree.map(lambda *a: np.stack(a), *(next(self._iterator) for _ in range(steps)))
 
     def state(self) -> dict[str, Any]:
-        """Position as JSON values."""
+        """Returns the position as JSON values."""
         return self._iterator.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A folder of videos with their cameras and captions, checked before anything is encoded.
+"""Reads a folder of videos with cameras and captions, and checks it before encoding starts.
 
 Axis letters: N pixel frames, H W pixels.
 """
@@ -31,11 +31,11 @@ class OwnVideo:
     """One video to encode.
 
     Attributes:
-      key: its file's name without ending.
+      key: the file's name without its ending.
       path: a video file, or a folder of images.
-      c2w: (N, 4, 4) of the frames that are taken.
+      c2w: (N, 4, 4) poses of the frames that are used.
       intrinsics: (N, 4) in pixels of the video, or None.
-      caption: text.
+      caption: its text.
     """
 
     key: str
@@ -47,7 +47,7 @@ class OwnVideo:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A video as the autoencoder takes it.
+    """A video as the autoencoder reads it.
 
     Attributes:
       video: (N, H, W, 3) uint8.
@@ -59,10 +59,12 @@ class Clip:
 
 
 def find_videos(folder: Path) -> dict[str, Path]:
-    """Videos of a folder by key, in order of their names: files, and folders of images.
+    """Returns the videos of a folder by key, in the order of their names.
+
+    A video is a file or a folder of images.
 
     Raises:
-      InputError: none, or two of one key.
+      InputError: the folder has no video, or two videos with the same key.
     """
     if not folder.is_dir():
         raise InputError(f"--videos {folder} is no folder")
@@ -92,19 +94,24 @@ def read_own_video(
     frame_step: int,
     intrinsics: np.ndarray | None,
 ) -> OwnVideo:
-    """Fits a camera to a video, of which `num_frames` frames are taken, every `frame_step`-th.
+    """Combines a video with its camera, and uses `num_frames` frames, every `frame_step`-th one.
 
     Args:
+      key, path, caption: see `OwnVideo`.
       track: a pose for every frame of the video.
-      intrinsics: (4,) or (F, 4) in pixels of the video, for a track that has none.
+      num_frames: N.
+      frame_step: 1 uses every frame.
+      intrinsics: (4,) or (F, 4) in pixels of the video, for a track without intrinsics.
 
     Raises:
-      InputError: another number of poses than frames, or too few.
+      InputError: the numbers of poses and frames differ, or there are too few of them.
     """
     frames, width, height = _facts(path)
     poses = len(track.c2w)
     if frames and poses != frames:
-        raise InputError(f"{path} has {frames} frames and its camera {poses} poses; one a frame")
+        raise InputError(
+            f"{path} has {frames} frames and its camera {poses} poses; give one pose per frame"
+        )
     if -(-poses // frame_step) < num_frames:
         most = max(-(-poses // frame_step) - 1, 0) // 8 * 8 + 1
         raise InputError(
@@ -118,12 +125,12 @@ def read_own_video(
 
 
 def load_clip(video: OwnVideo, frame_step: int, height: int, width: int) -> Clip:
-    """Reads the frames of a video, scaled and cropped as sampling does with its image.
+    """Reads the frames of a video, and scales and crops them as sampling does with its image.
 
-    A video without intrinsics gets those of sampling's default field of view.
+    A video without intrinsics gets the default field of view that sampling uses.
 
     Raises:
-      InputError: it cannot be read, or has fewer frames than its camera.
+      InputError: the video cannot be read, or it has fewer frames than its camera.
     """
     taken = len(video.c2w)
     out = np.empty((taken, height, width, 3), np.uint8)
@@ -148,16 +155,16 @@ def load_clip(video: OwnVideo, frame_step: int, height: int, width: int) -> Clip
 
 
 def read_tracks(poses: Path, keys: list[str], pose_format: str) -> dict[str, PoseTrack]:
-    """The camera of each video.
+    """Returns the camera of each video.
 
     Args:
-      poses: a folder with a file or folder for each key; or the camera of the only video; or a
-        `.npz` with ids, ranges, pose and intrinsics as upstream's `_camera.npz`.
-      keys: of the videos.
+      poses: a folder with a file or a folder per key; or the camera of the only video; or a `.npz`
+        with ids, ranges, pose and intrinsics, as in upstream's `_camera.npz`.
+      keys: the names of the videos.
       pose_format: see `camera.pose_files.read_poses`.
 
     Raises:
-      InputError: a video without one, or one that cannot be read; the line names it.
+      InputError: a video has no camera, or its camera cannot be read; the message names it.
     """
     is_one = poses.is_file() or (
         poses.is_dir() and ((poses / "transforms.json").is_file() or find_colmap_model(poses))
@@ -179,10 +186,15 @@ def read_tracks(poses: Path, keys: list[str], pose_format: str) -> dict[str, Pos
 
 
 def read_captions(file: Path | None, videos: dict[str, Path]) -> dict[str, str]:
-    """The caption of each video, of `file` (JSON or JSONL by key) or else of `<key>.txt` beside it.
+    """Returns the caption of each video.
+
+    Args:
+      file: JSON or JSONL by key. With None, the caption of a video is in the file `<key>.txt` in
+        the video's folder; without that file it is empty.
+      videos: their paths by key.
 
     Raises:
-      InputError: the file cannot be read, or lacks a video.
+      InputError: the file cannot be read, or has no caption of some video.
     """
     if file is None:
         beside = {key: path.with_name(f"{key}.txt") for key, path in videos.items()}

@@ -1,4 +1,4 @@
-"""What stage 1 makes of the training clips, sampled once and kept beside their true latents.
+"""Stage 1's samples of the training clips, made once and stored in the folder of the true latents.
 
 Axis letters: n clips, s seeds, B batch, F latent frames, H W latent rows and columns, c latent
 channels, L text tokens, C text width.
@@ -22,7 +22,7 @@ from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.sampling.schedule import next_sigmas
 from sanawm_jax.sampling.stage1 import Conditions, denoise_batch
 
-SAVE_EVERY = 16  # batches between notes of progress
+SAVE_EVERY = 16  # batches between two updates of the progress file
 # (clips (B,), seeds (B,)) -> latents (B, F, H, W, c)
 Sampler = Callable[[np.ndarray, np.ndarray], jax.Array]
 
@@ -36,25 +36,26 @@ def build_pairs(
     fingerprint: str,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Samples `seeds` versions of every clip, or what an interrupted call left over.
+    """Samples `seeds` versions of every clip, and continues where an interrupted call stopped.
 
     Args:
-      folder: of `data.latent_cache`; gets `stage1.npy` and `stage1.json`.
+      folder: the folder of `data.latent_cache`. `stage1.npy` and `stage1.json` are written there.
       clips: n.
       seeds: s.
-      sample: stage 1; what it gives may depend on clip and seed, not on the batch.
-      fingerprint: names data, weights and sampler; pairs of others are made anew.
-      batch_size: clips a call.
+      sample: runs stage 1. Its result may depend on the clip and the seed, but not on the batch.
+      fingerprint: identifies data, weights and sampler. Pairs with another fingerprint are
+        discarded and sampled again.
+      batch_size: clips per call of `sample`.
 
     Returns:
-      memory map (s n, F, H, W, c) float16; row i is clip i mod n with seed i // n.
+      A memory map (s n, F, H, W, c) float16; row i is clip i mod n with seed i // n.
     """
     folder, total = Path(folder), clips * seeds
     file, note = folder / "stage1.npy", folder / "stage1.json"
     done = _done(note, fingerprint)
     array = np.load(file, mmap_mode="r+") if done else None
     for count, start in enumerate(range(done, total, batch_size), 1):
-        # the last batch repeats its last row: one shape, one compilation
+        # The last batch repeats its last row, so that all batches have one shape and one program.
         rows = np.minimum(np.arange(start, start + batch_size), total - 1)
         latents = np.asarray(sample(rows % clips, rows // clips), np.float16)
         if array is None:
@@ -77,12 +78,14 @@ def build_text(
     fingerprint: str,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """The captions as the refiner's transformer reads them, (captions, L, C) float16.
+    """Returns the captions as the refiner's transformer reads them, (captions, L, C) float16.
 
     Args:
-      folder: gets `refiner_text.npy` and `refiner_text.json`.
+      folder: where `refiner_text.npy` and `refiner_text.json` are written.
+      captions: the texts.
       encode: texts -> (B, L, C).
-      fingerprint: names captions and weights.
+      fingerprint: identifies captions and weights.
+      batch_size: B.
     """
     file, note = Path(folder) / "refiner_text.npy", Path(folder) / "refiner_text.json"
     if not _done(note, fingerprint):
@@ -120,14 +123,16 @@ def stage1_sampler(
     seed: int = 0,
     dtype: Any,
 ) -> Sampler:
-    """Stage 1 on clips of a latent cache: their first latent, caption and camera, new noise.
+    """Returns a sampler of stage 1 for clips of a latent cache.
+
+    It uses the first latent frame, the caption and the camera of a clip, and new noise.
 
     Args:
       graphdef, params: the DiT.
       cache: see `data.latent_cache.build_cache`.
-      sigmas: noise levels down to 0, `Schedule.sigmas`.
-      guidance: classifier-free guidance against the null caption; 1 or less is off.
-      seed: of the noise, with which a row's clip and seed make its own.
+      sigmas: noise levels down to 0, see `Schedule.sigmas`.
+      guidance: scale of classifier-free guidance against the null caption; 1 or less: no guidance.
+      seed: the noise of a row depends on this seed and on the row's clip and seed.
       dtype: compute dtype.
     """
     text, text_mask = jnp.asarray(cache["text"]).astype(dtype), jnp.asarray(cache["text_mask"])

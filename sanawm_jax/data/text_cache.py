@@ -1,4 +1,4 @@
-"""Captions as the text tower reads them, encoded once and kept on disk. numpy only.
+"""Hidden states of captions, which the text encoder computes once. Imports numpy and no JAX.
 
 Axis letters: U distinct captions, L text tokens, C width.
 """
@@ -17,17 +17,17 @@ from absl import logging
 from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.errors import InputError
 
-SAVE_EVERY = 16  # batches between notes of progress
+SAVE_EVERY = 16  # batches between two updates of the progress file
 _NOTE = "captions.json"
 
 
 class TextCache:
-    """A folder of encoded captions; calling it with one gives its rows.
+    """A folder of encoded captions. A call with a caption returns its hidden states and mask.
 
-    It maps its files anew in every process that it is pickled to.
+    The files are memory maps. A pickled cache opens them again in the process that loads it.
 
     Raises:
-      InputError: on construction, the folder is not complete.
+      InputError: the folder that the constructor gets is not complete.
     """
 
     def __init__(self, folder: str | Path):
@@ -50,7 +50,7 @@ class TextCache:
         self._map()
 
     def __call__(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states (L, C) float16 and mask (L,) bool; the empty text is the null caption."""
+        """Returns hidden states (L, C) float16 and mask (L,) bool. "" is the null caption."""
         row = self._rows[caption]
         return np.array(self._text[row]), np.array(self._mask[row])
 
@@ -68,18 +68,21 @@ def build_text_cache(
     fingerprint: str,
     batch_size: int = 8,
 ) -> TextCache:
-    """Encodes all captions and the empty one, or what an interrupted call left over.
+    """Encodes all captions and the empty one, and continues where an interrupted call stopped.
 
     Args:
-      folder: gets text.npy (U, L, C) float16, text_mask.npy (U, L) bool and captions.json.
+      folder: where text.npy (U, L, C) float16, text_mask.npy (U, L) bool and captions.json are
+        written.
       captions: in any order.
-      encode: texts -> hidden states (B, L, C) and mask (B, L); the empty text comes by itself.
-      fingerprint: names weights and length; a cache of others, or of other captions, is made anew.
+      encode: texts -> hidden states (B, L, C) and mask (B, L). The empty text is never in one
+        batch with other texts.
+      fingerprint: identifies weights and length. A cache with another fingerprint or other captions
+        is discarded and made again.
       batch_size: B.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # the empty caption is encoded by itself, since the others have an instruction before them
+    # The empty caption has its own batch, because the others are encoded after an instruction.
     unique = [*sorted({*captions} - {""}), ""]
     digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()[:16]
     name = f"{fingerprint}-{digest}"
@@ -90,7 +93,7 @@ def build_text_cache(
     starts = [*range(done, last, batch_size), *([last] if done <= last else [])]
     for count, start in enumerate(starts, 1):
         part = unique[start : min(start + batch_size, last)] or [""]
-        # one shape, one compilation
+        # A short batch is filled up, so that all batches have one shape and one program.
         text, mask = encode(part + [part[-1]] * (batch_size - len(part)))
         text, mask = np.asarray(text, np.float16), np.asarray(mask) > 0
         if arrays is None:

@@ -1,11 +1,11 @@
-"""Which samples a set of zips holds, and what stands about each beside its latents. numpy only.
+"""Lists the samples in a set of zips, with their sizes, captions and scores. Uses numpy only.
 
     RAW/<stem>.zip                  <key>.json: width, height, prompt
     RAW/<stem>_camera.npz           ids, ranges, pose, intrinsics
     RAW/<stem>_metric_scale_stats.json, RAW/<stem><suffix>.json or .jsonl: captions, scores
     LATENTS/<stem>.zip              <key>.npz: z (C, T, h, w)
 
-Facts of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`.
+Source of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from sanawm_jax.data.bad_samples import BadSampleCounter, Problem
 from sanawm_jax.data.zip_sidecars import caption_of, find_sidecar, read_records, score_of
 from sanawm_jax.runtime.errors import InputError
 
-MIN_LATENT_FILE_SIZE = 10 * 2**20  # upstream's; less is taken for a clip that was cut short
+# Upstream's number: it regards the latents of a smaller file as incomplete.
+MIN_LATENT_FILE_SIZE = 10 * 2**20
 CAMERA_SUFFIX = "_camera"
 SCALE_SUFFIX = "_metric_scale_stats"
 PROMPT = "prompt"
@@ -32,14 +33,14 @@ PROMPT = "prompt"
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """The files of one stem."""
+    """The two zips of one name."""
 
     raw: Path
     latents: Path
 
     @property
     def stem(self) -> Path:
-        """The raw zip without `.zip`, to which sidecars append."""
+        """The raw zip's path without `.zip`. Names of sidecars start with it."""
         return self.raw.with_suffix("")
 
     @property
@@ -54,9 +55,9 @@ class Item:
     Attributes:
       pack: number of its `Pack`.
       key: its name.
-      width, height: pixels of the video that the intrinsics are of.
-      scale: of the translations, to metres.
-      captions: (text, weight) of each that can be drawn; at least one.
+      width, height: size in pixels of the video to which the intrinsics belong.
+      scale: factor that converts the translations to metres.
+      captions: (text, weight) of every caption that can be drawn; at least one.
     """
 
     pack: int
@@ -69,12 +70,14 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What of a set is used.
+    """Which samples of a set are used.
 
     Attributes:
-      filters: (suffix, lowest, highest) score, both included; a sample without a score is out.
-      captions: (suffix, weight); a sample that has none of them takes the `prompt` of its json.
-      min_latent_file_size: bytes of a latent's entry, unpacked; smaller ones are left out.
+      filters: (suffix, lowest, highest) of a score, limits included. A sample without the score is
+        not used.
+      captions: (suffix, weight). A sample without any of these captions uses the `prompt` of its
+        JSON entry.
+      min_latent_file_size: bytes of the unpacked latents; samples with fewer are not used.
     """
 
     filters: Sequence[tuple[str, float, float]] = ()
@@ -95,8 +98,10 @@ class ZipIndex:
     """All samples that are used, in order of zip and key.
 
     Attributes:
-      filtered: samples that a score left out.
-      small: samples whose latents are below `min_latent_file_size`.
+      packs: the zips.
+      items: the samples.
+      filtered: number of samples that a score excluded.
+      small: number of samples whose latents are smaller than `min_latent_file_size`.
     """
 
     packs: tuple[Pack, ...]
@@ -105,11 +110,11 @@ class ZipIndex:
     small: int = 0
 
     def captions(self) -> list[str]:
-        """All texts that can be drawn, sorted."""
+        """Returns all captions that can be drawn, sorted."""
         return sorted({text for item in self.items for text, _ in item.captions})
 
     def fingerprint(self) -> str:
-        """Names the samples and their order."""
+        """Returns a hash of the samples' names and their order."""
         names = [[self.packs[item.pack].raw.name, item.key] for item in self.items]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
@@ -119,22 +124,22 @@ def index_zips(
     selection: Selection,
     counter: BadSampleCounter,
 ) -> ZipIndex:
-    """Reads the directories of all zips and the files beside them.
+    """Reads the directories of all zips, and their sidecar files.
 
-    What is missing or damaged here leaves out its samples: it is logged and counted.
+    Samples whose files are missing or damaged are skipped, logged and counted.
 
     Args:
       folders: (raw, latents) of each set.
-      selection: what is used.
-      counter: gets the problems.
+      selection: which samples are used.
+      counter: counts the problems.
 
     Raises:
-      InputError: a folder without zips, too many bad samples, or none that can be used.
+      InputError: a folder has no zips, too many samples are bad, or no sample can be used.
     """
     packs, items = [], []
     filtered = small = 0
     for raw, latents in folders:
-        # a writer's unfinished file begins with a dot
+        # A name that begins with a dot is a file that a writer did not finish.
         found = sorted(f for f in raw.glob("*.zip") if not f.name.startswith("."))
         if not found:
             raise InputError(f"there are no zips in {raw}")
@@ -158,7 +163,7 @@ def index_zips(
 def _index_pack(
     pack: Pack, number: int, selection: Selection, counter: BadSampleCounter
 ) -> tuple[list[Item], tuple[int, int]]:
-    """Samples of one zip, and how many were filtered out and how many too small."""
+    """Returns the samples of one zip, and the numbers of filtered and of too small ones."""
 
     def skip(file: Path, reason: str, samples: int = 1, key: str = "") -> None:
         counter.add(Problem(str(file), key, reason, samples))
@@ -220,7 +225,7 @@ def _read_about(
             if not (int(record["width"]) > 0 and int(record["height"]) > 0):
                 raise ValueError("width and height must be positive")
             about[key] = record
-        # zlib and zipfile raise their own errors on damaged bytes
+        # On damaged bytes, zlib and zipfile raise their own errors.
         except Exception as error:
             skip(pack.raw, f"{name} is damaged or lacks width and height ({error})", key=key)
     return list(about), about
@@ -255,6 +260,6 @@ def _camera_ids(pack: Pack, skip: Any, samples: int) -> set[str] | None:
             return {str(key) for key in file["ids"]}
     except FileNotFoundError:
         skip(pack.camera, "there is no such file", samples)
-    except Exception as error:  # numpy, zipfile and zlib raise almost anything
+    except Exception as error:  # numpy, zipfile and zlib may raise many kinds of errors
         skip(pack.camera, f"it cannot be read ({type(error).__name__}: {error})", samples)
     return None

@@ -1,7 +1,7 @@
-"""Samples of upstream's zip-latent format by number, for Grain. numpy only.
+"""Random access to the samples of upstream's zip-latent format, for Grain. Uses numpy only.
 
 Axis letters: C latent channels, F latent frames, H W latent rows and columns, N pixel frames, L
-text tokens. Facts of the format: NVlabs/Sana `sana_wm_zip_latent_data.py`.
+text tokens. Source of the format: NVlabs/Sana `sana_wm_zip_latent_data.py`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from sanawm_jax.data.bad_samples import BadSample, Problem
 from sanawm_jax.data.zip_index import Item, Pack, ZipIndex
 from sanawm_jax.runtime.errors import InputError
 
-_OPEN_ZIPS = 32  # file handles a process keeps
-MEASURED = 100
-_OPEN_CAMERAS = 8  # a zip's cameras are megabytes
+_OPEN_ZIPS = 32  # file handles that a process keeps
+MEASURED = 100  # samples that `measure` tries to read
+_OPEN_CAMERAS = 8  # few, because the cameras of one zip take megabytes
 _T = TypeVar("_T")
 
 
 class ZipLatents:
-    """Random access to the samples of an index; pickles without its open files.
+    """Random access to the samples of an index. Pickling leaves out the open files.
 
     Args:
       index: see `zip_index.index_zips`.
       latent_frames: F; longer samples are cut, shorter ones are not used.
-      repeat: how often each sample comes in an epoch, with a caption drawn anew.
-      text: caption -> hidden states (L, width) and mask (L,), see `text_cache.TextCache`; None
-        gives the caption itself.
-      temporal: pixel frames a latent frame.
+      repeat: how often each sample comes in an epoch; each time its caption is drawn again.
+      text: caption -> hidden states (L, width) and mask (L,), see `text_cache.TextCache`; with None
+        a sample holds the caption itself.
+      temporal: pixel frames per latent frame.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class ZipLatents:
         self._open_caches()
 
     def measure(self) -> tuple[int, int, int]:
-        """(C, H, W) of the first sample that can be read, which all others must have.
+        """Returns (C, H, W) of the first sample that can be read. All others must have that shape.
 
         Raises:
-          InputError: the first hundred cannot be read, or the set is empty.
+          InputError: none of the first hundred samples can be read, or the set is empty.
         """
         last = "the set is empty"
         for item in self.index.items[:MEASURED]:
@@ -94,24 +94,25 @@ class ZipLatents:
         return len(self.index.items) * self._repeat
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """`read` with a caption that depends on the number alone."""
+        """Calls `read` with a caption that depends only on the number."""
         if not -len(self) <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         return self.read(number % len(self), np.random.default_rng(number % len(self)))
 
     def read(self, number: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One sample.
+        """Returns one sample.
 
         Args:
           number: below `len(self)`.
           rng: draws the caption.
 
         Returns:
-          latents (F, H, W, C), camera (F, 20), plucker (F, H, W, 6 * temporal), all float32, and
-          text (L, width) with text_mask (L,), or else caption, a string.
+          latents (F, H, W, C), camera (F, 20) and plucker (F, H, W, 6 * temporal), all float32; and
+          text (L, width) with text_mask (L,), or, without an encoder, caption, a string.
 
         Raises:
-          BadSample: damaged, missing, not finite, not rigid, of another size, or too short.
+          BadSample: the sample is damaged, missing, not finite, not rigid, of another size, or too
+            short.
         """
         item = self.index.items[number % len(self.index.items)]
         pack = self.index.packs[item.pack]
@@ -133,9 +134,9 @@ class ZipLatents:
             with self._lock:
                 archive = self._zips.take(pack.latents, zipfile.ZipFile)
                 member = archive.open(f"{item.key}.npz")
-            with member:  # reading to the end compares the checksum
+            with member:  # a read to the end checks the checksum
                 latents = _read_latents(member.read())
-        # damaged bytes make zipfile, zlib and numpy raise almost anything
+        # On damaged bytes, zipfile, zlib and numpy may raise many kinds of errors.
         except Exception as error:
             raise bad(f"{item.key}.npz cannot be read ({_reason(error)})") from error
         if latents.ndim != 4:
@@ -180,23 +181,24 @@ def camera_tensors(
     scale: float = 1.0,
     temporal: int = 8,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What stage 1 reads of a camera sidecar: `camera.rays.camera_conditions` on the latent grid.
+    """Computes stage 1's camera inputs from a camera sidecar, for the latent grid.
 
-    Poses may be up to `temporal - 1` fewer than the pixel frames; the last is repeated then.
+    There may be up to `temporal - 1` fewer poses than pixel frames. Then the last pose is repeated.
 
     Args:
       pose: (N, 4, 4) camera-to-world.
       intrinsics: (N, 4) [fx, fy, cx, cy] in pixels of a video of `size`.
       size: (width, height).
-      latent_shape: (F, H, W); pixels scale to this grid along each axis by itself.
-      scale: of the translations.
-      temporal: pixel frames a latent frame.
+      latent_shape: (F, H, W). Each axis of the video is scaled to this grid on its own.
+      scale: factor of the translations.
+      temporal: pixel frames per latent frame.
 
     Returns:
-      camera (F, 20), plucker (F, H, W, 6 * temporal), float32.
+      camera (F, 20) and plucker (F, H, W, 6 * temporal), float32; see
+      `camera.rays.camera_conditions`.
 
     Raises:
-      InputError: too few poses, not finite or not rigid.
+      InputError: the poses are too few, not finite or not rigid.
     """
     frames, height, width = latent_shape
     needed = (frames - 1) * temporal + 1
@@ -212,16 +214,16 @@ def camera_tensors(
     if (on_grid[:, :2] <= 0).any():
         raise InputError("intrinsics: focal lengths must be positive")
     rows = np.minimum(np.arange(needed), known - 1)
-    # a spatial ratio of 1: intrinsics are on the latent grid already
+    # The spatial ratio is 1, because the intrinsics are already in units of the latent grid.
     camera, plucker = camera_conditions(c2w[rows], on_grid[rows], height, width, temporal, 1)
-    # a token past the last pose repeats the token before it, not the last pose
+    # A token after the last pose is a copy of the token before it. It does not use the last pose.
     last = (known - 1) // temporal
     camera[last + 1 :] = camera[last]
     return camera, plucker
 
 
 class _Cameras:
-    """A `_camera.npz`, read whole."""
+    """The whole content of a `_camera.npz` file."""
 
     def __init__(self, file: Path):
         with np.load(file, allow_pickle=False) as arrays:
@@ -233,7 +235,7 @@ class _Cameras:
             self._intrinsics = np.asarray(arrays["intrinsics"], np.float32)
 
     def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Poses (N, 4, 4) and intrinsics (N, 4) of a sample."""
+        """Returns the poses (N, 4, 4) and intrinsics (N, 4) of a sample."""
         start, count = self._places[key]
         if not 0 <= start <= start + count <= min(len(self._pose), len(self._intrinsics)):
             raise InputError(
@@ -244,19 +246,19 @@ class _Cameras:
 
 
 class _Recent(Generic[_T]):
-    """Things made of files, of which the most recently used are kept."""
+    """A cache of objects that are made from files. It keeps the most recently used ones."""
 
     def __init__(self, size: int):
         self._size = size
         self._kept: OrderedDict[Path, _T] = OrderedDict()
 
     def take(self, file: Path, make: Callable[[Path], _T]) -> _T:
-        """What `make` made of the file, now or earlier."""
+        """Returns the object of a file; `make` makes it if the cache does not have it."""
         if file not in self._kept:
             self._kept[file] = make(file)
             if len(self._kept) > self._size:
                 old = self._kept.popitem(last=False)[1]
-                # members that another thread reads keep the file open until they are done
+                # Another thread may still read a member. Then the file stays open until it is done.
                 if isinstance(old, zipfile.ZipFile):
                     old.close()
         self._kept.move_to_end(file)
@@ -264,7 +266,7 @@ class _Recent(Generic[_T]):
 
 
 def _read_latents(content: bytes) -> np.ndarray:
-    """`z` of a `.npz`, else its only array, or a bare array."""
+    """Returns `z` or the only array of a `.npz` file, or the array of an `.npy` file."""
     loaded = np.load(io.BytesIO(content), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
         return loaded

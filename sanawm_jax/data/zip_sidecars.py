@@ -1,6 +1,6 @@
-"""Files beside a raw zip: captions, scores to filter by, metric scales. numpy only.
+"""Sidecar files of a raw zip: captions, scores for filters, metric scales. Uses numpy only.
 
-Facts of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`; docs/data.md has them in a table.
+Source of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`. docs/data.md has it as a table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from sanawm_jax.runtime.errors import InputError
 
-# where a score is looked for in an object, in this order; then any number
+# The fields in which a score is searched, in this order. After them, any number is the score.
 SCORE_NAMES = (
     "score",
     "vmafmotion_score",
@@ -25,7 +25,12 @@ SCORE_NAMES = (
 
 
 def find_sidecar(stem: Path, suffix: str) -> Path | None:
-    """`<stem><suffix>.json`, else `.jsonl`, else None; `stem` is the raw zip without `.zip`."""
+    """Returns `<stem><suffix>.json`, else `.jsonl`, else None.
+
+    Args:
+      stem: the path of the raw zip without `.zip`.
+      suffix: the end of the sidecar's name.
+    """
     for end in (".json", ".jsonl"):
         file = stem.with_name(f"{stem.name}{suffix}{end}")
         if file.is_file():
@@ -34,12 +39,13 @@ def find_sidecar(stem: Path, suffix: str) -> Path | None:
 
 
 def read_records(file: Path) -> dict[str, Any]:
-    """What a sidecar holds for each key.
+    """Returns the record of each key in a sidecar.
 
-    JSON is an object by key or a list of objects with a `key`; JSONL has one such object a line.
+    A JSON file is an object by key, or a list of objects that have a field `key`. A JSONL file has
+    one object with a field `key` per line.
 
     Raises:
-      InputError: unreadable, or an entry without a key.
+      InputError: the file cannot be read, or an entry has no key.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -62,7 +68,7 @@ def read_records(file: Path) -> dict[str, Any]:
 
 
 def caption_of(record: Any) -> str | None:
-    """A string, or an object's `prompt`, else its first string."""
+    """Returns the record if it is a string; of an object its `prompt`, else its first string."""
     if isinstance(record, dict):
         prompt = record.get("prompt")
         record = prompt if isinstance(prompt, str) else _first(record.values(), str)
@@ -70,7 +76,10 @@ def caption_of(record: Any) -> str | None:
 
 
 def score_of(record: Any) -> float | None:
-    """A number; of a list the mean; of an object the first of `SCORE_NAMES`, else any number."""
+    """Returns the record if it is a number, the mean of a list, or a field of an object.
+
+    The field is the first one of `SCORE_NAMES` that the object has, else any number.
+    """
     if isinstance(record, dict):
         for name in (*SCORE_NAMES, *record):
             score = score_of(record.get(name)) if name in record else None

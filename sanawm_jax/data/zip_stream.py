@@ -1,9 +1,9 @@
-"""Endless batches of a zip-latent set, read ahead by threads or worker processes.
+"""An endless sequence of batches of a zip-latent set. Threads or worker processes read ahead.
 
-Order: every epoch is a new global shuffle by the seed. Position p of the endless sequence is row
-p mod B of batch p div B, whoever reads it, so neither the number of hosts nor that of workers
-changes a batch. A sample that cannot be read is replaced by one that its position and the seed
-choose, so a resumed run repeats that too.
+Every epoch has a new global shuffle that depends on the seed. Position p of the endless sequence is
+row p mod B of batch p div B on every host and in every worker, so neither the number of hosts nor
+the number of workers changes a batch. A sample that cannot be read is replaced by another one. The
+position and the seed decide which, so a resumed run uses the same one.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from sanawm_jax.data.loader import endless
 from sanawm_jax.data.zip_latents import ZipLatents
 from sanawm_jax.runtime.errors import InputError
 
-MAX_TRIES = 100  # replacements in a row, upstream's number
+MAX_TRIES = 100  # attempts to replace one sample; this is upstream's number
 _PROBLEMS = "problems"
 
 
 class ZipStream:
-    """An iterator of this host's rows of the batches, with a position as `loader.Loader` has.
+    """Reads this host's rows of the batches. The position can be stored, as in `loader.Loader`.
 
     Args:
-      source: what is read.
+      source: the samples.
       batch_size: B, rows of all hosts together.
-      seed: of the shuffles, caption choices and replacements.
-      counter: gets what could not be read.
-      rows: of a batch that this host reads, ascending; by default all.
-      num_workers: processes that read ahead; 0 reads in threads of this one.
-      num_threads: that read ahead, in each process; 0 reads when asked.
+      seed: seed of the shuffles, of the choice of captions and of the replacements.
+      counter: counts the samples that cannot be read.
+      rows: the rows of a batch that this host reads, in ascending order; by default all.
+      num_workers: processes that read ahead; 0 reads in threads of this process.
+      num_threads: threads per process that read ahead; with 0 a batch is read when it is requested.
       buffer: batches that each thread or process keeps ready.
     """
 
@@ -68,7 +68,7 @@ class ZipStream:
         self._iterator: Any = None
 
     def next(self, steps: int) -> dict[str, np.ndarray]:
-        """This host's rows of the next batches, arrays (steps, rows, ...).
+        """Returns this host's rows of the next batches, arrays (steps, rows, ...).
 
         Raises:
           InputError: too many samples could not be read.
@@ -77,7 +77,7 @@ class ZipStream:
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     def indices(self, steps: int) -> np.ndarray:
-        """Which samples the last batches of all hosts ask for, (steps, B)."""
+        """Returns the numbers of the samples in the last batches of all hosts, (steps, B)."""
         first = (self._position - steps) * self._batch_size
         places = range(first, self._position * self._batch_size)
         return np.array([self._order[place] for place in places]).reshape(steps, -1)
@@ -100,17 +100,17 @@ class ZipStream:
         return batch
 
     def _start(self) -> Iterator[dict[str, Any]]:
-        # a position is a slice of the endless sequence, so that another number of workers, whose
-        # iterators have states of their own, goes on at the same place
+        # The iterators of worker processes have their own states. The position is therefore a slice
+        # of the endless sequence, which is valid for any number of workers.
         dataset = self._batches[self._position :].to_iter_dataset(self._options)
         if self._workers.num_workers:
-            if not flags.FLAGS.is_parsed():  # Grain's processes read its flags
+            if not flags.FLAGS.is_parsed():  # Grain's processes read the flags of absl
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(self._workers)
         return iter(dataset)
 
     def state(self) -> dict[str, Any]:
-        """Position and counts as JSON values."""
+        """Returns the position and the counts as JSON values."""
         counter = self._counter
         return {
             "batch": self._position,
@@ -122,14 +122,14 @@ class ZipStream:
         """Continues at a position that `state` returned."""
         if state["samples"] != self._fingerprint:
             logging.warning(
-                "the data are not those of the checkpoint: the run goes on in another order"
+                "the data are not those of the checkpoint, so their order changes from here on"
             )
         self.close()
         self._position = int(state["batch"])
         self._counter.seen, self._counter.bad, self._counter.other = state["counts"]
 
     def close(self) -> None:
-        """Ends the worker processes; `next` would start others."""
+        """Ends the worker processes; `next` starts new ones."""
         if self._iterator is not None:
             if self._counter.bad:
                 logging.warning(
@@ -140,7 +140,7 @@ class ZipStream:
 
 
 class _Reader:
-    """(position, sample) -> the sample's arrays, or those of one that takes its place."""
+    """Maps (position, number of a sample) to the arrays of the sample or of its replacement."""
 
     def __init__(self, source: ZipLatents, seed: int):
         self._source, self._seed = source, seed
@@ -158,7 +158,7 @@ class _Reader:
 
 
 class _HostRows(grain.MapDataset):
-    """The rows of one host out of an endless sequence of batches' rows."""
+    """Selects the rows of one host from the endless sequence of the rows of all batches."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
@@ -175,7 +175,10 @@ class _HostRows(grain.MapDataset):
 
 
 def _stack(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Arrays by name, and the problems of all; problems alone if a sample has nothing else."""
+    """Stacks the arrays by name and joins the problems.
+
+    If a sample has no arrays, the result holds only its problems.
+    """
     problems = [tuple(problem) for sample in samples for problem in sample[_PROBLEMS]]
     failed = next((sample for sample in samples if len(sample) == 1), None)
     if failed is not None:

@@ -1,6 +1,6 @@
-"""Writes samples as a raw zip, a latent zip and their sidecars. numpy only.
+"""Writes samples as a raw zip, a latent zip and their sidecars. Uses numpy only.
 
-Facts of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`, which reads what this writes.
+Source of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`, which can read these files.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ class ZipSample:
     """One sample to write.
 
     Attributes:
-      key: its name, of a file's name's characters.
-      latents: (F, H, W, C) normalised, what `pack_latents` makes of them, or a function that
-        returns either, so that not all of them have to be in memory.
+      key: its name, with characters that a file name can have.
+      latents: (F, H, W, C) normalised latents, the bytes that `pack_latents` makes of them, or a
+        function that returns one of the two. With functions, the latents of only one sample are in
+        memory at a time.
       c2w: (N, 4, 4) camera-to-world, OpenCV axes.
-      intrinsics: (N, 4) [fx, fy, cx, cy] in pixels of a width x height video.
-      width, height: pixels.
-      prompt: caption.
+      intrinsics: (N, 4) [fx, fy, cx, cy] in pixels of a video of width x height.
+      width, height: size of the video in pixels.
+      prompt: the caption.
       captions: further captions by sidecar suffix.
-      scores: numbers to filter by, by sidecar suffix.
-      metric_scale: of the translations, to metres.
+      scores: numbers for filters by sidecar suffix.
+      metric_scale: factor that converts the translations to metres.
     """
 
     key: str
@@ -51,27 +52,27 @@ class ZipSample:
 
 
 def pack_latents(latents: np.ndarray) -> bytes:
-    """(F, H, W, C) -> the bytes of a `.npz` with z (C, F, H, W), of the same dtype."""
+    """Converts (F, H, W, C) to the bytes of a `.npz` file with z (C, F, H, W) in the same dtype."""
     buffer = io.BytesIO()
     np.savez(buffer, z=np.ascontiguousarray(np.moveaxis(latents, -1, 0)))
     return buffer.getvalue()
 
 
 def write_zip_latents(folder: str | Path, stem: str, samples: Sequence[ZipSample]) -> Path:
-    """Writes one zip of samples and what belongs to it, below `folder`/raw and `folder`/latents.
+    """Writes the two zips of some samples and their sidecars, to `folder`/raw and `folder`/latents.
 
-    The raw zip comes last: where it is, the rest is complete.
+    The raw zip is written last, so if it exists, the other files are complete.
 
     Args:
-      folder: made if absent.
-      stem: name of the zips, without `.zip`.
-      samples: with distinct keys.
+      folder: it is made if it does not exist.
+      stem: name of the zips without `.zip`.
+      samples: samples with distinct keys.
 
     Returns:
-      the raw zip.
+      The path of the raw zip.
 
     Raises:
-      ValueError: no samples, or two of one key.
+      ValueError: there are no samples, or two samples have the same key.
     """
     keys = [sample.key for sample in samples]
     if not keys or len(set(keys)) < len(keys):
@@ -79,7 +80,7 @@ def write_zip_latents(folder: str | Path, stem: str, samples: Sequence[ZipSample
     raw, latents = Path(folder) / RAW, Path(folder) / LATENTS
     for place in (raw, latents):
         place.mkdir(parents=True, exist_ok=True)
-    # latents do not get smaller by deflation, and stored ones are read without it
+    # Compression does not make latents smaller, and files that are only stored are read faster.
     with (
         atomic_write(latents / f"{stem}.zip") as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,

@@ -5,8 +5,8 @@
 `block`: only two layers of that network: the one that is running, and the next one, which is copied
   meanwhile. The other layers wait in host memory. After the first call (a step, or a block of
   frames) has shown how much memory it needs, as many layers as fit stay on the device. No layer of
-  a text tower stays, because it runs only once or twice. Embeddings, output layers and the VAE are
-  always on the device as a whole.
+  a text encoder stays, because it runs only once or twice. Embeddings, output layers and the VAE
+  are always on the device as a whole.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Need:
     """Bytes that one network needs while it runs."""
 
     weights: int
-    streamed: int  # bytes of weights on the device if only two layers are there
+    streamed: int  # bytes of weights outside of layers, and of two layers
     other: int  # states and temporaries
 
     def shared(self, devices: int) -> Need:
@@ -157,7 +157,7 @@ def refiner_need(
 
 
 def text_need(config: GemmaConfig, dtype: Any) -> Need:
-    """The need of a text tower."""
+    """The need of a text encoder."""
     return need_of(_abstract(build(GemmaTower, config)[1], dtype))
 
 

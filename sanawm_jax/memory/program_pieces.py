@@ -1,12 +1,13 @@
-"""Cuts a traced program into pieces: layers whose weights are in host memory, and what is between.
+"""Divides a traced program into pieces: the layers with weights in host memory, and the rest.
 
-A layer is the body of a `lax.scan` over stacked leaves, or one call of `stack.over_layers` for
-separate ones. What lies between layers is compiled together. Loops and compiled functions with
-layers inside are cut too.
+A layer is the body of a `lax.scan` over stacked parameters, or one call of `stack.over_layers` for
+separate ones. The operations between two layers become one compiled function. Loops and compiled
+functions that contain layers are divided too.
 
-What the caller gives away is written in place, as it would be without the cuts: a piece is given
-the memory of its inputs where that is the program's own, nothing reads it later, and a result can
-take its place. Such a result is then the program's own as well.
+Donated arguments are overwritten, as they are in the undivided program. The memory of an array
+belongs to the program if the caller donated it, or if a piece made it. A piece may reuse the memory
+of an input if it belongs to the program, if nothing reads the input later, and if a result of the
+piece has its shape and dtype. The memory of that result then belongs to the program as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax.extend.core as jex
 from sanawm_jax.core.stack import SEPARATE_LAYER
 
 _FUNCTIONS = ("jit", "pjit")
-Function = Callable[..., Any]  # compiled; takes and gives lists of arrays
+Function = Callable[..., Any]  # a compiled function of arrays that returns a list of arrays
 
 
 @dataclasses.dataclass
@@ -30,9 +31,9 @@ class Piece:
     """A part of a program.
 
     Attributes:
-      inputs: variables and literals, in the order in which the part takes them.
+      inputs: variables and literals, in the order of the part's arguments.
       outputs: variables.
-      dead: variables that nothing reads after this part.
+      dead: variables that no later part reads.
     """
 
     inputs: Sequence[Any]
@@ -42,33 +43,34 @@ class Piece:
 
 @dataclasses.dataclass
 class Between(Piece):
-    """Equations that need no layer."""
+    """Equations without a layer."""
 
     function: Function
 
 
 @dataclasses.dataclass
 class Layer(Piece):
-    """One of separate layers."""
+    """One layer whose parameters are separate from those of the other layers."""
 
     function: Function
 
 
 @dataclasses.dataclass
 class Call(Piece):
-    """A compiled function with layers inside."""
+    """A compiled function that contains layers."""
 
     plan: Plan
 
 
 @dataclasses.dataclass
 class Loop(Piece):
-    """A scan over layers, or over something else with layers inside.
+    """A scan over layers, or another scan whose body contains layers.
 
     Attributes:
-      constants, carried: how many of the inputs are that; the others are scanned.
-      order: of its turns.
-      body: a layer's function, or what a turn runs.
+      constants, carried: numbers of inputs of these two kinds, which come first; the others are
+        scanned.
+      order: the indices of the iterations, in the order in which they run.
+      body: the function of a layer, or the plan of one iteration.
     """
 
     constants: int
@@ -83,7 +85,8 @@ class Plan:
 
     Attributes:
       jaxpr, consts: the program.
-      owned: variables whose memory is the program's own at its end.
+      pieces: its parts in the order of execution.
+      owned: variables whose memory belongs to the program when it ends.
     """
 
     jaxpr: Any
@@ -93,21 +96,21 @@ class Plan:
 
 
 def make_plan(closed: Any, hosted: dict[Any, int], donated: Sequence[Any] = ()) -> Plan:
-    """Cuts a program at its layers.
+    """Divides a program at its layers.
 
     Args:
       closed: the program, a ClosedJaxpr.
       hosted: its inputs that are in host memory, with the number of their stacked axes.
-      donated: its inputs whose memory is the program's from now on.
+      donated: its inputs that the caller donates; their memory belongs to the program.
 
     Raises:
-      ValueError: what is in host memory is used outside of a layer.
+      ValueError: an input in host memory is used outside of a layer.
     """
     return _Cutter(closed, hosted, donated, {}).cut()
 
 
 class _Cutter:
-    """Cuts one program; `compiled` are its layers' functions, shared with programs inside of it."""
+    """Divides one program. The programs inside it share `compiled`, the functions of the layers."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class _Cutter:
     ):
         self.closed, self.jaxpr = closed, closed.jaxpr
         self.hosted, self.owned, self.compiled = hosted, set(donated), compiled
-        # position of the equation that reads a variable last; results are read at the end
+        # The position of the last equation that reads a variable. Results are read at the end.
         self.last_read: dict[Any, int] = {}
         for i, eqn in enumerate(self.jaxpr.eqns):
             self.last_read.update((a, i) for a in eqn.invars if is_variable(a))
@@ -165,7 +168,7 @@ class _Cutter:
         return Between(inputs, outputs, jax.jit(function, donate_argnums=given))
 
     def piece(self, eqn: Any, end: int) -> Piece:
-        """The equation, an input of which is in host memory, as a piece."""
+        """Makes a piece of an equation that has an input in host memory."""
         name, inputs, outputs = eqn.primitive.name, eqn.invars, eqn.outvars
         if name == "scan":
             return self.loop(eqn)
@@ -177,7 +180,7 @@ class _Cutter:
         if eqn.params["name"] == SEPARATE_LAYER and not any(hosted.values()):
             given = self.give_away(inputs, outputs, passed_on, end)
             if outputs and self.owned.issuperset(outputs):
-                self.owned.discard(outputs[0])  # is never given away: a runner waits for it
+                self.owned.discard(outputs[0])  # never reused, because the runner waits for it
             return Layer(inputs, outputs, self.compile(body, given))
         own = [body.jaxpr.invars[i] for i in self.free(inputs, passed_on, end)]
         plan = _Cutter(body, hosted, own, self.compiled).cut()
@@ -204,7 +207,10 @@ class _Cutter:
         return Loop(eqn.invars, eqn.outvars, constants, carried, order, inside)
 
     def hosted_inside(self, eqn: Any, scanned: Sequence[int] = ()) -> dict[Any, int]:
-        """The body's variables in host memory; what is scanned has one stacked axis less there."""
+        """Returns the body's variables that are in host memory, with their numbers of stacked axes.
+
+        Inside the body, a scanned variable has one stacked axis less.
+        """
         inside = {}
         pairs = zip(eqn.invars, eqn.params["jaxpr"].jaxpr.invars, strict=True)
         for i, (atom, variable) in enumerate(pairs):
@@ -213,19 +219,20 @@ class _Cutter:
         return inside
 
     def compile(self, body: Any, donated: Sequence[int] = ()) -> Function:
-        """The function of a layer; layers with the same body share it."""
+        """Returns the function of a layer. Layers with the same body share one function."""
         key = id(body), tuple(donated)
-        if key not in self.compiled:  # with the body, whose id is another's when it is gone
+        # The entry also holds the body: if it were deleted, another body could get its id.
+        if key not in self.compiled:
             function = jax.jit(jex.jaxpr_as_fun(body), donate_argnums=tuple(donated))
             self.compiled[key] = body, function
         return self.compiled[key][1]
 
     def disown(self, inputs: Sequence[Any], passed_on: Sequence[int | None]) -> None:
-        """An input that is a result too has two names from now on, and is never given away."""
+        """Protects inputs that are also results, so that no piece overwrites their memory."""
         self.owned -= {inputs[i] for i in passed_on if i is not None and is_variable(inputs[i])}
 
     def free(self, inputs: Sequence[Any], passed_on: Sequence[int | None], end: int) -> list[int]:
-        """Positions of the inputs of a piece whose memory it may have."""
+        """Returns the positions of the inputs of a piece whose memory the piece may reuse."""
         self.disown(inputs, passed_on)
         counts = Counter(id(a) for a in inputs)
         return [
@@ -244,7 +251,10 @@ class _Cutter:
         passed_on: Sequence[int | None],
         end: int,
     ) -> list[int]:
-        """Of the free inputs those whose place a result takes, which becomes the program's own."""
+        """Returns the positions of the free inputs whose memory a result takes.
+
+        The memory of such a result then belongs to the program.
+        """
         new = [v for v, source in zip(outputs, passed_on, strict=True) if source is None]
         room = Counter(_kind(v) for v in new)
         given = []
@@ -266,9 +276,9 @@ def _kind(variable: Any) -> tuple[Any, Any]:
 
 
 def _passed_on(jaxpr: Any) -> list[int | None]:
-    """For every result the position of the input that it merely is, or None.
+    """Returns, for every result that is an unchanged input, that input's position, else None.
 
-    A program in pieces does not copy it: input and result are one array.
+    A divided program does not copy such an array: the input and the result are one array.
     """
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
@@ -282,9 +292,9 @@ def _passed_on(jaxpr: Any) -> list[int | None]:
 
 
 def _scan_sizes(options: dict[str, Any]) -> tuple[int, int]:
-    """How many of a scan's inputs are constants, and how many are carried."""
+    """Returns how many of a scan's inputs are constants, and how many are carried."""
     if "num_consts" in options:
         return options["num_consts"], options["num_carry"]
-    # from JAX 0.12 on a tree of (constants, carry, what is scanned) says so
+    # From JAX 0.12 on, a tree of (constants, carry, scanned inputs) holds these numbers.
     constants, carry, _ = options["ft_in"].unpack()
     return len(list(constants)), len(list(carry))

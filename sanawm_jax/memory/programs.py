@@ -1,4 +1,4 @@
-"""What a traced function allocates, from its program alone: nothing is compiled or run."""
+"""Finds what a traced function allocates. It reads the program and compiles or runs nothing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ _PRODUCTS = ("dot_general", "conv_general_dilated")
 def trace(
     function: Callable[..., Any], graphdef: Any, params: Any, *args: Any, **static: Any
 ) -> Any:
-    """The program of a model function, called as `streaming.call` does.
+    """Returns the program of a model function that is called as in `streaming.call`.
 
     Args:
-      params, args: trees of arrays or `jax.ShapeDtypeStruct`s.
-      static: what is not traced.
+      function: a jitted model function.
+      graphdef: see `params.build`.
+      params, args: trees of arrays or of `jax.ShapeDtypeStruct`.
+      static: arguments that are not traced.
     """
     inner = getattr(function, "__wrapped__", function)
     return jax.make_jaxpr(lambda p, *a: inner(graphdef, p, *a, **static))(params, *args)
 
 
 def equations(program: Any) -> Iterator[Any]:
-    """All equations, those of loops and inner functions included."""
+    """Yields all equations, also those inside loops and inner functions."""
     jaxpr = getattr(program, "jaxpr", program)
     for eqn in jaxpr.eqns:
         yield eqn
@@ -39,7 +41,7 @@ def equations(program: Any) -> Iterator[Any]:
 
 
 def large_arrays(program: Any, limit: int = INDEX_LIMIT) -> dict[tuple[int, ...], set[str]]:
-    """Shapes of more than `limit` elements, with the operations that make them."""
+    """Returns the shapes with more than `limit` elements, and the operations that make them."""
     found: dict[tuple[int, ...], set[str]] = {}
     for eqn in equations(program):
         for out in eqn.outvars:
@@ -50,15 +52,15 @@ def large_arrays(program: Any, limit: int = INDEX_LIMIT) -> dict[tuple[int, ...]
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays; works on abstract trees too."""
+    """Returns the bytes of the arrays in a tree, which may be abstract."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def least_bytes(program: Any) -> int:
-    """A lower bound of a program's temporary memory: its largest product with its operands.
+    """Returns a lower bound of a program's temporary memory: its largest product with its operands.
 
-    A compiler may fuse all else, but writes the result of a matrix product or a convolution, and
-    reads its operands, from memory.
+    A compiler may fuse all other operations. But a matrix product or a convolution reads its
+    operands from memory, and writes its result there.
     """
     return max(
         (

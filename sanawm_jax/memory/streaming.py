@@ -1,9 +1,10 @@
-"""Runs a network whose layers wait in host memory; those that the device has room for stay on it.
+"""Runs a network whose layers are in host memory. As many layers as fit stay on the device.
 
-A model here is a function whose layers are stacked and run by `lax.scan`, or separate and run by
-`stack.over_layers`. `Streamer` traces that function as it is, and runs its program piece by piece
-(`program_pieces`): what lies between layers is compiled as usual, and a layer in host memory is
-brought to the device while the layers before it run. So there is one definition of every model.
+A model is a function whose layers are stacked and run by `lax.scan`, or separate and run by
+`stack.over_layers`. `Streamer` traces this function without changes, and runs its program piece by
+piece (`program_pieces`). The operations between layers are compiled as usual. A layer in host
+memory is copied to the device while earlier layers run. Every model therefore has only one
+definition.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ PINNED = "pinned_host"
 def call(
     function: Callable[..., Any], graphdef: Any, params: Params, *args: Any, **static: Any
 ) -> Any:
-    """Runs a compiled model function as it is; `Streamer` has the same signature.
+    """Calls a jitted model function directly. A `Streamer` has the same signature.
 
     Args:
-      function: jitted, `function(graphdef, params, *args, **static)`.
-      args: arrays and trees of them.
-      static: all that is not traced.
+      function: a jitted `function(graphdef, params, *args, **static)`.
+      graphdef, params: the model.
+      args: arrays and trees of arrays.
+      static: the arguments that are not traced.
     """
     return function(graphdef, params, *args, **static)
 
@@ -42,18 +44,18 @@ Runner = Callable[..., Any]  # `call`, or a `Streamer`
 
 
 def keep_layers(path: str, array: np.ndarray) -> Any:
-    """Places a leaf: stacked layers stay in host memory, all else goes to the device.
+    """Places one parameter: stacked layers stay in host memory, others go to the device.
 
     Args:
-      path: dotted path of the leaf.
-      array: the leaf.
+      path: its dotted path.
+      array: its values.
     """
     depth = stacked_axes(path)
     return HostStack(array, depth) if depth else jax.device_put(array)
 
 
 def separate_layers(path: str, array: np.ndarray) -> Any:
-    """Places a leaf on the device, layers with one stacked axis separate; see `stack.over_layers`.
+    """Places a parameter on the device; one stacked axis becomes a tuple; see `stack.over_layers`.
 
     Args:
       path, array: see `keep_layers`.
@@ -64,7 +66,7 @@ def separate_layers(path: str, array: np.ndarray) -> Any:
 
 
 def keep_separate_layers(path: str, array: np.ndarray) -> Any:
-    """`keep_layers`, but layers with one stacked axis are separate; see `stack.over_layers`.
+    """Works as `keep_layers`, but one stacked axis becomes a tuple; see `stack.over_layers`.
 
     Args:
       path, array: see `keep_layers`.
@@ -75,14 +77,14 @@ def keep_separate_layers(path: str, array: np.ndarray) -> Any:
 
 
 class HostStack:
-    """A leaf in host memory, of stacked layers or of one, cut into the arrays that the device gets.
+    """A parameter in host memory, divided into one array per layer.
 
-    The arrays are in page-locked memory where the backend has it, so that copying them to the
-    device runs beside computation; else they are numpy's.
+    If the backend has page-locked memory, the arrays are there, so that the device can compute
+    while they are copied to it. Otherwise they are numpy arrays.
 
     Args:
-      array: the leaf.
-      depth: number of its leading stacked axes, 0 for the leaf of one layer.
+      array: the parameter, of one layer or of stacked layers.
+      depth: number of its leading stacked axes, 0 for a parameter of one layer.
     """
 
     def __init__(self, array: np.ndarray, depth: int):
@@ -91,7 +93,7 @@ class HostStack:
         self._parts = {i: _pinned(array[i]) for i in index}
 
     def part(self, index: tuple[int, ...]) -> Any:
-        """The host's array of one layer."""
+        """Returns the host's array of one layer."""
         return self._parts[index]
 
 
@@ -103,13 +105,13 @@ def _pinned(array: np.ndarray) -> Any:
 
 
 def upload(parts: list[Any]) -> list[jax.Array]:
-    """Starts the copies of a layer's leaves to the device."""
+    """Starts to copy the parameters of a layer to the device."""
     return jax.device_put(parts, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slice:
-    """A part of a stack, after some of its stacked axes."""
+    """A part of a stack, selected by indices of its first stacked axes."""
 
     stack: HostStack
     index: tuple[int, ...] = ()
@@ -118,20 +120,20 @@ class _Slice:
         return _Slice(self.stack, (*self.index, i))
 
 
-_Layer = tuple[_Slice, ...]  # all that one layer has in host memory
+_Layer = tuple[_Slice, ...]  # all parameters of one layer that are in host memory
 
 
 def memory_stats() -> dict[str, int]:
-    """What the backend reports of the device's memory, in bytes; empty if it reports nothing."""
+    """Returns the backend's report on the device's memory, in bytes; empty if there is none."""
     return jax.devices()[0].memory_stats() or {}
 
 
 def _spread(layers: Sequence[_Layer], room: int) -> list[_Layer]:
-    """As many of these layers as `room` bytes hold, spread evenly over their order."""
+    """Selects as many of these layers as fit into `room` bytes, spread evenly over their order."""
     count = len(layers)
     sizes = [sum(s.stack.part(s.index).nbytes for s in layer) for layer in layers]
     for streamed in range(count):
-        # every (count / streamed)-th layer is not among them
+        # Every (count / streamed)-th layer is left out.
         stay = [i for i in range(count) if (i + 1) * streamed // count == i * streamed // count]
         if sum(sizes[i] for i in stay) <= room:
             return [layers[i] for i in stay]
@@ -140,12 +142,12 @@ def _spread(layers: Sequence[_Layer], room: int) -> list[_Layer]:
 
 @dataclasses.dataclass
 class _Memory:
-    """Bytes of the device, when a function was called with two layers on it.
+    """The device memory of a call with two layers on the device, in bytes.
 
     Attributes:
-      sizes: of each argument that is on the device.
-      before: in use when the call began, without layers.
-      peak: in use at most, in the process so far; None: not known yet.
+      sizes: bytes of each argument that is on the device.
+      before: bytes in use when the call began, without layers.
+      peak: most bytes that the process has used so far; None if this is not known yet.
     """
 
     sizes: tuple[int, ...]
@@ -153,7 +155,7 @@ class _Memory:
     peak: int | None = None
 
     def peak_of(self, other: _Memory) -> int | None:
-        """What another call can need at most, by this one; None if its arguments are larger."""
+        """Returns an upper bound for another call; None if one of its arguments is larger."""
         is_larger = any(a > b for a, b in zip(other.sizes, self.sizes, strict=True))
         if self.peak is None or is_larger:
             return None
@@ -162,14 +164,14 @@ class _Memory:
 
 @dataclasses.dataclass
 class _Program:
-    """A function, cut for arguments of some shapes.
+    """A function, traced and divided for certain shapes of its arguments.
 
     Attributes:
       plan: its pieces.
-      out_tree: of its results.
-      identity: all that its results depend on, but for the shapes of what is on the device.
-      memory: that it takes.
-      layers: in the order in which they first ran.
+      out_tree: tree structure of its results.
+      identity: everything that selects this program, except the shapes of arguments on the device.
+      memory: the memory that it takes.
+      layers: its layers, in the order in which they first ran.
     """
 
     plan: pieces.Plan
@@ -179,39 +181,41 @@ class _Program:
     layers: tuple[_Layer, ...] = ()
 
 
-_measured: dict[Any, list[_Memory]] = {}  # in this process, by a program's identity
+_measured: dict[Any, list[_Memory]] = {}  # measurements in this process, by a program's identity
 
 
 class Streamer:
-    """Runs one network, whose layers are on the device as far as its memory goes.
+    """Runs one network, and keeps as many of its layers on the device as the memory allows.
 
-    The first call of a program (a function, for arguments of some shapes) has two layers on the
-    device: one that runs, and one that is brought or waits. It shows how much memory the rest
-    needs. From the second call on, layers stay that fit beside that; they are spread evenly over
-    the order of execution, so that the copy of each of the others hides behind several layers.
+    A program is a function together with the shapes of its arguments. The first call of a program
+    has two layers on the device: one that runs, and one that is being copied or waits for its
+    execution. This call measures how much memory everything else needs. From the second call on,
+    the layers that fit into the remaining memory stay on the device. They are spread evenly over
+    the order of execution, so that several layers run while one of the other layers is copied.
 
-    A backend reports one peak for the whole process, which never falls. So it is read only after
-    first calls, for which everything that stayed was dropped. A later program whose own peak is
-    below what an earlier one reached, with its layers, is taken to need that much: it has less room
-    than there is, perhaps none, but never more. A program that was measured in this process, or one
-    of the same function for arguments that were no smaller, is not measured again, and nothing is
-    dropped for it: it needs what that needed, and what has come to be on the device since.
+    A backend reports one peak of memory for the whole process, and this number never decreases. It
+    is therefore read only after first calls, and before such a call all layers that stayed are
+    released. If a later program has a smaller peak than an earlier one, the earlier peak is used
+    for it. The estimate of the remaining memory is then too small, but never too large. A program
+    is not measured, and nothing is released for it, if this process has already measured it, or has
+    measured the same function for arguments that were at least as large. Its need is then the
+    measured one, plus the growth of the memory in use since that measurement.
 
     Args:
-      stays: False for a network that runs too few times for layers to stay.
+      stays: False for a network that runs too few times for layers to stay on the device.
     """
 
     def __init__(self, *, stays: bool = True) -> None:
         self._stays = stays
         self._programs: dict[Any, _Program] = {}
-        self._unmeasured: _Program | None = None  # had its first call, and nothing stayed since
-        self._stay: set[_Layer] = set()  # what is to stay in this call
+        self._unmeasured: _Program | None = None  # had its first call, but the peak is not yet read
+        self._stay: set[_Layer] = set()  # the layers that stay on the device in this call
         self._resident: dict[_Layer, list[jax.Array]] = {}
-        self._order: dict[_Layer, None] = {}  # of this call
-        # what the last two streamed layers give, and their weights
+        self._order: dict[_Layer, None] = {}  # the layers of this call, in the order of execution
+        # The results and the weights of the last streamed layers.
         self._running: deque[tuple[list[Any], Any]] = deque()
-        self._following: dict[_Layer, _Layer] = {}  # the order of streamed layers, as it was
-        self._ready: dict[_Layer, list[jax.Array]] = {}  # the next one, there or on its way
+        self._following: dict[_Layer, _Layer] = {}  # the next streamed layer, by the last call
+        self._ready: dict[_Layer, list[jax.Array]] = {}  # the next one, copied or being copied
 
     def __call__(
         self,
@@ -221,10 +225,10 @@ class Streamer:
         *args: Any,
         **static: Any,
     ) -> Any:
-        """See `call`; the leaves of `params` that stay in host memory are `HostStack`s.
+        """Calls the function as `call` does. Parameters in host memory are `HostStack`s.
 
         Raises:
-          ValueError: the function uses such a leaf outside of a layer.
+          ValueError: the function uses such a parameter outside of a layer.
         """
         values, tree = jax.tree.flatten((params, args))
         avals = [jax.ShapeDtypeStruct(np.shape(v), _dtype(v)) for v in values]
@@ -249,27 +253,28 @@ class Streamer:
         given = [_Slice(v) if isinstance(v, HostStack) else v for v in values]
         is_measured = self._make_room(program)
         streamed = [layer for layer in program.layers if layer not in self._stay]
-        # the first comes after the last: in the next pass, or call
+        # After the last layer comes the first one, in the next pass or the next call.
         after = [*streamed[1:], *streamed[:1]]
         self._following = dict(zip(streamed, after, strict=True)) if len(streamed) > 1 else {}
         self._order = {}
         out = self._run(program.plan, given)
         program.layers = tuple(self._order)
         if is_measured:
-            jax.block_until_ready(out)  # all that it needed was allocated
+            jax.block_until_ready(out)  # after this, the peak of the call has been reached
             self._unmeasured = program
         return jax.tree.unflatten(program.out_tree, out)
 
     def _make_room(self, program: _Program) -> bool:
-        """Decides what stays in a call, and drops what does not.
+        """Decides which layers stay on the device in a call, and releases the others.
 
         Returns:
-          Whether the call is to show what the program needs.
+          Whether the call measures the need of the program.
         """
         stats, memory = memory_stats() if self._stays else {}, program.memory
         if not stats:
             return False
-        # read now, and not when that call ended: the caller's own work since then counts too
+        # The peak is read now and not at the end of that call, so that it also includes what the
+        # caller did in between.
         if self._unmeasured is not None:
             self._unmeasured.memory.peak = stats["peak_bytes_in_use"]
             _measured.setdefault(self._unmeasured.identity, []).append(self._unmeasured.memory)
@@ -284,7 +289,7 @@ class Streamer:
             program.layers = next((p.layers for p in same if p.layers), ())
         self._stay = set()
         if memory.peak is not None:
-            # the allocator cannot use all: a part is lost to fragmentation
+            # The allocator loses a part of the memory to fragmentation.
             room = stats["bytes_limit"] - memory.peak - stats["bytes_limit"] // 32
             self._stay = set(_spread(program.layers, room))
         for layer in self._resident.keys() - self._stay:
@@ -328,10 +333,11 @@ class Streamer:
         return [*carry, *(jnp.stack(y) for y in zip(*collected, strict=True))]
 
     def _layer(self, function: pieces.Function, values: list[Any]) -> list[Any]:
-        """Runs one layer; the copy of the next streamed one's weights runs beside it.
+        """Runs one layer while the weights of the next streamed layer are copied.
 
-        A backend lets a copy wait for all computation that was started before it. So the copy comes
-        first, then the layer, then those up to the next streamed one, which the copy runs beside.
+        In a backend, a copy waits for all computation that was started before it. So the copy is
+        started first, and then this layer and the layers before the next streamed one. They run
+        during the copy.
         """
         layer = tuple(v for v in values if isinstance(v, _Slice))
         self._order.setdefault(layer)
@@ -339,7 +345,7 @@ class Streamer:
         is_streamed = weights is None and layer not in self._stay
         if is_streamed:
             weights = self._ready.pop(layer, None)
-            self._ready.clear()  # another layer than was expected
+            self._ready.clear()  # the prepared layer, if there is one, is not the one that runs
             if weights is None:
                 self._wait(1)
                 weights = self._bring(layer)
@@ -356,10 +362,10 @@ class Streamer:
         return out
 
     def _wait(self, count: int) -> None:
-        """Frees the weights of all streamed layers but the last `count`, when they have run."""
+        """Waits for all streamed layers but the last `count`, and releases their weights."""
         while len(self._running) > count:
             out, _ = self._running.popleft()
-            # what was given away since then cannot be waited for
+            # A result whose memory a later layer has reused is deleted; one cannot wait for it.
             jax.block_until_ready([a for a in out if not a.is_deleted()])
 
     def _bring(self, layer: _Layer) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""What the command lines share: flags, notes, and one clear line on bad input."""
+"""Shared parts of the command lines: flags, notes, and one line for bad input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from sanawm_jax.runtime.shipped import use_shipped_configs, with_config_path
 
-flags.disclaim_key_flags()  # flags that are defined here belong to the script that asks for them
+flags.disclaim_key_flags()  # flags that are defined here belong to the script that calls
 
 
 def fail(message: str) -> NoReturn:
@@ -28,9 +28,9 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Keeps the garbage collector away from what is imported inside, now and later.
+    """Excludes the objects of the modules that are imported inside from garbage collection.
 
-    JAX and Flax make more than 100,000 objects, which it would scan again and again.
+    JAX and Flax make more than 100,000 objects, which the collector would scan again and again.
     """
     gc.disable()
     try:
@@ -46,13 +46,13 @@ def define_config(
     """Defines `--config FILE` and, for every field of that file, `--config.field=value`.
 
     Args:
-      default: the file that is taken without the flag.
-      text: what the help says.
+      default: the file that is used without the flag.
+      text: the help text of the flag.
       argv: the command line. `--config` takes a path, or the name of a file in `configs/`.
       values: where the flags are defined.
 
     Returns:
-      The command line with that name as a path.
+      The command line, in which the name of a file is replaced by its path.
     """
     use_shipped_configs()
     argv = with_config_path(argv)
@@ -60,14 +60,14 @@ def define_config(
         config_flags.DEFINE_config_file(
             "config", str(default), text, flag_values=values, sys_argv=argv, lock_config=True
         )
-    except (AttributeError, KeyError) as error:  # overrides are looked up right here
+    except (AttributeError, KeyError) as error:  # a field to override does not exist
         name = str(error).strip("\"'")
         fail(f"the configuration has no field {name!r}; --config.FIELD=VALUE takes existing ones")
     return argv
 
 
 def flag_values_in(argv: list[str]) -> dict[str, str]:
-    """Flags of a command line and their values as text, before anything is parsed."""
+    """Returns the flags of an unparsed command line and their values as text."""
     found = {}
     for i, word in enumerate(argv):
         flag, is_assigned, value = word.partition("=")
@@ -77,14 +77,14 @@ def flag_values_in(argv: list[str]) -> dict[str, str]:
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the command line and loads the configuration; a `flags_parser` of absl."""
+    """Parses the command line and loads the configuration. It is a `flags_parser` for absl."""
     try:
         rest = values(argv)
         if "config" in values:
-            dict(values.config)  # a file that is absent raises here
+            dict(values.config)  # raises if the file does not exist
     except flags.Error as error:
         fail(str(error).splitlines()[0])
-    # a configuration is a program and can raise anything
+    # A configuration is a program, so it can raise any exception.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1] if lines else type(error).__name__
@@ -95,8 +95,8 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
 
 
 def show_notes() -> None:
-    """From here on, warnings of this package are printed as lines that begin with `note:`."""
-    # jax reports every kind of accelerator that it does not find
+    """Prints warnings of this package as lines that begin with `note:`, from this call on."""
+    # JAX reports every kind of accelerator that it does not find.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     show = warnings.showwarning
 
@@ -110,11 +110,11 @@ def show_notes() -> None:
 
 
 def show_progress() -> None:
-    """Shows the log from level INFO on, without errors of Orbax that also raise an exception."""
+    """Shows the log from level INFO on, without the errors that Orbax also raises as exceptions."""
     absl_logging.set_verbosity(absl_logging.INFO)
 
     def is_shown(record: logging.LogRecord) -> bool:
-        # Orbax writes a hundred lines per checkpoint, and tracebacks of what it raises as well
+        # Orbax logs a hundred lines per checkpoint, and a traceback for every exception it raises.
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return not is_orbax or (record.levelno >= logging.WARNING and not record.exc_info)
 

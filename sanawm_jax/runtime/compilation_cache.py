@@ -10,12 +10,12 @@ import os
 import warnings
 from pathlib import Path
 
-VARIABLE = "SANAWM_COMPILATION_CACHE"  # a folder, or off
+VARIABLE = "SANAWM_COMPILATION_CACHE"  # the path of a folder, or "off"
 _MIN_SECONDS = 0.0  # the two dozen small programs of a run take a second to compile together
 
 
 def cache_folder() -> Path | None:
-    """The folder that the environment asks for, or None if it switches the cache off."""
+    """Returns the folder that the environment selects, or None if it switches the cache off."""
     given = os.environ.get(VARIABLE, "")
     if given.lower() in ("off", "0", "none", "false"):
         return None

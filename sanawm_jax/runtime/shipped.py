@@ -1,4 +1,4 @@
-"""The weights and configurations that belong to this repository, by their names."""
+"""Finds the weights and configurations of this repository by their names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SMALL_WORLD_REFINER = "small_world_refiner"
 SHIPPED = (SMALL_WORLD, SMALL_WORLD_REFINER)
 _PACKAGE = Path(__file__).parents[1]
 ASSETS = _PACKAGE / "small_world/assets"
-# a wheel holds the repository's `configs/` inside the package
+# In a wheel, the repository's folder `configs/` is inside the package.
 CONFIGS = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir())
 
 
 def find_shipped(name: str) -> Path:
-    """The folder of one of `SHIPPED`.
+    """Returns the folder of one of `SHIPPED`.
 
     Raises:
-      InputError: it has no weights here.
+      InputError: its weights are not in this installation.
     """
     folder = ASSETS / name
     if not (folder / "model_index.json").is_file():
@@ -30,9 +30,9 @@ def find_shipped(name: str) -> Path:
 
 
 def with_config_path(argv: list[str]) -> list[str]:
-    """A command line whose `--config NAME` is the path of a file in `CONFIGS`, if NAME is one.
+    """Replaces NAME in `--config NAME` by the path of the file in `CONFIGS` that has this name.
 
-    A file of the user's with the same name goes first.
+    If the user has a file with this name, NAME does not change.
     """
     argv = list(argv)
     for i, word in enumerate(argv):
@@ -48,10 +48,10 @@ def with_config_path(argv: list[str]) -> list[str]:
 
 
 def use_shipped_configs() -> None:
-    """Makes `from configs import common`, as our configurations have it, mean `CONFIGS`.
+    """Makes the folder `CONFIGS` the package `configs`, which our configurations import.
 
-    A console script does not have the repository on its path, and a wheel holds the folder under
-    another name; another project's `configs` may be on the path instead.
+    A console script does not have the repository on its path, a wheel has the folder at another
+    place, and the path may contain the folder `configs` of another project.
     """
     if "configs" in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""The smallest stage-1 run on made-up latents: one softmax block, no cameras, little to compile."""
+"""The smallest stage-1 run on synthetic latents. It has one softmax block and no cameras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each benchmark runs both sides at its smallest size and prints what it says."""
+"""Each benchmark runs both sides at its smallest size and prints the documented lines."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_figure_has_a_curve_a_side(tmp_path: Path) -> None:
 
 
 def test_train_step(capsys: pytest.CaptureFixture) -> None:
-    """A line a length, shortest first; rematerialisation takes memory off, adapters even more."""
+    """There is a line per length, and rematerialisation and adapters reduce the memory."""
     five, nine = run("train_step", "--repeats=1", "--latent_frames", "9", "5")
     # in this process: imports take long
     flags = ["--tiny", "--one", "--repeats=1", "--latent_frames", "9"]

@@ -1,4 +1,4 @@
-"""A run that fails half-way says what to try, leaves no half of a file, and can go on."""
+"""A run that fails says what to try, leaves no incomplete file, and can be continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ablation of the key scaling: what bounds a frame's map, and a few steps of the script."""
+"""The key scaling: it bounds the transition of a frame; and a few steps of the benchmark."""
 
 from __future__ import annotations
 

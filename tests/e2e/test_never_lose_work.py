@@ -1,4 +1,4 @@
-"""A run that is ended again and again, by SIGTERM and by kill -9, against one that is not."""
+"""A run that SIGTERM and kill -9 end again and again equals a run without interruptions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _start(config: str, workdir: Path, cache: Path, *flags: str) -> subprocess.P
 
 
 def _finish(process: subprocess.Popen, workdir: Path) -> str:
-    """Standard output of a process that has to end well."""
+    """Returns the standard output of a process, which must succeed."""
     out, _ = process.communicate(timeout=_TIMEOUT)
     assert process.returncode == 0, (workdir.parent / f"{workdir.name}.log").read_text()[-2000:]
     return out
@@ -67,7 +67,7 @@ def _curve(workdir: Path) -> list[dict]:
 def _kill(
     moment: str, rng: random.Random, config: str, workdir: Path, cache: Path, flags: list[str]
 ) -> bool:
-    """Starts the run and ends it at a random moment; whether it was still running then."""
+    """Starts the run and ends it at a random time. Returns whether it was still running then."""
     started = time.time()
     # what the process before left partial must not be taken for this one's
     for partial in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, name: str) -> tuple[set[str], np.ndarray]:
-    """The programs in the cache after a run, and the run's latents."""
+    """Returns the names of the cached programs after a run, and the latents of the run."""
     latents, cache = folder / f"{name}.npy", folder / "cache"
     words = ["--step=1", "--no_refiner", "--latents_only", f"--save_latents={latents}"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""train.py: both tasks, resume, exported folders."""
+"""train.py on the small world's tasks: training, resuming, exported folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""train.py on the refiner: pairs, base, adapters, resume, what sampling takes of them."""
+"""train.py on the refiner: pairs, base model, adapters, resuming, sampling with the results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHANNELS = 8
 
 
 def make_stage1(folder: Path) -> Path:
-    """A random stage-1 folder: eight channels, 8x8 pixels a latent."""
+    """A random stage-1 folder with eight channels and 8x8 pixels per latent."""
     tiny, dit = get_config("vae"), get_config("dit")
     vae = VAEConfig(**tiny.vae.to_dict())
     export_vae(vae, init(VideoVAE, vae, jax.random.key(0)), folder / "vae", "bfloat16")
@@ -132,7 +132,7 @@ def test_resume_is_bit_equal_and_keeps_the_pairs(stage1: Path, base: Path, tmp_p
     train(config, tmp_path)
     config.steps = 4
     train(config, tmp_path)
-    # history is drawn by the step, which a resumed run goes on with
+    # The random kind of history depends on the step, whose number a resumed run continues.
     assert [r["loss"] for r in rows(tmp_path)] == [r["loss"] for r in rows(base)]
     weights = "export/transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / weights).read_bytes() == (base / weights).read_bytes()
@@ -163,7 +163,7 @@ def test_lora_run(stage1: Path, base: Path, tmp_path: Path) -> None:
 
 
 def test_whole_clips_with_the_other_levels(stage1: Path, base: Path, tmp_path: Path) -> None:
-    """All weights from a base on, on whole clips."""
+    """Training of all weights on whole clips, which starts from a base model."""
     config = config_of(stage1, base, base_dir=str(base / "export"), steps=2, save_every=2)
     config.update(objective="clip", levels="shifted_logit_normal", stage1_noise=(0.0, 0.2))
     state = train(config, tmp_path)

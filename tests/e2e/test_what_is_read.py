@@ -1,4 +1,4 @@
-"""A run reads what it needs and no more: broken parts that it does not need do no harm."""
+"""A run reads only the parts that it needs, so other parts may be broken."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without(whole: Path, target: Path, prefix: str, *broken: str) -> str:
-    """A copy whose VAE has no tensors of `prefix` and whose `broken` parts cannot be read."""
+    """Copies a folder without the VAE's tensors of `prefix`, and damages the `broken` parts."""
     shutil.copytree(whole / "model", target)
     file = target / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)

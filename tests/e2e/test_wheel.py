@@ -1,4 +1,4 @@
-"""What a wheel holds: the configurations too, under a name that collides with nothing."""
+"""A wheel also contains the configurations, inside the package, where no other name collides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Own videos and cameras to zip latents, and a training run on them."""
+"""The encoder of a user's videos and cameras, and a training run on its zip latents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """videos/ a.mp4, b.mp4, c/ of images; poses/ of three layouts; captions.json."""
+    """Writes videos/ (a.mp4, b.mp4, c/ of images), poses/ in three layouts, and captions.json."""
     folder = tmp_path_factory.mktemp("own")
     for part in ("videos/c", "poses"):
         (folder / part).mkdir(parents=True)
@@ -91,7 +91,7 @@ def flags_of(own: Path, folder: Path, out: Path, **over: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def encoded(videos: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command made of the videos."""
+    """The output of the encoder for these videos."""
     out = tmp_path_factory.mktemp("encoded")
     main(flags_of(videos, weights, out))
     return out
@@ -224,7 +224,7 @@ def results(workdir: Path) -> tuple[list[float], list[bytes]]:
 
 
 def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_path: Path) -> None:
-    """A whole run of the command with a worker process, and its second half without."""
+    """The second half of a run with a worker process equals that half without one."""
     done = subprocess.run(
         [
             *(sys.executable, "train.py", "--config=tests/e2e/tiny_config.py:zip"),
@@ -244,7 +244,7 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
     assert films == {f"samples/{step}/clip_{i}.mp4" for step in (2, 4) for i in (0, 1)}
     config = config_of(encoded, weights)
     assert "2 clips of 2 x 2 x 2 latents" in describe(config)
-    # a run that ended after its first half, which goes on without a worker process
+    # A run that ended after its first half continues without a worker process.
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "export")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
@@ -255,7 +255,7 @@ def test_training_on_them_resumes_bit_equal(encoded: Path, weights: Path, tmp_pa
 
 
 def test_adapters_are_trained_on_them_too(encoded: Path, weights: Path, tmp_path: Path) -> None:
-    """Their base is with the data, and the export has them alone beside the whole."""
+    """The resident data hold the base model; the export has adapters and merged weights."""
     config = config_of(encoded, weights)
     config.dit = ConfigDict(published_fields(TINY.dit), convert_dict=False)
     config.init_weights = str(weights)

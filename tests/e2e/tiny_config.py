@@ -1,6 +1,6 @@
 """Tiny training runs, `--config=tests/e2e/tiny_config.py:vae`, `:dit` or `:refiner`: 4 clips.
 
-`:zip` is stage 1 on zip latents of the tiny random weights' autoencoder, 9 frames a clip.
+`:zip` is stage 1 on zip latents of the tiny random autoencoder, with 9 frames per clip.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What the kernels for Hopper use and Pallas' interpreter of Mosaic GPU does not know.
+"""Adds operations that the Hopper kernels use to Pallas' interpreter of Mosaic GPU.
 
-The interpreter runs a kernel's program operation by operation on a CPU: the memory, the copies, the
-barriers and the warpgroups are its own. It lacks sums of the matrix unit that go on (an accumulator
-with a first value), left factors in registers, and semaphores between blocks. `teach` adds
-these operations, so that the kernels' own code runs whole, products and semaphores too.
+The interpreter runs the program of a kernel operation by operation on a CPU, and simulates memory,
+copies, barriers and warpgroups. It does not have accumulators with an initial value, left factors
+in registers, and semaphores between blocks. `teach` adds these operations, so that the kernels' own
+code runs completely, with products and semaphores.
 
-What this leaves to a card: the order in which the matrix unit adds, that it runs on while the next
-operations start, and blocks that run at the same time; here they run one after the other.
+Only a card shows three things: the order in which the matrix unit adds, its asynchronous execution,
+and blocks that run at the same time. Here the blocks run one after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIRST_VERSION = (0, 12)  # of JAX whose interpreter this is for
 
 
 class Semaphores:
-    """Counts of the semaphores of one kernel, by index."""
+    """The values of the semaphores of one kernel, by index."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[tuple[int, ...]] = collections.Counter()
@@ -37,7 +37,7 @@ class Semaphores:
         return token
 
     def wait(self, token: Any, index: Any, value: Any) -> Any:
-        """Blocks run in the order of the grid, so whoever waits now would wait for ever."""
+        """Raises if a block has to wait: blocks run one after the other, so it would never end."""
         place = tuple(map(int, index))
         with self._lock:
             self.waits.add(place)
@@ -155,7 +155,7 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Semaphores:
         return None
 
     def piecewise(self: Any, jaxpr: Any, token: Any, *args: Any) -> Any:
-        """`interpret`, with what it does not know done here."""
+        """Works as `interpret`, and runs the missing operations here."""
         if not any(special(equation) for equation in jaxpr.eqns):
             return interpret(self, jaxpr, token, *args)
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], args, strict=True))

@@ -20,13 +20,13 @@ def target():
 
 
 def lowered(function, *args):
-    """Text of `function` lowered for CUDA; raises what cannot be lowered."""
+    """Returns the text of `function`, lowered for CUDA. Raises if it cannot be lowered."""
     with target():
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def triton_kernels(function, *args):
-    """Names of the Triton kernels in `function`."""
+    """Returns the names of the Triton kernels in `function`."""
     text = lowered(function, *args)
     return (
         [part.split('"')[0] for part in text.split('name = "')[1:]]

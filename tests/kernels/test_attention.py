@@ -1,4 +1,4 @@
-"""Attention through a kernel of whole tiles, its padding, and who runs where."""
+"""The attention kernel, which needs whole tiles; its padding; and the choice of implementation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _tokens(queries, keys, size, dtype=jnp.float32):
 
 
 def _plain(q, k, v):
-    """What the kernel computes, and the sizes that it takes."""
+    """Computes what the kernel computes, and checks the sizes that it supports."""
     assert q.shape[1] % 128 == k.shape[1] % 128 == q.shape[3] % 64 == 0
     return jax.nn.dot_product_attention(q, k, v, scale=1.0)
 

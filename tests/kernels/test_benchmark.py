@@ -1,4 +1,4 @@
-"""The comparison of variants runs every one of them and says how wrong each is."""
+"""The benchmark of the kernels runs every variant and reports its error."""
 
 from __future__ import annotations
 

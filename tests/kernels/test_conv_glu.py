@@ -1,4 +1,4 @@
-"""The gated convolution: XLA against plain loops, the Pallas kernels against XLA."""
+"""The gated convolution: the XLA form against plain loops, and the Pallas kernels against XLA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of forms runs every one of them, and tells an FP8 product from another."""
+"""The benchmark of FP8 runs every form, and recognises FP8 products."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fp8_forms() -> list[str]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [18480, 300])
 def test_the_product_reads_fp8(rows: int) -> None:
-    """On the card, by a library or by Triton, also of rows that are no multiple of 16."""
+    """On a card, the product is in FP8, also if the number of rows is not a multiple of 16."""
     x = jax.random.normal(jax.random.key(0), (rows, 2240), jnp.bfloat16)
     kernel = jax.random.normal(jax.random.key(1), (2240, 4480), jnp.bfloat16)
     bias = jax.random.normal(jax.random.key(2), (4480,), jnp.bfloat16)

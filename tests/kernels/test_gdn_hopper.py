@@ -1,6 +1,6 @@
-"""The Mosaic GPU kernels of tokens in their interpreter, with its race detector, and lowered.
+"""The Mosaic GPU kernels of the recurrence, in the interpreter with race detector, and lowered.
 
-Before JAX 0.11 these kernels cannot be built, and the Triton ones run in their place.
+Before JAX 0.11 these kernels cannot be built, and the Triton kernels run instead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def semaphores(monkeypatch):
 
 @pytest.fixture
 def interpret(semaphores):
-    """Parameters of the interpreter, which knows all that the kernels use."""
+    """Parameters of the interpreter, extended by all operations of the kernels."""
     from jax._src.pallas.mosaic_gpu.interpret import params
 
     return params.InterpretGPUParams(detect_races=True, on_race="warn")
@@ -77,7 +77,7 @@ def _wide(*arrays):
 
 
 def _races(caplog):
-    """Accesses that raced, but for rows that both warpgroups have and write alike."""
+    """Returns the races, except those where both warpgroups write the same values."""
     found = []
     for report in caplog.messages:
         if "RACE DETECTED" not in report:

@@ -1,4 +1,4 @@
-"""The frame recurrence's Pallas kernels against XLA, on inputs that are made to hurt."""
+"""The Pallas kernels of the frame recurrence against XLA, on difficult inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("q", "k", "v", "q_rot", "k_rot", "beta", "decay", "initial")
 
 
 def _inputs(shape, dtype=jnp.float32, *, gate=None, strength=None, scale=1.0, hidden=()):
-    """Tokens, gates and a carried state.
+    """Returns tokens, gates and an initial state.
 
     Args:
       shape: (B, F, P, N, D).
@@ -156,7 +156,7 @@ def test_scan_and_its_gradient(reverse, exclusive):
 
 
 def _scan_inputs(shape, runs, adjoint):
-    """Maps that are not symmetric, so that a transposition shows, and a reset in the last run."""
+    """Returns asymmetric transitions, which show a transposition, and a reset in the last run."""
     batch, frames, heads, values, size = shape
     keys = jax.random.split(jax.random.key(sum(shape)), 3)
     noise = jax.random.normal(keys[0], (batch, frames, heads, size, size))
@@ -211,7 +211,7 @@ def test_scan_on_hopper(sizes, runs, adjoint):
 @pytest.mark.parametrize("sizes", [(200, 112), (72, 64), (1000, 80)], ids=str)
 @pytest.mark.parametrize("runs", RUNS)
 def test_states_of_tokens_on_hopper(monkeypatch, sizes, runs):
-    """As maps and recurrence one after the other, over more frames than run at once."""
+    """The combined kernel equals transitions and then recurrence, over many frames."""
     if choice.capability() != choice.HOPPER or jax.__version_info__ < (0, 11):
         pytest.skip("the kernel is for Hopper alone")
     monkeypatch.setattr(gpu_states_hopper, "CHAINS", 1)

@@ -1,8 +1,8 @@
 """Every product on the path of the states is float32 at the highest precision.
 
-A CPU multiplies in float32 whatever is asked for, so that no comparison of results there shows a
-product at the default precision, which is TF32 on a GPU and bfloat16 on a TPU. So these tests read
-the programs themselves.
+A CPU always multiplies in float32. A comparison of results on a CPU therefore cannot detect a
+product at the default precision, which is TF32 on a GPU and bfloat16 on a TPU. For this reason the
+tests inspect the programs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MATRIX = (BATCH, FRAMES, HEADS, SIZE, SIZE)
 
 
 def products(jaxpr: Any, scope: str = "") -> Iterator[tuple[str, Any]]:
-    """The scope and equation of every product, those inside of a Pallas kernel left out."""
+    """Yields the scope and equation of every product outside of Pallas kernels."""
     for equation in jaxpr.eqns:
         name = f"{scope}/{equation.source_info.name_stack}"
         if equation.primitive.name == "dot_general":
@@ -77,7 +77,7 @@ def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
 
 
 def states_of_tokens(k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array, of: Any) -> Any:
-    """Both branches' states by the functions of a module, chunk by chunk."""
+    """Computes the states of both branches with the functions of a module, chunk by chunk."""
     ends = jnp.arange(FRAMES) == 1
     states = of.bidirectional_states(of.frame_transitions(k, v, beta, decay), chunk_ends=ends)
     normaliser = of.bidirectional_states(of.normaliser_transitions(k, beta, decay))
@@ -129,7 +129,7 @@ def test_composition_of_ranks() -> None:
 
 @pytest.mark.parametrize("impl", ["xla", "pallas"])
 def test_api(impl: str) -> None:
-    """What `api` itself multiplies around its kernels, and all that it does without them."""
+    """The products that `api` computes outside of its kernels, and all of them without kernels."""
 
     class Of:
         frame_transitions = staticmethod(functools.partial(gdn.frame_transitions, impl=impl))
@@ -146,7 +146,7 @@ def test_api(impl: str) -> None:
 
 
 def test_model_in_bfloat16() -> None:
-    """All that the DiT runs under the name `gdn`, and there only, whatever its compute dtype."""
+    """All products of the DiT in the scope `gdn`, and only these, for every compute dtype."""
     inputs = random_inputs(1, 4)
     inputs["latents"] = inputs["latents"].astype(jnp.bfloat16)
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), random_params())

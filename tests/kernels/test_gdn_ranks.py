@@ -1,4 +1,4 @@
-"""The frame recurrence shared out over ranks against one scan over all frames."""
+"""The frame recurrence, divided over ranks, against one scan over all frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features, rotation and ray transforms of heads: XLA against plain loops, Pallas against XLA."""
+"""Features, rotation and ray transform of heads: XLA against plain loops, Pallas against XLA."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMS = (
 
 
 def _inputs(shape, dtype, scale=1.0):
-    """Tokens, matrices that inflate some heads and shrink others, angles, scale of the norm."""
+    """Returns tokens, matrices that enlarge or shrink the heads, angles, and the norm's scale."""
     batch, frames, tokens, heads, size = shape
     keys = jax.random.split(jax.random.key(0), 4)
     x = (jax.random.normal(keys[0], shape) * scale).astype(dtype)

@@ -1,4 +1,4 @@
-"""Loss and gradients of the DiT on every kind of mesh against one device."""
+"""Loss and gradients of the DiT on every kind of mesh equal those on one device."""
 
 from __future__ import annotations
 

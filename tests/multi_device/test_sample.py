@@ -1,4 +1,4 @@
-"""Sampling with the latent frames of stage 1 shared out over several devices."""
+"""Sampling with the latent frames of stage 1 divided over several devices."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def _start_two(workdir: Path, *flags: str) -> list[subprocess.Popen]:
 
 
 def _finish(process: subprocess.Popen) -> list[str]:
-    """Lines on standard output that are the program's own."""
+    """Returns the lines on standard output that the program itself printed."""
     out, err = process.communicate(timeout=_TIMEOUT)
     assert process.returncode == 0, err[-3000:]
     # the program's only lines are paths; the collectives' library prints too, from several threads
@@ -64,7 +64,7 @@ def _rows(workdir: Path) -> list[dict]:
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state as host arrays, whatever devices wrote it."""
+    """Returns the state of a checkpoint as host arrays, for any number of devices that wrote it."""
     checkpointer = ocp.PyTreeCheckpointer()
     tree = checkpointer.metadata(folder / "state").item_metadata.tree  # pyright: ignore
     leaf = ocp.RestoreArgs(restore_type=np.ndarray)
@@ -133,7 +133,7 @@ def test_sigterm_to_one_stops_both_at_one_step(tmp_path: Path) -> None:
     step = _rows(tmp_path)[-1]["step"]
     assert first[-1].startswith(f"stopped at step {step}, saved in {tmp_path}/checkpoints/{step};")
     assert other == []
-    # one process goes on with what two have saved
+    # One process continues with the checkpoint of two processes.
     alone = _start(tmp_path, f"--config.steps={step + 1}")
     assert _finish(alone)[-1] == f"{tmp_path}/export"
     assert [row["step"] for row in _rows(tmp_path)] == list(range(1, step + 2))

@@ -1,4 +1,4 @@
-"""How parity is measured: relative L2, through the real loader."""
+"""Measures parity by the relative L2 error, with weights that our loader reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def relative(ours: Any, reference: Any) -> float:
 
 
 def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.nn.Module:
-    """Draws every parameter, also those that start at zero, at the size of a trained one."""
+    """Draws every parameter with the scale of trained weights, also those that start at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -41,7 +41,7 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.n
 
 @contextlib.contextmanager
 def float32_attention() -> Iterator[None]:
-    """Lifts the reference's cast of float32 queries, keys and values to bfloat16."""
+    """Removes the reference's cast of float32 queries, keys and values to bfloat16."""
     original = torch.Tensor.bfloat16
     torch.Tensor.bfloat16 = lambda self, *a, **k: self  # type: ignore[method-assign]
     try:

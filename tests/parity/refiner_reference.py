@@ -1,4 +1,4 @@
-"""Tiny refiners of the reference, random, saved as published folders are."""
+"""Tiny refiners of the reference with random weights, saved like published folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sanawm_jax.small_world.text_encoder import make_small_text_encoder
 from tests.parity.compare import randomise
 
 CHANNELS = 6
-# width 32 is no multiple of 6, so some pairs of a head are padding that does not turn; the position
+# width 32 is no multiple of 6, so some pairs of a head are padding and never rotate; the position
 # range is small, so that tiny grids reach all of it
 TRANSFORMER: dict[str, Any] = dict(
     in_channels=CHANNELS,
@@ -74,7 +74,7 @@ CAPTIONS = ["a red room with a tall window", "a green street, and 24 brown trees
 
 
 def make_transformer(seed: int = 1, **over: Any) -> SanaWMLTX2RefinerTransformer3DModel:
-    """A random transformer whose tables and norms have the size of trained ones."""
+    """Returns a random transformer, in which tables and norms have the scale of trained ones."""
     model = SanaWMLTX2RefinerTransformer3DModel(**{**TRANSFORMER, **over})
     return randomise(model, seed)  # type: ignore[return-value]
 

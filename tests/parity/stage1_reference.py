@@ -16,7 +16,7 @@ from tests.parity.compare import randomise
 
 
 def make_folder(folder: Path) -> None:
-    """Writes `folder/model` and, beside it, the text tower that it was made of."""
+    """Writes `folder/model` and the text encoder that it contains."""
     from transformers import Gemma2Model, GemmaTokenizer
 
     from sanawm_jax.small_world.text_encoder import make_small_text_encoder

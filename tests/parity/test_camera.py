@@ -63,7 +63,7 @@ def test_snapped_frame_counts_are_equal():
 
 
 def random_path(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Poses that start anywhere and then wander, in any direction."""
+    """Returns random smooth poses with a random start."""
     start, _ = np.linalg.qr(rng.normal(size=(3, 3)))
     start[:, 0] *= np.linalg.det(start)
     poses = np.tile(np.eye(4), (frames, 1, 1))

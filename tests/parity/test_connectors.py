@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def hidden_states(rng: np.random.Generator) -> np.ndarray:
-    """(Y, B, L, C), every state of another size and mean, as a text tower's are."""
+    """Returns states (Y, B, L, C) with different scales and means, as in a text encoder."""
     size = np.array([1.0, 5.0, 0.2, 30.0]).reshape(STATES, 1, 1, 1)
     states = rng.standard_normal((STATES, len(MASK), LENGTH, CHANNELS)) + 0.3
     return (size * states).astype(np.float32)
@@ -120,7 +120,7 @@ PROMPTS = [*CAPTIONS, "", "  red \n", "a room, " * 20, "日本 émigré 🙂"]
 
 
 def test_prompt_to_text(folder: Path) -> None:
-    """Tokens with padding on the left, tower, packing and connectors of whole folders."""
+    """The whole text path of a folder: left-padded tokens, encoder, packing and connectors."""
     reference, refiner = load_refiner(folder), LTX2Refiner.from_pretrained(folder, dtype="float32")
     for prompt in PROMPTS:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Stage-1 DiT against diffusers' `SanaWMTransformer3DModel`, weights through the real loader."""
+"""The DiT against diffusers' `SanaWMTransformer3DModel`, with weights that our loader reads."""
 
 from __future__ import annotations
 

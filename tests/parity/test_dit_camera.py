@@ -1,7 +1,7 @@
-"""The camera branch where its details matter, against diffusers.
+"""The camera branch against diffusers, on inputs and sizes for which its details matter.
 
-At the sizes of `test_dit` keys are large, so that the discount of beta is 1 almost everywhere, and
-heads are small, so that the scale of the camera's softmax is the usual one.
+With the inputs of `test_dit`, keys are large, so the discount of beta is almost always 1. Its heads
+are small, so the camera's softmax has the usual scale.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def move(inputs: dict[str, np.ndarray], factor: float) -> None:
 def small_keys_far_cameras(
     rng: np.random.Generator, **overrides: Any
 ) -> tuple[SanaWMTransformer3DModel, dict[str, np.ndarray]]:
-    """A model whose camera keys are small, and inputs with large translations.
+    """Returns a model whose camera keys are small, and inputs with large translations.
 
-    The rescaling to a key's former size has an epsilon of 1e-6 inside its root, so a key that is
-    smaller than that and is moved far stays inflated; beta is discounted for it.
+    A key is rescaled to its norm before the ray transform, with an epsilon of 1e-6 inside the root.
+    If the norm is smaller and the translation is large, the key stays too large, and beta is
+    reduced to compensate for this.
     """
     model = SanaWMTransformer3DModel(
         **{**BASE, "num_layers": 1, "softmax_every_n": GDN, **overrides}
@@ -55,7 +56,7 @@ def small_keys_far_cameras(
 
 
 def without_discount(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports an inflation of 1, which discounts nothing."""
+    """Replaces the inflation by 1, so that beta is not reduced."""
     original = attention.ucpe.to_ray_space
 
     def to_ray_space(*args: Any) -> tuple[jax.Array, jax.Array]:
@@ -126,9 +127,10 @@ def test_gradients_of_the_discount(rng: np.random.Generator, tmp_path: Path) -> 
 def test_one_block_at_the_released_head_and_frame_size(
     softmax_every_n: int, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heads of 112 and 22 x 40 tokens per frame, as released; 2 heads of the 20.
+    """Heads of size 112 and 22 x 40 tokens per frame, as in the release, with 2 of the 20 heads.
 
-    The camera's softmax of a head of 112 scales by 128^-1/2, the size that the reference pads to.
+    For a head of 112, the camera's softmax has the scale 128^-1/2, because the reference pads heads
+    to 128.
     """
     model = SanaWMTransformer3DModel(
         **BASE

@@ -1,4 +1,4 @@
-"""The Gemma-3 text tower against transformers, through the real loader."""
+"""The Gemma-3 text encoder against transformers, with weights that our loader reads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def reference_states(model: Any, ids: np.ndarray, mask: np.ndarray) -> list[torc
 
 
 def check(folder: Path, model: Any, rng: np.random.Generator) -> None:
-    """Every hidden state of every token; what padding holds, nothing reads."""
+    """Every hidden state of every token except padding, whose states are never used."""
     ids, mask = tokens(rng)
     theirs = reference_states(model, ids, mask)
     ours = text_tower(*load_text_encoder(folder), all_states=True)(ids, mask)
@@ -81,7 +81,7 @@ def test_every_hidden_state(case: str, tmp_path: Path, rng: np.random.Generator)
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
 def test_with_a_vision_tower(prefix: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """The published layout, and the names that transformers gives its modules."""
+    """The tensor names of the published layout, and those of transformers' modules."""
     from safetensors.torch import load_file, save_file
 
     model = make_text_encoder(VOCAB)
@@ -104,7 +104,7 @@ def test_causal_language_model(tmp_path: Path, rng: np.random.Generator) -> None
 
 
 def test_older_config_file(tmp_path: Path, rng: np.random.Generator) -> None:
-    """The fields of the released 12B: few, and from before `rope_parameters`."""
+    """The configuration of the released 12B has few fields, and no `rope_parameters`."""
     model = make_text_encoder(VOCAB, layer_types=None, num_hidden_layers=3)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

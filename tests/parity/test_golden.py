@@ -1,4 +1,7 @@
-"""Every form of the DiT against numbers that upstream's own code gave; see tests/data/golden."""
+"""Every form of the DiT against numbers that upstream's own code computed.
+
+tests/data/golden/README.md describes these numbers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ WINDOW = Window(4, 3, 2)
 
 @functools.cache
 def arrays(name: str) -> dict[str, Any]:
-    """Latents channels-last, everything else as the network takes it."""
+    """Returns the arrays of a golden file in our layout, in which channels are last."""
     found = {}
     with np.load(GOLDEN / f"{name}.npz") as file:
         for key, value in file.items():

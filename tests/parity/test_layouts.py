@@ -1,4 +1,4 @@
-"""Both published layouts: each loads, each is exported, and nothing changes on the way."""
+"""Both published layouts can be loaded and exported, and no value changes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_equal_networks(a: Path, b: Path, *, allow_pickle: bool = False) -> No
 
 
 def test_the_released_names_are_covered() -> None:
-    """Every tensor of the reference's full-size class has one upstream name, and the reverse."""
+    """The tensor names of the reference's full-size class and of upstream map one to one."""
     with torch.device("meta"):
         reference = {k: tuple(v.shape) for k, v in SanaWMTransformer3DModel().state_dict().items()}
     table = upstream_table(key_table(SANA_WM_2B), "model.")

@@ -1,4 +1,4 @@
-"""The whole of stage 1 through `sample.py` in a subprocess against diffusers' `SanaWMPipeline`."""
+"""Stage 1 as a whole: `sample.py` in a subprocess against diffusers' `SanaWMPipeline`."""
 
 from __future__ import annotations
 

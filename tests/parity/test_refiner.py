@@ -1,4 +1,4 @@
-"""The refiner's transformer, window and sampler against diffusers, through the real loader."""
+"""The refiner's transformer, KV cache and sampler against diffusers, with weights of our loader."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", FIELDS)
 def test_forward(case: str, tmp_path: Path) -> None:
-    """Velocity with a timestep a token and a text mask."""
+    """The velocity with a timestep per token and a text mask."""
     model = make_transformer(**FIELDS[case])
     model.save_pretrained(tmp_path)
     config, graphdef, params = load(tmp_path)
@@ -179,7 +179,7 @@ def test_forward_of_ltx2(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fps", [16.0, 24.0])
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_rope_at_full_size(rope_type: str, fps: float) -> None:
-    """Cosines and sines of the released width at the end of a minute, rounding for rounding."""
+    """Cosines and sines of the released width at the end of a minute equal the reference's."""
     with torch.device("meta"):
         model = SanaWMLTX2RefinerTransformer3DModel(rope_type=rope_type, num_layers=0)
     theirs = model.build_rotary_emb_for_absolute_positions(1, [0, 119, 120], 4, 5, CPU, fps)
@@ -273,7 +273,7 @@ def test_captured_keys_and_values_and_a_window(rope_type: str, tmp_path: Path) -
 
     _, sink_ours = forward(sink, 0, capture=True)
     check(sink_ours, sink_theirs)
-    # room for 4 frames of history, none filled, then 2: what lies in the rest is never seen
+    # There is room for 4 frames of history. First none, then 2 are filled; the others are not read.
     window = open_window(sink_ours, turn, history_slots=4)
     junk = jax.tree.map(lambda a: a.at[:, :, 1:].set(1e4), window.keys)
     window = dataclasses.replace(window, keys=junk)
@@ -290,7 +290,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def reference_noise(frames: int, sink: int, block: int, seed: int) -> torch.Tensor:
-    """What the reference draws, block after block."""
+    """Returns the noise that the reference draws, block by block."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat(
         [
@@ -311,7 +311,7 @@ def reference_clip(
     seed: int = 7,
     prompt: str = CAPTIONS[0],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stage-1 latents, noise, and what the reference makes of them."""
+    """Stage-1 latents, noise, and the reference's result."""
     latents = draw(1, CHANNELS, frames, HEIGHT, WIDTH, seed=9)
     refined = pipeline(
         latents,
@@ -328,7 +328,7 @@ def reference_clip(
 
 
 def test_a_whole_clip(folder: Path) -> None:
-    """Prompt to refined latents; the window fills, trims, and the last block is short."""
+    """Refines from a prompt on. The KV cache becomes full, and the last block is short."""
     latents, noise, theirs = reference_clip(load_refiner(folder), FRAMES, 1, 3, WINDOW)
     programs: Any = refine_block
     before = programs._cache_size()
@@ -392,7 +392,7 @@ def test_cuts(case: str, clip_model: tuple[Any, ...]) -> None:
 def test_bfloat16_is_no_worse_than_the_reference(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On average: for one prompt of a few tokens, either may be lucky."""
+    """The errors are averaged, because for one short prompt either side may be closer by chance."""
 
     def float32_noise(shape: Any, dtype: torch.dtype, **options: Any) -> torch.Tensor:
         return randn_tensor(shape, dtype=torch.float32, **options).to(dtype)

@@ -53,9 +53,9 @@ def reference_loss(
     positions: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> torch.Tensor:
-    """The formula as it is published, on the reference's module, which predicts v.
+    """Computes the published loss with the reference's module, which predicts v.
 
-    The clean prediction is taken from it as the sampler does, and the published loss's v from that.
+    The clean prediction is computed as in the sampler, and the v of the published loss from it.
     """
     sigma = SIGMA[:, None, None, None, None]
     first = (1 - S) * stage1 + S * noise
@@ -148,7 +148,7 @@ def adapted_folder(tmp_path: Path, alpha: float | None, rank: int = 3) -> tuple[
 
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_saved_adapters_on_the_reference_s_module(alpha: float | None, tmp_path: Path) -> None:
-    """Merged by hand into PyTorch, by PEFT's key scheme, they do what ours do."""
+    """Exported adapters, merged into the PyTorch model by PEFT's names, give our result."""
     folder, refiner, lora, adapters = adapted_folder(tmp_path, alpha)
     config = refiner.config
     save_adapters(folder / "lora", adapters, lora, refiner_table(config), base=str(folder))
@@ -250,7 +250,7 @@ def test_adapters_come_back_and_in_diffusers_names(tmp_path: Path) -> None:
 
 
 def test_peft_loads_the_file(tmp_path: Path) -> None:
-    """Where PEFT is installed, diffusers' own loader takes the file, and alpha with it."""
+    """If PEFT is installed, diffusers' own loader reads the adapters and alpha."""
     pytest.importorskip("peft")
     _, refiner, lora, adapters = adapted_folder(tmp_path, 1.5)
     save_adapters(tmp_path / "peft", adapters, lora, refiner_table(refiner.config))
@@ -304,7 +304,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_adapters_that_do_not_fit_are_one_line(case: str, good: Path) -> None:
-    """Found before anything is compiled, in the check that sampling makes first."""
+    """Sampling finds the problem in its first check, before anything is compiled."""
     change, facts, words = BROKEN[case]
     weights, config = (
         good / "lora" / n for n in ("adapter_model.safetensors", "adapter_config.json")
@@ -330,7 +330,7 @@ def test_adapters_alone_without_a_base_are_one_line(good: Path) -> None:
 def test_the_reference_runs_an_exported_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder as a training run leaves it: its text path, its weights, a refined clip."""
+    """An exported folder of a training run: its text path, its weights, and a refined clip."""
     config = get_config("refiner")
     config.export_dtype = "float32"
     model = new_model(config, CHANNELS)

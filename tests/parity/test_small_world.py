@@ -1,4 +1,4 @@
-"""The shipped small world: what diffusers makes of the same folder, and what it weighs."""
+"""The shipped small world: diffusers' result with the same folder, and the folder's size."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_reference_loads_the_folder_and_samples_the_same() -> None:
 
 
 def test_the_reference_loads_the_refiner_and_refines_the_same() -> None:
-    """The latents are those of a pan over the shipped image: a block of 3 frames, and another."""
+    """Refines latents of a pan over the shipped image, in two blocks of frames."""
     defaults = get_config()
     image = np.asarray(Image.open(defaults.image).convert("RGB"), np.float32) / 127.5 - 1
     pan = np.stack([np.roll(image, -i, axis=1) for i in range(defaults.num_frames)])

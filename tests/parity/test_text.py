@@ -1,4 +1,4 @@
-"""Text tower, tokenizer and prompt encoding against transformers and diffusers."""
+"""Text encoder, tokenizer and prompt encoding against transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ CAPTIONS = [
 
 
 def reference(cls: type = Gemma2Model, seed: int = 0, **over: Any) -> Any:
-    """A random reference model whose norms and embeddings have the size of trained ones."""
+    """Returns a random reference model; norms and embeddings have the scale of trained ones."""
     return randomise(cls(Gemma2Config(**{**BASE, **over})), seed)
 
 
@@ -124,7 +124,7 @@ def test_every_hidden_state(case: str, tmp_path: Path, rng: np.random.Generator)
 
 @pytest.mark.parametrize("field", ["sliding_window", "attn_logit_softcapping", "rms_norm_eps"])
 def test_cases_depend_on_their_field(field: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """The parity above would notice a field that we ignored."""
+    """The parity tests above would detect a field that our code ignores."""
     reference().save_pretrained(tmp_path)
     ids, mask = tokens(rng)
     before = our_states(tmp_path, ids, mask)[-1]
@@ -151,7 +151,7 @@ def test_bfloat16_is_no_worse_than_the_reference(tmp_path: Path, rng: np.random.
 @pytest.mark.parametrize("cls", [Gemma2Model, Gemma2ForCausalLM])
 @pytest.mark.parametrize("shard", ["12KB", "1GB"])
 def test_published_folders(cls: type, shard: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """Both prefixes, one file and shards, and an untied head that no hidden state needs."""
+    """Both prefixes of names, one file or shards, and a separate head, which is not used."""
     model = reference(cls, tie_word_embeddings=False)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     is_sharded = (tmp_path / "model.safetensors.index.json").exists()
@@ -165,7 +165,7 @@ def test_published_folders(cls: type, shard: str, tmp_path: Path, rng: np.random
 
 
 def test_older_config_file(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Files from before `rope_parameters` and `layer_types`, as the released encoder's is."""
+    """Configurations without `rope_parameters` and `layer_types`, as that of the release."""
     model = reference(rope_parameters=dict(rope_type="default", rope_theta=50.0))
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -225,7 +225,7 @@ def test_token_ids(cls: Any, max_length: int, small: Path) -> None:
 
 
 def check_ids(ours: Tokenizer, theirs: Any, max_length: int) -> None:
-    """The call that the reference pipeline makes."""
+    """The call in the reference pipeline."""
     expected = theirs(
         TEXTS,
         max_length=max_length,
@@ -311,7 +311,7 @@ def pipeline(small: Path, tmp_path_factory: pytest.TempPathFactory) -> SanaWMPip
 
 @pytest.fixture(scope="module")
 def tower(small: Path) -> Tower:
-    """Our text tower of the same folder."""
+    """Our text encoder of the same folder."""
     return text_tower(*load_text_encoder(small / "text_encoder", dtype=np.float32))
 
 

@@ -102,7 +102,7 @@ def test_one_frame(pair, rng):
 
 @torch.no_grad()
 def test_small_world(pair, rng):
-    """The configuration that is trained here runs in the reference, with equal results."""
+    """The configuration that we train also runs in the reference, with the same results."""
     p = pair(SMALL_WORLD_VAE)
     video = draw_video(rng, (9, 64, 64), batch=1)
     expected = p.reference.encode(to_torch(video)).latent_dist
@@ -166,7 +166,7 @@ def test_every_block(case, pair, rng):
 )
 @torch.no_grad()
 def test_padding(mode, causal, pair, rng):
-    """Every padding mode; `causal` overrules the configuration only upwards."""
+    """Every padding mode. `causal` can make a configuration causal, but not the reverse."""
     base = dataclasses.replace(TWO_BLOCKS, layers_per_block=(0, 0, 0), encoder_causal=False)
     base = dataclasses.replace(base, decoder_layers_per_block=(0, 0, 0), decoder_causal=True)
     p = pair(
@@ -306,7 +306,7 @@ def test_posterior(rng):
 
 @torch.no_grad()
 def test_bfloat16_is_no_worse(pair):
-    """Ours in bfloat16 against the reference in float32: no further than the reference's own."""
+    """Our bfloat16 error against float32 is not larger than the reference's bfloat16 error."""
     p = pair(PUBLISHED)
     half = AutoencoderKLLTX2Video(**dataclasses.asdict(p.cfg))
     half.load_state_dict(p.reference.state_dict())

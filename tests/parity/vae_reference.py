@@ -1,4 +1,4 @@
-"""Configurations of the video autoencoder, each as the reference and as ours."""
+"""Configurations of the video autoencoder, for the reference and for our code."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Pair:
 
 
 def make_pair(cfg: VAEConfig, folder: Path) -> Pair:
-    """A reference with random weights, saved to `folder`, and ours read from there."""
+    """Saves a reference model with random weights to `folder`, and loads ours from it."""
     reference = randomise(AutoencoderKLLTX2Video(**dataclasses.asdict(cfg)), seed=3)
     if cfg.timestep_conditioning:
         reference.decoder.timestep_scale_multiplier.data.fill_(900.0)

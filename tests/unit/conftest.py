@@ -1,4 +1,4 @@
-"""What tests of full-size programs share."""
+"""Shared parts of the tests of full-size programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on an accelerator, attention without a mask never writes its logits to memory."""
+    """Attention without a mask does not write its logits to memory, as on an accelerator."""
     plain = jax.nn.dot_product_attention
 
     def attention(q: Any, k: Any, v: Any, *, mask: Any = None, **options: Any) -> Any:

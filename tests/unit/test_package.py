@@ -1,4 +1,4 @@
-"""What the package offers, what it imports, and in which direction."""
+"""The public names of the package, its imports, and the direction of the imports."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def module_name(file: Path) -> str:
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
-    """Dotted names that a file imports, and whether only inside a function."""
+    """Yields the dotted names that a file imports, and whether only a function imports them."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     inside = {
         id(node)
@@ -95,7 +95,7 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
 
 
 def depth(parts: list[str]) -> int | None:
-    """Layer of a module by its path inside the package; the longest name in `LAYERS` counts."""
+    """Returns the layer of a module by its path; the longest matching name in `LAYERS` decides."""
     return DEPTH.get(".".join(parts[:2]), DEPTH.get(parts[0]))
 
 
@@ -126,7 +126,7 @@ def is_allowed(file: Path, name: str, is_inside: bool) -> bool:
 
 
 def test_direction_of_imports() -> None:
-    """Kernels stand alone, cameras and pictures are NumPy, and the reference is for tests."""
+    """Kernels import only JAX, cameras and images only NumPy, and only tests the reference."""
     offenders = [
         f"{file} imports {name}"
         for file in SOURCES

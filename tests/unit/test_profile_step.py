@@ -1,4 +1,4 @@
-"""What a profile counts: operations and bytes of a known program, kernels by scope, every flag."""
+"""The profile's counts: operations and bytes of a known program, kernels by scope, all flags."""
 
 from __future__ import annotations
 

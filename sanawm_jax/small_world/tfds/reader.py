@@ -18,7 +18,7 @@ _PART = re.compile(r"part_(\d+)_of_(\d+)")
 class ClipSource(Sequence):
     """Concatenation of random-access sources, itself one: `len(source)` and `source[i]`.
 
-    Clips are dicts as `data.world.clip.make_clip` returns them; texts come back as str.
+    Clips are dicts as `small_world.clip.make_clip` returns them; texts come back as str.
     """
 
     def __init__(self, sources: Sequence):
@@ -73,7 +73,7 @@ def open_clips(
     """Open a split of a generated set for random access, without TensorFlow.
 
     Args:
-      data_dir: what `data.generate` was given as --data_dir.
+      data_dir: what `small_world.generate` was given as --data_dir.
       split: "train" or "validation".
       parts: names of the parts to read; all by default.
 

@@ -64,7 +64,7 @@ class MetricsWriter:
         self.seed, self._delay, self._spike, self._sinks = seed, delay, spike, sinks
         self._losses: list[float] = []
         self._start = time.monotonic() - seconds
-        self.stop = 0.0  # the strongest wish to stop among all processes, see `training.loop`
+        self.stop = 0.0  # the strongest wish to stop among all processes, see `engine.loop`
 
     @property
     def seconds(self) -> float:

@@ -68,7 +68,7 @@ def noised_example(
       image_prob: chance of a sample to keep its first frame clean, at timestep 0 and out of the
         loss: the condition of image-to-video. Otherwise the sample is text-to-video.
       chunk_starts: of the chunk-causal model.
-      chunk_mixture: weights of the modes of `training.timesteps`; None is one step a sample.
+      chunk_mixture: weights of the modes of `objectives.timesteps`; None is one step a sample.
 
     Raises:
       InputError: bad starts or weights.

@@ -1,4 +1,4 @@
-"""`prepare` and `loss` of the refiner, see `training.step`: which frames, noise, history.
+"""`prepare` and `loss` of the refiner, see `engine.step`: which frames, noise, history.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
 tokens, C text width.

@@ -1,4 +1,4 @@
-"""Action strings: the grammar, and the smoothed mapping against a plain re-computation."""
+"""Action strings: the grammar, and the smoothed mapping against another computation of it."""
 
 from __future__ import annotations
 
@@ -184,8 +184,10 @@ def random_actions(seed: int) -> str:
 
 
 def plain_rollout(text: str, speed: float, degrees: float) -> np.ndarray:
-    """The smoothed mapping as angles and sums instead of matrices: yaw and pitch are plain totals,
-    so a pose is R_y(yaw) R_x(pitch) and a position is a sum along the headings.
+    """Computes the smoothed mapping with angles and sums instead of matrices.
+
+    Yaw and pitch are sums over frames, so a pose is R_y(yaw) R_x(pitch), and a position is a sum of
+    steps along the headings.
     """
     velocity = dict.fromkeys("wldi", 0.0)
     opposite = {"w": "s", "l": "j", "d": "a", "i": "k"}

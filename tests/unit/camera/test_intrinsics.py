@@ -36,7 +36,7 @@ def test_one_entry_serves_every_frame(value):
 
 
 def test_reads_a_file(tmp_path):
-    np.save(tmp_path / "a,b.npy", ROW)  # a comma in a name that exists is no list of numbers
+    np.save(tmp_path / "a,b.npy", ROW)  # an existing file is not a list of numbers
     for path in (tmp_path / "a,b.npy", str(tmp_path / "a,b.npy")):
         np.testing.assert_array_equal(parse_intrinsics(path, 1)[0], ROW.astype(np.float32))
 

@@ -33,7 +33,7 @@ def write_kitti(file: Path, c2w: np.ndarray) -> None:
 
 
 def write_nerfstudio(file: Path, c2w: np.ndarray, **over: object) -> None:
-    """Frames in a shuffled order, with names that do not sort as text."""
+    """Writes frames in a shuffled order, with names whose text order is not their order."""
     opengl = c2w * [1, -1, -1, 1]  # y up, looking along -z
     frames = [
         {"file_path": f"images/frame_{n + 1}.png", "transform_matrix": opengl[n].tolist()}
@@ -46,7 +46,7 @@ def write_nerfstudio(file: Path, c2w: np.ndarray, **over: object) -> None:
 def write_colmap(
     folder: Path, c2w: np.ndarray, camera: str = "1 PINHOLE 128 96 90 80 64 48"
 ) -> None:
-    """A text model of the kind that every COLMAP reads, images in a shuffled order."""
+    """Writes a text model that every version of COLMAP reads, with images in a shuffled order."""
     folder.mkdir(parents=True)
     (folder / "cameras.txt").write_text(f"# cameras\n{camera}\n")
     lines = []

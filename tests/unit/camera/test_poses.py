@@ -1,4 +1,4 @@
-"""Pose files: what is accepted, and which line each bad one gets."""
+"""Pose files: which are accepted, and the error message of each bad one."""
 
 from __future__ import annotations
 

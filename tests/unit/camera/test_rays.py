@@ -1,4 +1,4 @@
-"""Pose tokens and Plücker maps: windows, geometry, and that no jax is needed."""
+"""Camera tokens and Plücker maps: windows, geometry, and independence of JAX."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_tokens_hold_relative_poses_and_latent_intrinsics():
 
 
 def frame_of_each_slot(frames: int) -> np.ndarray:
-    """Recovers which pixel frame fills each slot of each window from the focal lengths."""
+    """Finds which pixel frame is in each place of each window, by its focal length."""
     rows = np.tile([32.0, 32, 0, 0], (frames, 1))
     rows[:, 0] = 32 * (1 + np.arange(frames))
     _, plucker = camera_conditions(np.tile(np.eye(4), (frames, 1, 1)), rows, 32, 64)

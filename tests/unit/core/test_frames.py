@@ -1,4 +1,4 @@
-"""Chunk layouts and what a convolution over frames sees."""
+"""Chunk layouts, and the frames that a convolution over frames reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products that mix dtypes."""
+"""Matrix products of operands with different dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on linear layers: shapes, start, forward pass, merging, what the gradient sees."""
+"""Adapters on linear layers: shapes, initial values, forward pass, merging and gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def base() -> Params:
 
 
 def adapters(lora: LoraConfig, *, trained: bool) -> Params:
-    """Fresh adapters, or ones whose B is not zero."""
+    """Returns new adapters, or adapters whose B is not zero."""
     _, abstract = build_adapted(Net, "net", lora)
     fresh = init_adapters(abstract, jax.random.key(1))
     if not trained:

@@ -1,4 +1,4 @@
-"""A model built for its shapes alone is the one that random numbers fill."""
+"""A model that is built only for its shapes has the same parameters as a random one."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ STACKS: dict[Any, tuple[Any, set[tuple[int, ...]]]] = {
 
 @pytest.mark.parametrize("model", STACKS)
 def test_stacked_axes_of_every_model(model: Any) -> None:
-    """The number of axes is right wherever the tree is nested; blocks of a list are not stacked."""
+    """The number of stacked axes does not depend on outer names. Lists of blocks have none."""
     config, stacks = STACKS[model]
     found = set()
     for path, leaf in leaves(build(model, config)[1]):
@@ -90,7 +90,7 @@ def test_separate_layers_give_what_a_scan_gives() -> None:
 
 
 def test_what_is_no_layer_stays_whole() -> None:
-    """Nor are layers with two stacked axes, which nested scans run over, taken apart."""
+    """Parameters without layers, and layers with two stacked axes, do not become tuples."""
     for path in ("embed.kernel", "segments.0.runs.0.kernel"):
         assert isinstance(separate_layers(path, np.ones((2, 3))), jax.Array)
 
@@ -100,7 +100,7 @@ def test_what_is_no_layer_stays_whole() -> None:
     [("none", False, 1), ("full", False, 2), ("parts", False, 3), ("parts", True, 2)],
 )
 def test_how_often_a_part_runs(remat: str, keep: bool, runs: int) -> None:
-    """The last part of a layer twice at most: nothing is computed from it in the layer."""
+    """The last part of a layer runs at most twice: no part of the layer needs its result."""
 
     def step(weight: jax.Array, x: jax.Array, carry: None) -> tuple[jax.Array, None]:
         x = part(lambda x: jnp.exp(x * weight), remat, keep=keep)(x)

@@ -1,4 +1,4 @@
-"""The latent cache: contents, resuming, and what a lone first frame encodes to."""
+"""The latent cache: contents, resuming, and the encoding of a first frame alone."""
 
 from __future__ import annotations
 

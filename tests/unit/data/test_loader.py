@@ -39,7 +39,7 @@ def test_empty():
 
 
 def test_batches_of_one():
-    """The published batch size of a device pair."""
+    """A batch size of one is the published one of a pair of devices."""
     batches = Loader(range(5), 1, seed=0).next(10)
     assert sorted(batches[:5].ravel()) == sorted(batches[5:].ravel()) == list(range(5))
     assert not np.array_equal(batches[:5], batches[5:])

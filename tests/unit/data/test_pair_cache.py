@@ -1,4 +1,4 @@
-"""Pairs of stage 1: resumable, named by a fingerprint, independent of the batch."""
+"""Pairs of stage 1 can be resumed, have a fingerprint, and do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIPS, SHAPE = 5, (2, 2, 2, 3)
 
 
 class Stage1:
-    """Latents that say which clip and seed they are of, and a count of calls."""
+    """Makes latents that contain the number of their clip and seed, and counts calls."""
 
     def __init__(self, fail_at: int = 10**9):
         self.calls = 0
@@ -72,7 +72,7 @@ def test_text_is_encoded_once(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_sampled_as_stage_1_samples_a_clip() -> None:
-    """With guidance, against the pipeline's sampler: a row knows nothing of its batch."""
+    """With guidance, a row equals the result of `SanaWM`'s sampler, whatever is in its batch."""
     guidance = 3.0
     config = DiTConfig(
         in_channels=4,

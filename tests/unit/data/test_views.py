@@ -1,4 +1,4 @@
-"""Mirrored and reversed clips show what a camera would see."""
+"""Mirrored and reversed clips show what a real camera would see."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_mirrored_camera_sees_the_mirrored_world(
 
 
 def test_rays_of_a_mirrored_clip_are_mirrored(clip: dict[str, Any]) -> None:
-    """What the network reads: at a ratio of 1, the ray of column W - 1 - x is that of x."""
+    """In the network's input (spatial ratio 1), column W - 1 - x has the mirrored ray of x."""
 
     def rays(clip: dict[str, Any]) -> np.ndarray:
         intrinsics = np.tile(clip["intrinsics"], (FRAMES, 1))
@@ -63,7 +63,7 @@ def test_rays_of_a_mirrored_clip_are_mirrored(clip: dict[str, Any]) -> None:
         return plucker.reshape(*plucker.shape[:3], 8, 2, 3)  # direction, then moment
 
     mirrored = rays(view_clip(clip, View(mirror=True)))[:, :, ::-1]
-    # a reflection turns the sign of x in a direction, and of y and z in a cross product
+    # A reflection changes the sign of x in a direction, and of y and z in a cross product.
     signs = np.array([[-1, 1, 1], [1, -1, -1]])
     np.testing.assert_allclose(mirrored * signs, rays(clip), atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Zip latents: what is read of upstream's layout, what is filtered, what counts as bad."""
+"""Zip latents: reading of upstream's layout, filters, and bad samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keys_of(index: ZipIndex) -> list[str]:
 
 
 def expected_camera(pose, intrinsics, size, frames, height, width, scale):
-    """training.md 2.3 line by line: tokens (T, 20) and Plücker maps (48, T, h, w)."""
+    """Computes camera tokens (F, 20) and Plücker maps (48, F, H, W) as upstream's code does."""
     pose = pose.astype(np.float64)
     pose[:, :3, 3] *= scale
     pose = np.linalg.inv(pose[0]) @ pose

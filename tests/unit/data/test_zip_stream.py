@@ -1,4 +1,4 @@
-"""The stream of a zip set: order, hosts, workers, resuming, what replaces a bad sample."""
+"""The stream of a zip set: order, hosts, workers, resuming, replacement of bad samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.zip_set import SHAPE, flip_bytes, folders, make_sample, write_set
 
 
 def encode(texts):
-    """Two tokens a caption: its length, and its last character."""
+    """Encodes a caption as two tokens: its length and its last character."""
     text = np.array([[[len(t)], [ord((t or "?")[-1])]] for t in texts], np.float32)
     return np.repeat(text, 3, axis=2), np.array([[1, bool(t)] for t in texts])
 
@@ -55,7 +55,7 @@ def stream_of(source: ZipLatents, batch: int = 4, **options) -> ZipStream:
 
 
 def prompts(batches: dict[str, np.ndarray]) -> list[int]:
-    """Seeds of the samples, which are their latents' too."""
+    """Returns the seeds of the samples, which their latents contain."""
     return [int(c.rpartition(" ")[2]) for c in batches["caption"].ravel()]
 
 
@@ -196,7 +196,7 @@ def test_text_cache(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(InputError, match="no finished cache"):
         TextCache(tmp_path)
     cache = build_text_cache(tmp_path, captions, counting, fingerprint="x", batch_size=2)
-    # goes on after what was saved; the empty caption comes by itself
+    # It continues after the saved captions; the empty caption has its own batch.
     assert calls[2:] == [["c2", "c3"], ["c4", "c4"], ["", ""]]
     assert cache.width == 3
     for caption in (*captions, ""):

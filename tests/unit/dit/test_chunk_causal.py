@@ -1,4 +1,4 @@
-"""The chunk-causal model: the bidirectional one's parameters, a future that is not seen."""
+"""The chunk-causal model has the parameters of the bidirectional one, and sees no later chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a block changes its memory and no gradient."""
+"""Rematerialisation changes the memory of the backward pass, but no gradient."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def starts_of(window: Window, chunks: int) -> tuple[int, ...]:
 
 
 def stream(inputs: dict[str, Any], window: Window, state: DiTState | None = None) -> Any:
-    """Velocities of all frames from the state's on, and the last state."""
+    """Returns the velocities of all frames after a state, and the last state."""
     frames, at, out = inputs["latents"].shape[1], 0 if state is None else int(state.frame), []
     while at < frames:
         end = at + (window.first if state is None else window.size)
@@ -117,7 +117,7 @@ def test_branches_of_one_state_leave_each_other_alone():
 
 
 def test_gradients_through_a_chunk_are_those_of_the_whole_clip():
-    """With the past as data; the whole clip is differentiated by its last chunk's frames alone."""
+    """The gradient of the last chunk equals that of a whole clip whose earlier frames are fixed."""
     window, starts = Window(4, 3, 2), (0, 4, 7, 10)
     inputs = random_inputs(1, 13)
     _, state = stream(cut(inputs, 0, 10), window)

@@ -1,4 +1,4 @@
-"""The first frame: what files are read, and how they are cut."""
+"""The first frame: which files can be read, and how they are cropped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_other_modes_become_rgb(tmp_path, rng):
 def test_applies_the_stored_orientation(tmp_path, rng):
     pixels = noise(rng, 4, 6, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    exif[0x0112] = 6  # viewers must rotate it by 90 degrees clockwise
     Image.fromarray(pixels).save(tmp_path / "phone.png", exif=exif)
     upright = np.asarray(load_image(tmp_path / "phone.png"))
     np.testing.assert_array_equal(upright, np.rot90(pixels, -1))

@@ -1,4 +1,4 @@
-"""The control overlay: the right caps light up, nothing else of the frame changes."""
+"""The control overlay: the pressed keys light up, and no other pixels of the frame change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def grey(frames: int, height: int, width: int) -> np.ndarray:
 
 
 def boxes(height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """The place of each cap and of the map."""
+    """Returns the place of each key and of the map."""
     layout = OverlayLayout.for_frame(height, width)
     top = height - layout.margin - layout.keys_size[1]
     found = {}

@@ -1,4 +1,4 @@
-"""Film files: round trips, streaming, and nothing left behind by a failed run."""
+"""Video files: round trips, streaming, and no remains of a failed run."""
 
 from __future__ import annotations
 

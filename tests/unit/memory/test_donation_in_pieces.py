@@ -1,4 +1,4 @@
-"""A program in pieces writes in place what is given away, and nothing else."""
+"""A divided program overwrites donated arguments, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def jitted(*donated: str) -> Any:
 
 
 def windows(seed: int) -> tuple[jax.Array, ...]:
-    """Three frames a layer."""
+    """Returns a KV cache with three frames per layer."""
     return tuple(jax.random.normal(jax.random.key(seed), (COUNT, 3, WIDTH)))
 
 
 def layer(x: jax.Array, leaves: Any) -> tuple[jax.Array, jax.Array]:
-    """Reads a window, and gives it with one frame replaced."""
+    """Reads a KV cache, and returns it with one frame replaced."""
     weight, seen = leaves
     x = jnp.tanh(x @ weight) + seen.sum(0)
     return x, seen.at[0].set(x)
 
 
 def run_both(function: Any, *args: Any, streamer: Streamer | None = None) -> Any:
-    """What the pieces give, which is what the whole program gives for copies of the arguments."""
+    """Checks that the pieces and the whole program have equal results, and returns them."""
     expected = function(None, tuple(WEIGHTS), *jax.tree.map(jnp.array, args))
     streamed = keep_separate_layers("blocks.w", WEIGHTS)
     got = (streamer or Streamer())(function, None, streamed, *args)
@@ -52,7 +52,7 @@ def places(tree: Any) -> list[int]:
 
 
 def test_each_layer_writes_its_own() -> None:
-    """As the refiner: steps that read the window, a pass that writes it, more to write after it."""
+    """Works as in the refiner: steps read the cache, then a pass writes it."""
 
     @jitted("window", "small")
     def move(graphdef: None, params: Any, window: Any, kept: Any, x: Any, small: Any) -> Any:
@@ -106,7 +106,7 @@ def test_what_is_read_later_is_kept_until_then(is_read_later: bool) -> None:
 
 
 def test_a_layer_leaves_something_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else nothing would say when it has run, and its weights are free."""
+    """The runner waits for this result, to know that the layer's weights can be released."""
 
     @jitted("window")
     def move(graphdef: None, params: Any, window: jax.Array) -> Any:
@@ -153,7 +153,7 @@ def test_one_array_as_two_inputs_is_never_given_away() -> None:
 
 @pytest.mark.parametrize("results", [1, 2])
 def test_what_a_function_made_is_the_programs_own(results: int) -> None:
-    """Unless it gives it twice, as two results that are one array."""
+    """A function passes on ownership, unless two of its results are the same array."""
 
     @jax.jit
     def inner(params: Any, x: jax.Array, window: Any) -> Any:

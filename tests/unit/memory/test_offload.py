@@ -59,7 +59,7 @@ def test_stage1(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SanaWM, "decode", decoded)
     streamed, _ = make("block")
     assert_close(streamed.latents, kept.latents)
-    # 4 layers of the DiT and 2 of the text tower passed, no more than two at once
+    # 4 layers of the DiT and 2 of the text encoder were uploaded, at most two at a time
     assert len(set(layers.brought)) == 6 and layers.most == 2
     assert there == [0]  # gone with the networks
 
@@ -72,7 +72,7 @@ def refine(folder: Path, offload: str, block_size: int) -> np.ndarray:
 
 
 def test_layers_of_the_refiner_stay(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second block on, the short last one too."""
+    """Layers stay from the second block on, also in the short last block."""
     kept, layers = refine(folders[1], "model", 2), Layers(monkeypatch)
     stats = {"bytes_limit": 2**30, "bytes_in_use": 0, "peak_bytes_in_use": 2**20}
     monkeypatch.setattr(streaming, "memory_stats", lambda: stats)

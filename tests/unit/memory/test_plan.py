@@ -1,4 +1,4 @@
-"""What a run needs of the device's memory, at released sizes and without a device."""
+"""The estimate of the device memory that a run needs, at released sizes and without a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers in host memory: the same results, in as much of the device's memory as there is."""
+"""Layers in host memory give the same results, and use the device's memory but not more."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLACES = [keep_layers, keep_separate_layers]
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def network(graphdef: None, params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    """All layers twice, in a loop, and once more for what they give."""
+    """Runs all layers twice in a loop, and once more to return their outputs."""
 
     def layer(x: jax.Array, leaves: Any) -> tuple[jax.Array, jax.Array]:
         # the product is a compiled function of its own
@@ -42,7 +42,7 @@ def network(graphdef: None, params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def biases(graphdef: None, params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    """Layers that add a bias and give the sum."""
+    """Runs layers that add a bias and return the sum."""
     return over_layers(lambda x, bias: (x + bias, x + bias), x, params)
 
 
@@ -60,9 +60,9 @@ def assert_close(a: Any, b: Any) -> None:
 
 
 class Device:
-    """A device's memory as a backend reports it: `other` bytes beside the layers.
+    """Simulates a backend's report on memory, with `other` bytes in addition to the layers.
 
-    The limit leaves 3200 bytes, 40 layers, when the margin is off.
+    The limit minus the margin is 3200 bytes, or 40 layers.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
@@ -92,7 +92,7 @@ def test_layers_stay_as_far_as_memory_goes(place: Any, monkeypatch: pytest.Monke
     weights = {n: a if place is keep_layers else tuple(a) for n, a in WEIGHTS.items()}
 
     def brought(count: int, other: int) -> list[int]:
-        """Positions of the layers that a call of so many tokens uploads, in order."""
+        """Returns the positions of the layers that a call uploads, in order."""
         assert run is not None
         device.other = other
         layers.forget()
@@ -104,7 +104,7 @@ def test_layers_stay_as_far_as_memory_goes(place: Any, monkeypatch: pytest.Monke
         return [stacks.index(layer[0].stack) for layer in layers.brought]
 
     def brings(found: list[int], streamed: list[int]) -> bool:
-        """A first pass brings all, and then one streamed layer comes while another runs."""
+        """Whether the first pass uploads all layers, and later passes only the streamed ones."""
         usual_pass = [*streamed[1:], streamed[0]]  # the last one is for the pass after
         return sorted(found[: COUNT + 1]) == sorted([*range(COUNT), streamed[0]]) and (
             found[COUNT + 1 :] == 2 * usual_pass
@@ -240,7 +240,7 @@ def test_leaves_are_in_page_locked_memory() -> None:
 
 
 def test_reverse_scans_constants_and_what_is_collected() -> None:
-    """A scan over layers inside a compiled function, run in reverse, with outputs a layer."""
+    """A scan over layers inside a compiled function, in reverse order, with outputs per layer."""
 
     @jax.jit
     def inner(w: jax.Array, x: jax.Array, bias: jax.Array) -> Any:

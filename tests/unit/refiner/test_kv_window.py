@@ -1,4 +1,4 @@
-"""The window against concatenating and trimming."""
+"""The ring buffer of the KV cache against concatenation and trimming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMS = ["stacked", "separate"]
 
 
 def frames_of(numbers: list[int], form: str) -> KeyValue:
-    """Keys and values that say which frame they are."""
+    """Returns keys and values that contain the number of their frame."""
     frames = jnp.asarray(numbers, jnp.float32).reshape(1, 1, -1, 1, 1, 1)
     shape = (LAYERS, BATCH, len(numbers), TOKENS, HEADS, HEAD)
     made = KeyValue(jnp.broadcast_to(frames, shape), jnp.broadcast_to(-frames, shape))
@@ -30,7 +30,7 @@ def frames_of(numbers: list[int], form: str) -> KeyValue:
 
 
 def placed(k: jax.Array, start: Any = 0) -> jax.Array:
-    """Instead of a rotation: the position, far from what any frame holds."""
+    """Replaces the rotation by the position, with a value that no frame has."""
     return k + 1000.0 + start
 
 

@@ -1,4 +1,4 @@
-"""Layers on their own give what stacked layers give, without copies of weights or window."""
+"""Separate layers give the result of stacked layers, without copies of weights or KV cache."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def prompt() -> RefinerText:
 def block_of(
     case: str, place: Place = separate_layers, run: Runner = call
 ) -> tuple[Any, Params, KVWindow, tuple[Any, ...]]:
-    """A window after the sink, and the other arguments of `refine_block`."""
+    """Returns a KV cache that holds the sink, and the other arguments of `refine_block`."""
     config, graphdef, params = model(case)
     rope = video_rope(config, FRAMES, ROWS, COLUMNS, 16.0)
     params, text = read_text(
@@ -107,7 +107,7 @@ def test_equals_stacked_layers(case: str, block_frames: int) -> None:
 def test_text_is_read_once_if_nothing_modulates_it(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What reads it every time is the same to rounding; the layers that read it are dropped."""
+    """Encoding the text once changes only roundings, and the layers that encode it are released."""
     config, graphdef, params = model(case)
     rope = video_rope(config, FRAMES, ROWS, COLUMNS, 16.0)
     clip = jax.random.normal(jax.random.key(3), (1, 7, ROWS, COLUMNS, 4))
@@ -134,7 +134,7 @@ def test_text_is_read_once_if_nothing_modulates_it(
 
 
 def test_one_loop_and_no_copies() -> None:
-    """The steps' loop is the only one: nothing takes weights or windows out of a stack."""
+    """The loop over steps is the only one, so nothing copies weights or caches out of a stack."""
     graphdef, params, window, args = block_of("split")
     program = trace(refine_block, graphdef, params, window, *args, dtype=jnp.float32)
     assert [e.primitive.name for e in equations(program)].count("scan") == 1
@@ -174,7 +174,7 @@ def test_unfilled_slots_have_no_influence(frames: int) -> None:
 
         keys = dataclasses.replace(
             window.keys,
-            # a hidden value counts 0 times, which is not 0 if it is no number
+            # Only keys can be NaN: a masked value has the weight 0, and 0 times NaN is NaN.
             k=jax.tree.map(lambda a: spoil(a, np.nan if junk else 0.0), window.keys.k),
             v=jax.tree.map(lambda a: spoil(a, junk), window.keys.v),
         )
@@ -192,7 +192,7 @@ def test_unfilled_slots_have_no_influence(frames: int) -> None:
 
 
 def test_the_last_pass_moves_nothing() -> None:
-    """At noise level 0 the frames are kept bit for bit, whatever the velocity."""
+    """At noise level 0 the frames stay exactly as they are, for any velocity."""
     graphdef, params, window, (clean, noise, text, rope, _) = block_of("split")
     out, _ = refine_block(
         graphdef, params, window, clean, noise, text, VideoRope(*rope), jnp.asarray([0.5]),

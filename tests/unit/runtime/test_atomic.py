@@ -1,4 +1,4 @@
-"""Whole or not at all, whoever writes."""
+"""Every writer of files leaves a complete file or none."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An environment without settings of the cache; JAX's own are put back after a test."""
+    """An environment without settings of the cache. JAX's settings are restored after a test."""
     for name in (VARIABLE, "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     before = {name: getattr(jax.config, name) for name in SETTINGS}

@@ -1,4 +1,4 @@
-"""Flags are added to the user's, and XLA knows them."""
+"""Our flags are added to the user's flags, and XLA accepts them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from sanawm_jax.runtime.errors import InputError
 def test_a_name_is_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "ASSETS", tmp_path)
     (tmp_path / name).mkdir()
-    (tmp_path / name / "README.md").write_text("a card")  # which is no model yet
+    (tmp_path / name / "README.md").write_text("a card")  # the folder has no model
     for find in (find_weights, open_refiner):
         with pytest.raises(InputError, match=f"weights of {name} are not in this checkout"):
             find(name)

@@ -1,4 +1,4 @@
-"""Which tiles a video is decoded in, and how its windows lose their first frames."""
+"""The tiles in which a video is decoded, and the frames that are dropped at its start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CFG = VAEConfig(spatial_compression_ratio=32, temporal_compression_ratio=8)
 
 
 def calls(tiling: str | Tiling, frames: int, height: int, width: int) -> list[tuple[int, ...]]:
-    """Latent sizes (f, h, w) that the decoder is called with for a video of that size."""
+    """Returns the latent sizes (f, h, w) of the decoder's calls for a video of this size."""
     seen = []
 
     def decode(z):

@@ -1,4 +1,4 @@
-"""One Euler step, guidance, and the levels that a step goes to."""
+"""One Euler step, guidance, and the noise level after a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIVEN = jnp.array([True, False, False])
 
 
 def test_exact_velocity_ends_at_the_data(rng: np.random.Generator) -> None:
-    """x = (1 - sigma) clean + sigma noise moves in a straight line, so any steps end at clean."""
+    """x = (1 - sigma) clean + sigma noise is a straight line, so any steps end at clean."""
     clean, noise = (rng.normal(size=SHAPE).astype(np.float32) for _ in range(2))
     x = jnp.asarray(noise).at[:, 0].set(clean[:, 0])
     sigmas = Schedule(shift=3.0).sigmas(5)
@@ -54,7 +54,7 @@ def test_guidance_starts_from_the_unconditional_prediction(scale: float, expecte
 
 
 def test_next_levels_are_the_next_lower_ones() -> None:
-    """As the reference finds them for tokens: equal levels step over one another."""
+    """As in the reference, the next level is the next smaller one, so equal levels are skipped."""
     sigmas = np.array([1.0, 0.999, 0.5, 0.5, 0.1, 0.0], np.float32)
     np.testing.assert_array_equal(
         next_sigmas(sigmas), np.array([0.999, 0.5, 0.1, 0.1, 0.0], np.float32)

@@ -1,7 +1,7 @@
-"""961 frames of 704x1280, traced and not run: no array outgrows a 32-bit index.
+"""For 961 frames of 704x1280, no array is too large for a 32-bit index. The programs are traced.
 
-XLA and the libraries below it index many operations with 32 bits: an array of more elements fails,
-or is wrong, far from where it was made.
+XLA and its libraries use 32-bit indices in many operations. A larger array fails or gives wrong
+numbers, often in an operation far from the one that made it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def test_refiner(form: str) -> None:
 
 
 def decode(tiling: str) -> tuple[list[Any], Any]:
-    """Shapes of the windows of the whole film, and the program that makes them."""
+    """Returns the shapes of the windows of the whole video, and the program that decodes them."""
     config = RELEASED.vae
     graphdef, params = network(VideoDecoder, config)
     shapes: list[Any] = []
@@ -134,7 +134,7 @@ def test_encode_the_first_frame() -> None:
 
 
 def test_guidance_in_halves_is_the_same() -> None:
-    """A clip too long for both halves at once takes them one after the other."""
+    """If a clip is too long for a batch of both prompts, they run one after the other."""
     from sanawm_jax.checkpoints.sizes import TINY
     from sanawm_jax.core.params import init
     from sanawm_jax.sampling import stage1

@@ -1,4 +1,4 @@
-"""`--precision fp8`: which layers, how wrong, how small, and what cannot be."""
+"""`--precision fp8`: the layers, the error, the memory, and impossible cases."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_layers_of_the_release() -> None:
 
 
 def test_sizes_that_do_not_fit_stay() -> None:
-    """Sizes that are no multiples of 16, as beta's and decay's 20 heads."""
+    """A model whose sizes are not multiples of 16 cannot use FP8."""
     config = DiTConfig(num_layers=1, hidden_size=40, num_attention_heads=1, linear_head_dim=40)
     with pytest.raises(InputError, match="multiples of 16"):
         build_dit(config, "fp8")
@@ -82,9 +82,9 @@ def test_product(rng: np.random.Generator) -> None:
 
 
 def test_what_xla_is_given() -> None:
-    """One product of two e4m3 matrices, contracted along their rows, then a number, then a vector.
+    """The program is a product of two e4m3 matrices, then a scalar factor, then a vector.
 
-    That is what becomes one library call on a GPU; nothing may come between.
+    Only then does XLA make one library call of it on a GPU; no operation may come between.
     """
     x = jax.ShapeDtypeStruct((2, 3, 32), jnp.bfloat16)
     values = jax.ShapeDtypeStruct((48, 32), jnp.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""Published weights fit; runs where they are: SANAWM_WEIGHTS=DIR pytest tests/unit/pipeline."""
+"""The published weights fit our models: SANAWM_WEIGHTS=DIR pytest tests/unit/sampling."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def _plain(color, emission=0.0):
 
 
 def _room(**bodies):
-    """A gray room with given boxes and spheres, and light from the ceiling's middle."""
+    """Returns a gray room with boxes and spheres, and a light in the middle of the ceiling."""
     c = Composer(np.random.default_rng(0), 0, world.INDOOR, (-3, -3, -3), (3, 0, 3), (0, 0))
     for sphere in bodies.get("spheres", ()):
         c.sphere(*sphere, _plain(RED, 1.0))

@@ -1,4 +1,4 @@
-"""The small text encoder: what its files are like, and that its features tell words apart."""
+"""The small text encoder: its files, and that its features distinguish words."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_same_words_in_another_order_differ(folder: Path) -> None:
 
 
 def test_a_colour_is_recognised_in_any_context(folder: Path) -> None:
-    """States of one colour word are closer to each other than to any other colour's."""
+    """States of one colour word are closer to each other than to those of another colour."""
     contexts = [
         "A {} sofa beside a blue lamp.",
         "A room with a white table, on a striped {} floor.",

@@ -1,4 +1,4 @@
-"""The text tower's masks, positions and invariances, without a reference."""
+"""The text encoder's masks, positions and invariances, without a reference."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_rotation_keeps_length_and_sees_only_distance(rng: np.random.Generator) 
 
 
 def test_softcap_bounds_the_logits() -> None:
-    """Two keys, one of them far louder: without the cap it would take all the weight."""
+    """One of two keys has a much larger logit; without the cap it would get all the weight."""
     q = jnp.full((1, 1, 1, 1, 2), 100.0)
     k = jnp.array([[[[100.0, 0.0]], [[0.0, 0.0]]]])
     v = jnp.array([[[[1.0, 0.0]], [[0.0, 1.0]]]])

@@ -1,4 +1,4 @@
-"""Selecting the caption's positions, and reading prompts from a command line."""
+"""The selection of a caption's token states, and prompts on the command line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CAPTION = "A small red house on a hill."
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer that knows the caption's words."""
+    """Returns a tokenizer whose vocabulary is the caption's words."""
     folder = tmp_path_factory.mktemp("small")
     make_small_text_encoder([CAPTION], folder, hidden=64, layers=1)
     return Tokenizer(folder / "tokenizer")
 
 
 def ids_as_states(ids: np.ndarray, mask: np.ndarray) -> jax.Array:
-    """A stand-in for the tower: the state of a token is its id."""
+    """Replaces the text encoder: the state of a token is its id."""
     assert ids.shape == mask.shape
     return jnp.asarray(ids, jnp.float32)[..., None]
 

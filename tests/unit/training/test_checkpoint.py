@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and what a full disk leaves of them."""
+"""Which checkpoints are kept, and that a full disk does not damage them."""
 
 from __future__ import annotations
 

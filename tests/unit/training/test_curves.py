@@ -1,4 +1,4 @@
-"""Loss pictures from metrics files."""
+"""Figures of the loss, drawn from metrics files."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_chunks_have_steps_of_their_own():
         chunk_mixture={"incremental": 1.0},
     )
     sigma = np.asarray((e.noisy - clean) / e.target).mean((2, 3, 4))
-    # what the network is told is cut to a whole number, the noise is not
+    # The timestep for the network is rounded down to a whole number, and the noise level is not.
     np.testing.assert_array_equal(e.timesteps, np.floor(e.timesteps))
     assert np.all((1000 * sigma - e.timesteps > -0.01) & (1000 * sigma - e.timesteps < 1.01))
     given = np.asarray(e.mask[:, 0]) == 0

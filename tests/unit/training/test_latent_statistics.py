@@ -1,4 +1,4 @@
-"""The statistics that the autoencoder's training measures make its latents standard."""
+"""The statistics that training measures give latents the mean 0 and the deviation 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines on a disk that is full for a while."""
+"""A file of lines on a disk that is full for some time."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_the_flow_starts_at_the_sampler_s_start_and_ends_at_the_truth(triple) ->
 
 
 def test_velocity_and_clean_prediction_are_the_same_loss(triple) -> None:
-    """v* points from the truth: (x_t - r) / sigma; and v -> x0 -> v is the identity."""
+    """The target is v* = (x_t - r) / sigma for the true latents r; v -> x0 -> v is the identity."""
     stage1, truth, noise = triple
     sigma = jnp.array([0.05, 0.4, 0.9])
     example = flow.truncated_flow(stage1, truth, noise, sigma)
@@ -85,7 +85,7 @@ def test_shift_of_the_levels(tokens: int, shift: float) -> None:
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_shifted_logit_normal_levels(tokens: int) -> None:
-    """Against the distribution function: 0.9 of stretched logit-normal, 0.1 of uniform."""
+    """Compares with the distribution function: 0.9 stretched logit-normal, 0.1 uniform."""
     from scipy.stats import norm
 
     u = np.asarray(flow.shifted_logit_normal_levels(jax.random.key(1), MANY, tokens))
@@ -94,7 +94,7 @@ def test_shifted_logit_normal_levels(tokens: int) -> None:
     low, high = (1 / (1 + np.exp(-(mean + norm.ppf(q)))) for q in (0.005, 0.999))
 
     def below(t: float) -> float:
-        """Of the stretched variable before reflection."""
+        """Returns the distribution function of the stretched variable before reflection."""
         p = low + t * (high - low)
         return float(norm.cdf(np.log(p / (1 - p)) - mean))
 
@@ -161,7 +161,7 @@ CONFIG = RefinerConfig(
 
 
 def test_positions_are_absolute() -> None:
-    """The far chunk of a stream is what it is inside the whole clip that it was cut from."""
+    """A late chunk of a stream has the same result as in the whole clip."""
     graphdef, _ = build(Refiner, CONFIG)
     params = init(Refiner, CONFIG, jax.random.key(0))
     rope = video_rope(CONFIG, 9, 2, 2, 16.0)
@@ -261,7 +261,7 @@ def test_history_shares_add_up() -> None:
 
 @pytest.mark.parametrize("steps", history.ROLLOUT_STEPS)
 def test_rollout_follows_a_straight_flow_to_its_end(steps: int) -> None:
-    """With the true velocity, constant in sigma, any number of steps ends at the truth."""
+    """With the true velocity, which is constant, any number of steps ends at the true latents."""
     stage1, truth, noise = draw(0), draw(1), draw(2)
     start = flow.truncated_flow(stage1, truth, noise, jnp.full((3,), flow.START_SIGMA))
     seen = []

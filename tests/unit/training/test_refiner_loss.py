@@ -1,4 +1,4 @@
-"""What a refiner's training step reads: layouts, history of every kind, adapters on a base."""
+"""The inputs of a refiner's training step: layouts, all kinds of history, adapters."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_rows_are_pairs_of_a_clip_and_its_samples() -> None:
 
 @pytest.mark.parametrize("layout", [0, 1, 2])
 def test_a_stream_s_loss_is_that_of_its_chunk(layout: int, params: Params) -> None:
-    """With true history: the switch over layouts against the sequence put together by hand."""
+    """With the true history, every layout equals a sequence that the test assembles."""
     prepare, loss = parts(always(settings(), history.CLEAN))
     examples = prepare(resident(), jnp.arange(BATCH), jax.random.key(1))
     examples["layout"] = jnp.full((BATCH,), layout)
@@ -120,7 +120,7 @@ def test_every_layout_is_drawn() -> None:
 
 @pytest.mark.parametrize("kind", [history.CLEAN, history.AUGMENTED, history.ROLLOUT])
 def test_kinds_of_history(kind: int, params: Params) -> None:
-    """The sink is never touched; what damage and rollouts change carries no gradient."""
+    """The sink never changes, and augmented or sampled history has no gradient."""
     prepare, loss = parts(always(settings(), kind))
     examples = prepare(resident(), jnp.arange(BATCH), jax.random.key(1))
     context = jnp.array([0, 1, 2])
@@ -166,7 +166,7 @@ def test_a_clip_s_first_frame_is_stage_1_s_also_when_that_is_noised(params: Para
 
 
 def test_a_row_does_not_depend_on_the_parts_of_its_batch(params: Params) -> None:
-    """Accumulated in two parts, with damaged history, the loss is the mean of the parts'."""
+    """With accumulation in two parts and augmented history, the loss is the mean of both parts."""
     prepare, loss = parts(always(settings(), history.AUGMENTED))
     examples = prepare(resident(), jnp.arange(BATCH), jax.random.key(1))
     run = jax.jit(lambda e: loss(params, e)[0])

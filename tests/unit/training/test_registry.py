@@ -1,4 +1,4 @@
-"""Recipes are found by name, and no module of training imports itself in a circle."""
+"""Recipes are found by name, and the modules of training have no circular imports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_an_unknown_name_is_one_line(tmp_path: Path) -> None:
 
 
 def test_no_circles() -> None:
-    """Imports inside functions and for types count, too."""
+    """Returns all imports, also those inside functions and those for types."""
     root = Path(package.__path__[0])
     graph = {}
     for file in root.rglob("*.py"):

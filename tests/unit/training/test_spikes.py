@@ -1,4 +1,4 @@
-"""Updates that are left out: what is kept, recorded and counted, and when a run gives up."""
+"""Skipped updates: what stays, what is recorded and counted, and when a run stops."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_batch_is_recorded_and_the_loss_of_a_skipped_step_not_averaged(tmp_p
     mean = np.mean([rows[i]["loss"] for i in (0, 2, 3)])
     assert writer.mean_loss() == pytest.approx(mean) and writer.mean_loss() is None
     writer.close()
-    # a run that goes on from step 4 has not skipped step 5 yet
+    # A run that continues from step 4 has not skipped step 5 yet.
     MetricsWriter(tmp_path / "metrics.jsonl", step=4, seed=0).close()
     assert len(_lines(tmp_path / "skipped.jsonl")) == 1
 

@@ -1,4 +1,4 @@
-"""Stage-1 runs: published numbers, dry run, a folder of latents, weights to start from."""
+"""Stage-1 runs: published numbers, dry run, a folder of latents, initial weights."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_edges_see_every_axis():
 
 
 def test_muon_takes_matrices_of_every_layer_alone() -> None:
-    """Stacked layers are orthogonalised one by one; depthwise kernels and the rest are AdamW's."""
+    """Muon orthogonalises stacked layers one by one; AdamW updates depthwise kernels and others."""
     params = {
         "segments": {"0": {"runs": {"0": {"layers": {"kernel": jnp.ones((2, 3, 8, 4))}}}}},
         "conv": {"kernel": jnp.ones((3, 3, 4, 6)), "bias": jnp.ones((6,))},

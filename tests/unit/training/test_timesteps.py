@@ -1,4 +1,4 @@
-"""Steps of chunks: the monotone sampler against enumeration, and facts of every mode."""
+"""Timesteps of chunks: the monotone sampler against enumeration, and properties of all modes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _softmax(a):
 
 @pytest.mark.parametrize(("chunks", "steps"), [(1, 4), (2, 5), (3, 5), (4, 4)])
 def test_tables_give_uniform_sequences(chunks, steps):
-    """Exactly: the product of the conditionals is one over the number of sequences."""
+    """The product of the conditional probabilities is exactly one over the number of sequences."""
     right, left = completion_counts(chunks, steps)
     for anchor, base in itertools.product(range(chunks), range(steps)):
         sequences = _sequences(chunks, steps, anchor, base)

@@ -1,4 +1,4 @@
-"""What people watch: the line, boards, profiles, and the operations behind MFU."""
+"""Monitoring of a run: log line, dashboards, profiles, and the operation counts of MFU."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_peak_and_utilisation() -> None:
 
 
 def _counted(program: Any) -> float:
-    """Operations of every product and convolution, those in loops as often as they run."""
+    """Counts the operations of all products and convolutions; those in loops count per run."""
     total = 0.0
     for eqn in getattr(program, "jaxpr", program).eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -133,7 +133,7 @@ def test_operations_are_those_of_the_program(softmax_every_n: int) -> None:
     )
     program = jax.make_jaxpr(lambda p: apply(graphdef, p, **inputs))(params)
     ours = forward_flops(config, frames, height, width, text)
-    # depthwise convolutions are no products in the program, rotations and poses are
+    # In the program, rotations and poses are products, and depthwise convolutions are not.
     assert ours == pytest.approx(_counted(program), rel=0.06)
 
 

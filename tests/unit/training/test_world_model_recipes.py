@@ -1,4 +1,4 @@
-"""Weights to start from, adapters of the world model, and the configurations that use them."""
+"""Initial weights, adapters of the world model, and the configurations that use them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_adapters_alone_are_trained_on_a_frozen_base(adapted: Any, tmp_path: Pat
     again = load_initial(str(tmp_path), model)
     jax.tree.map(np.testing.assert_array_equal, again, jax.device_get(merged))
 
-    # films of what the adapters have learned
+    # videos that are sampled with the adapters
     stage1_samples(config, objective, functools.partial(first_rows, arrays))(
         moved, {"base": base}, tmp_path / "films"
     )

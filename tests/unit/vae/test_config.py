@@ -1,4 +1,4 @@
-"""Stages and sizes that a configuration implies, and the combinations that it refuses."""
+"""The stages and sizes of a configuration, and the combinations that are errors."""
 
 from __future__ import annotations
 

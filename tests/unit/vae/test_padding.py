@@ -12,7 +12,7 @@ from sanawm_jax.vae.blocks import _pad
 def test_gradient_is_the_transpose(
     mode: str | None, time: tuple[int, int], size: tuple[int, int, int]
 ) -> None:
-    """<d, pad(x)> is <its gradient, x>, and the border repeats what numpy's does."""
+    """Padding equals NumPy's, and its gradient is its adjoint: <d, pad(x)> = <grad, x>."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, *size, 3))
     with jax.enable_x64():

@@ -1,4 +1,4 @@
-"""Tiles of a pointwise model reassemble into the whole; windows stream and compile little."""
+"""Tiles of a pointwise model join to the whole result; windows stream with few compilations."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CFG = VAEConfig(spatial_compression_ratio=32, temporal_compression_ratio=8)
 
 
 def repeat_latents(latents):
-    """A decoder without context: each latent becomes its pixels."""
+    """A decoder that makes the pixels of a latent from this latent alone."""
     x = np.repeat(np.repeat(np.asarray(latents), 32, axis=2), 32, axis=3)
     return jnp.asarray(np.concatenate([x[:, :1], np.repeat(x[:, 1:], 8, axis=1)], axis=1))
 
 
 def subsample(video):
-    """An encoder without context: each latent is one of its pixels."""
+    """An encoder whose latents are single pixels."""
     x = jnp.asarray(np.asarray(video)[:, ::8, ::32, ::32])
     return x, -x
 
@@ -55,7 +55,7 @@ def test_tiles_in_space_reassemble(height, width, size, stride):
 
 
 def aligned(length, size, stride):
-    """Whether every tile is at least as long as its overlap, which the blend relies on."""
+    """Whether every tile is at least as long as its overlap, as blending needs."""
     return length <= size or all(length - s >= size - stride for s in range(0, length, stride))
 
 
