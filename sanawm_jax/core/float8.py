@@ -11,7 +11,7 @@ XLA makes one call of the lines in `float8_matmul`, of a library or, where it me
 faster (an H100 under jax 0.11), of Triton: a product of two e4m3 matrices, each with its contracted
 axis last, then a scalar factor, then a vector. Kernels are therefore (out, in), and everything is
 two-dimensional. Rows that are no multiple of 16, such as 300 text tokens, are
-padded by XLA.
+padded by XLA. Axis letters: C input channels, C_out output channels.
 
 qwix is not used: it wraps a call of the model and keeps its own arrays as parameters, where ours
 are a plain dict of stacked leaves that are loaded, streamed and counted by path.
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, leaves
@@ -39,7 +40,7 @@ LARGEST = 448.0  # finite e4m3; beyond it is NaN
 MULTIPLE = 16  # of both sizes of a kernel, which the library asks for
 
 
-def scale_for(largest: jax.Array) -> jax.Array:
+def scale_for(largest: Float[Array, "*rest"]) -> Float32[Array, "*rest"]:
     """Scales (float32) that bring magnitudes `largest` below 448: powers of two, 1 for zero.
 
     NaN and infinity get 1 and become NaN in e4m3, so a broken activation stays visible.
@@ -50,14 +51,18 @@ def scale_for(largest: jax.Array) -> jax.Array:
     return jnp.where((rounded > 0) & (rounded < jnp.inf), rounded, 1.0)
 
 
-def to_float8(x: jax.Array, scale: jax.Array) -> jax.Array:
+def to_float8(x: Float[Array, "*rest"], scale: Float[Array, "*#rest"]) -> Float[Array, "*rest"]:
     """`x / scale` in e4m3; the scale is a power of two that broadcasts against x."""
     return (x * (1.0 / scale).astype(x.dtype)).astype(FLOAT8)
 
 
 @jax.jit
-def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
-    """A kernel (..., in, out) as `values` (..., out, in) in e4m3 and `scale` (...) in float32."""
+def quantise(kernel: Float[Array, "*rest C C_out"]) -> dict[str, Array]:
+    """Rounds a kernel to e4m3.
+
+    Returns:
+      `values` (*rest, C_out, C) in e4m3, and `scale` (*rest) in float32.
+    """
     scale = scale_for(jnp.max(jnp.abs(kernel), (-2, -1)))
     values = to_float8(kernel, scale[..., None, None])
     return {"values": jnp.swapaxes(values, -1, -2), "scale": scale}
@@ -65,9 +70,12 @@ def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
 
 @jax.named_scope("fp8")
 def float8_matmul(
-    x: jax.Array, values: jax.Array, scale: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
-    """x (..., in) times a kernel of `quantise`, plus bias (out,): (..., out) in x's dtype.
+    x: Float[Array, "*rest C"],
+    values: Float[Array, "C_out C"],
+    scale: Float[Array, ""],
+    bias: Float[Array, "C_out"] | None = None,
+) -> Float[Array, "*rest C_out"]:
+    """Multiplies x with a kernel of `quantise` and adds a bias; the result has x's dtype.
 
     A backend without FP8 products computes with the same rounded numbers in a wider type.
     """
@@ -88,7 +96,7 @@ def float8_matmul(
 class Float8Kernel(nnx.Module):
     """What `quantise` makes of a kernel, its two leaves below the kernel's path."""
 
-    def __init__(self, kernel: jax.Array):
+    def __init__(self, kernel: Float[Array, "*rest C C_out"]):
         quantised = quantise(kernel)
         self.values = nnx.Param(quantised["values"])
         self.scale = nnx.Param(quantised["scale"])
@@ -101,10 +109,10 @@ class Float8Linear(nnx.Module):
         self.kernel = Float8Kernel(linear.kernel[...])
         self.bias = linear.bias
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         return self._product(x, None if self.bias is None else self.bias[...])
 
-    def product(self, x: jax.Array) -> jax.Array:
+    def product(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         """See `Linear.product`."""
         return self._product(x, None)
 

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of any model.
 
-    y = x W + b + scale (x A) B,  scale = alpha / rank,  A (in, R) and B (R, out)
+    y = x W + b + scale (x A) B,  scale = alpha / rank,  A (C, R) and B (R, C_out)
 
 Adapters are a tree of their own: the model's paths with `lora_a` and `lora_b` in the place of
 `kernel`, stacked on the same leading axes. Training sees that tree alone, the base stays frozen
@@ -8,7 +8,8 @@ and outside of gradients, optimizer, average and checkpoints; `combine` lays one
 a forward pass, in which a scanned layer computes (x A) B and never the product A B. For sampling,
 `merge_lora` adds the product to the kernels once.
 
-Axis letters: R rank; leading axes are those along which layers are stacked.
+Axis letters: R rank, C input channels, C_out output channels; leading axes are those along which
+layers are stacked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, from_leaves, leaves
@@ -177,7 +179,12 @@ def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
 
 
 @jax.jit
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def _merged(
+    kernel: Float[Array, "*rest C C_out"],
+    a: Float[Array, "*rest C R"],
+    b: Float[Array, "*rest R C_out"],
+    scale: float | Float[Array, ""],
+) -> Float[Array, "*rest C C_out"]:
     # rounded once: at the default precision of an accelerator the product would be off by 2^-8
     product = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 Params = dict[str, Any]  # nested; leaves are arrays or jax.ShapeDtypeStruct
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
 # Whether a model is built for its shapes alone. Random numbers are most of what there is to trace
 # in a constructor, and then nobody looks at them.
