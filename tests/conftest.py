@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tests.environment
+import tests.environment  # before jax starts
 import tests.shapes  # noqa: F401  before the package is imported
 
 # isort: split

@@ -34,6 +34,7 @@ CHECKED = (
     "sanawm_jax.vae",
     "sanawm_jax.refiner",
     "sanawm_jax.camera",
+    "sanawm_jax.dit",
 )
 # A function with a `float` argument also takes an int, as PEP 484 says.
 _CONFIGURATION = BeartypeConf(is_pep484_tower=True)
