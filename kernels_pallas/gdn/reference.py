@@ -36,8 +36,8 @@ einsum = functools.partial(
 class Transition(NamedTuple):
     """One affine map per frame: `state @ w + u`."""
 
-    w: Float[Array, "*maps D D"]  # *maps is B F N; symmetric
-    u: Float[Array, "*maps V D"]  # V is the value size, 1 for the normaliser
+    w: Float[Array, "*rest D D"]  # *rest is B F N; symmetric
+    u: Float[Array, "*rest V D"]  # V is the value size, 1 for the normaliser
 
 
 def frame_transitions(

@@ -57,7 +57,7 @@ def to_float8(x: Float[Array, "*rest"], scale: Float[Array, "*#rest"]) -> Float[
 
 
 @jax.jit
-def quantise(kernel: Float[Array, "*rest C C_out"]) -> dict[str, Array]:
+def quantise(kernel: Float[Array, "*rest C C_out"]) -> dict[str, Float[Array, "..."]]:
     """Rounds a kernel to e4m3.
 
     Returns:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, from_leaves, leaves
@@ -129,7 +129,7 @@ def combine(base: Params, adapters: Params) -> Params:
     return out
 
 
-def init_adapters(abstract: Params, key: jax.Array) -> Params:
+def init_adapters(abstract: Params, key: Key[Array, ""]) -> Params:
     """Fresh float32 adapters: A uniform in +-in^-1/2, B zero, so that nothing changes at first.
 
     That is PyTorch's `kaiming_uniform_` with a = sqrt(5), as PEFT draws A.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Key
 
 Params = dict[str, Any]  # nested; leaves are arrays or jax.ShapeDtypeStruct
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
@@ -68,7 +69,9 @@ def build_with(
     return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
-def init(module: type[nnx.Module], config: Any, key: jax.Array, *, shardings: Any = None) -> Params:
+def init(
+    module: type[nnx.Module], config: Any, key: Key[Array, ""], *, shardings: Any = None
+) -> Params:
     """Random float32 parameters of `module(config)`, made by one compiled function.
 
     Args:
@@ -92,7 +95,7 @@ def apply(
     return getattr(module, method)(*args, **kwargs)
 
 
-def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
+def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> Float32[Array, "..."]:
     """A parameter's first value, float32; all that is random in a constructor comes from here.
 
     Args:

@@ -178,7 +178,7 @@ def encode_texts(
     load_tower: Callable[[], Tower],
     load_connectors: Callable[[], tuple[nnx.GraphDef, Params]],
     dtype: Any,
-) -> jax.Array:
+) -> Float[Array, "B L C"]:
     """Prompts as the refiner's transformer reads them: Gemma-3's hidden states, connected.
 
     Args:
@@ -188,7 +188,7 @@ def encode_texts(
       dtype: compute dtype of the connectors.
 
     Returns:
-      (B, L, C). All tokens count: registers stand where padding was.
+      The text. All tokens count: registers stand where padding was.
     """
     ids, mask = tokenizer([text.strip() for text in texts], length, padding_side="left")
     states = load_tower()(ids, mask).block_until_ready()
@@ -198,7 +198,11 @@ def encode_texts(
 
 @jax.jit(static_argnames=("graphdef", "dtype"))
 def connect_text(
-    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
-) -> jax.Array:
-    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
+    graphdef: nnx.GraphDef,
+    params: Params,
+    states: Float[Array, "Z B L C"],
+    mask: Num[Array, "B L"],
+    dtype: Any,
+) -> Float[Array, "B L C_out"]:
+    """Computes the transformer's text from all hidden states of the text tower."""
     return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

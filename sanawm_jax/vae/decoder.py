@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from sanawm_jax.core.layers import modulation_table
 from sanawm_jax.runtime.errors import InputError
@@ -30,7 +30,7 @@ DecoderNoise = tuple[tuple[Noise, ...] | None, ...]
 
 
 def draw_noise(
-    key: jax.Array, cfg: VAEConfig, height: int, width: int, dtype: DTypeLike = jnp.float32
+    key: Key[Array, ""], cfg: VAEConfig, height: int, width: int, dtype: DTypeLike = jnp.float32
 ) -> DecoderNoise:
     """Draws standard normal fields for a decoder that injects noise, in the order of their use.
 
