@@ -156,7 +156,7 @@ def from_leaves(flat: dict[str, Any]) -> Params:
 def cast(params: Params, dtype: Any) -> Params:
     """Casts the floating leaves to `dtype`."""
 
-    def one(a: jax.Array) -> jax.Array:
+    def one(a: Any) -> Any:
         return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
     return jax.tree.map(one, params)

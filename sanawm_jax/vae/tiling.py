@@ -14,17 +14,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 
-EncodeTile = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-DecodeTile = Callable[[jax.Array], jax.Array]
+EncodeTile = Callable[[Any], tuple[jax.Array, jax.Array]]  # of an array on the host or the device
+DecodeTile = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,10 @@ class _Axis:
 
 
 def tiled_encode(
-    encode_tile: EncodeTile, video: Float[Array, "B f h w C"], cfg: VAEConfig, tiling: Tiling
+    encode_tile: EncodeTile,
+    video: Float[Array | np.ndarray, "B f h w C"],
+    cfg: VAEConfig,
+    tiling: Tiling,
 ) -> tuple[Float[Array, "B F H W c"], Float[Array, "B F H W c"]]:
     """Encodes a video tile by tile.
 
@@ -81,7 +86,7 @@ def tiled_encode(
       InputError: a tile or a stride is smaller than one latent.
     """
 
-    def run(tile: jax.Array) -> jax.Array:
+    def run(tile: Any) -> jax.Array:
         return jnp.concatenate(encode_tile(tile), axis=-1)
 
     time, rows, columns = _axes(tiling, cfg, encode=True)
@@ -101,7 +106,10 @@ def tiled_encode(
 
 
 def decode_windows(
-    decode_tile: DecodeTile, latents: Float[Array, "B F H W c"], cfg: VAEConfig, tiling: Tiling
+    decode_tile: DecodeTile,
+    latents: Float[Array | np.ndarray, "B F H W c"],
+    cfg: VAEConfig,
+    tiling: Tiling,
 ) -> Iterator[Float[Array, "B _ h w C"]]:
     """Decodes latents window by window, for videos that do not fit in memory.
 
@@ -131,7 +139,10 @@ def decode_windows(
 
 
 def tiled_decode(
-    decode_tile: DecodeTile, latents: Float[Array, "B F H W c"], cfg: VAEConfig, tiling: Tiling
+    decode_tile: DecodeTile,
+    latents: Float[Array | np.ndarray, "B F H W c"],
+    cfg: VAEConfig,
+    tiling: Tiling,
 ) -> Float[Array, "B f h w C"]:
     """Returns all windows of `decode_windows` as one array."""
     return jnp.concatenate(list(decode_windows(decode_tile, latents, cfg, tiling)), axis=1)
@@ -204,8 +215,8 @@ def _axes(tiling: Tiling, cfg: VAEConfig, *, encode: bool) -> tuple[_Axis, _Axis
 
 
 def _windows(
-    run: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    run: Callable[[Any], jax.Array],
+    x: Array | np.ndarray,
     time: _Axis,
     total: int,
     *,
@@ -230,12 +241,12 @@ def _windows(
 
 
 def _grid(
-    run: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    run: Callable[[Any], jax.Array],
+    x: Array | np.ndarray,
     rows: _Axis,
     columns: _Axis,
     size: tuple[int, int],
-) -> jax.Array:
+) -> Any:
     height, width = x.shape[2:4]
     if not rows.tiled or (height <= rows.limit and width <= columns.limit):
         return run(x)
