@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tests.environment  # noqa: F401  before jax starts
+import tests.environment  # before jax starts
+import tests.shapes  # noqa: F401  before the package is imported
 
 # isort: split
 import gc

@@ -6,7 +6,8 @@ On a TPU this is splash attention, see `attention.tpu`. On a GPU, `cudnn` is
 lengths that are multiples of its tile and head sizes of 64, 128, ..., and it has no scale and no
 mask. The DiT meets none of these conditions (heads of size 112, 106,480 tokens). Tokens and
 channels are therefore padded, and one of the padding channels hides the padding tokens.
-Axis letters: B batch, T queries, S keys, N heads, D head size.
+Axis letters: B batch, T tokens with queries, S keys, N heads, N_kv heads of keys
+and values (fewer where several heads share one), D head size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas import choice
 from kernels_pallas.attention.tpu import splash_attention
@@ -31,25 +33,24 @@ _HIDDEN = -1e4  # the exponential of this logit is 0 in float32
 
 
 def flash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B S N_kv D"],
+    v: Float[Array, "B S N_kv D"],
     scale: float,
     *,
-    key_count: jax.Array | None = None,
+    key_count: Int[Array, "B"] | None = None,
     impl: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N D"]:
     """Computes softmax(scale q k^T) v on a GPU or TPU and never writes all logits to memory.
 
     Args:
-      q: (B, T, N, D) bfloat16.
-      k, v: (B, S, N, D) bfloat16.
+      q, k, v: bfloat16.
       scale: factor of the logits.
-      key_count: (B,) int32; keys at this index and later are hidden.
+      key_count: keys at this index and later are hidden.
       impl: cudnn, mosaic or None; see `kernels_pallas.choice`.
 
     Returns:
-      (B, T, N, D) in q's dtype.
+      The mixed values in q's dtype.
     """
     if jax.default_backend() == "tpu":
         return _on_tpu(q, k, v, scale, key_count)
@@ -61,37 +62,40 @@ def flash_attention(
     return _library("cudnn", q, k, v, scale, key_count)
 
 
-def fits_cudnn(q: jax.Array) -> bool:
-    """Whether cuDNN supports the head size of q (B, T, N, D) on this device."""
+def fits_cudnn(q: Float[Array, "B T N D"]) -> bool:
+    """Whether cuDNN supports the head size of q on this device."""
     return choice.capability() >= choice.AMPERE and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
 
 
 def flash_attention_to_both(
-    q: jax.Array,
-    first: tuple[jax.Array, jax.Array],
-    second: tuple[jax.Array, jax.Array],
+    q: Float[Array, "B T N D"],
+    first: tuple[Float[Array, "B S_first N D"], Float[Array, "B S_first N D"]],
+    second: tuple[Float[Array, "B S_second N D"], Float[Array, "B S_second N D"]],
     scale: float,
     *,
-    key_count: jax.Array,
-) -> jax.Array:
+    key_count: Int[Array, "B"],
+) -> Float[Array, "B T N D"]:
     """Computes attention to two sets of keys as if they were one set, on a GPU.
 
     The result cannot be differentiated.
 
     Args:
-      q: (B, T, N, D) bfloat16, of a head size for which `fits_cudnn` is true.
-      first, second: keys and values, (B, S, N, D) each.
-      key_count: (B,) int32, at least 1; keys of the second set at this index and later are hidden.
+      q: bfloat16, of a head size for which `fits_cudnn` is true.
+      first, second: keys and values; the two sets can have different lengths.
+      key_count: at least 1; keys of the second set at this index and later are hidden.
     """
     return merged(_with_sums(q, *first, scale), _with_sums(q, *second, scale, key_count))
 
 
-def merged(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> jax.Array:
+def merged(
+    first: tuple[Float[Array, "B T N D"], Float[Array, "B N T"]],
+    second: tuple[Float[Array, "B T N D"], Float[Array, "B N T"]],
+) -> Float[Array, "B T N D"]:
     """Merges the attention to two sets of keys into the attention to both.
 
     Args:
-      first, second: for each set, the result (B, T, N, D), and the logarithm of the sum of the
-        logits' exponentials (B, N, T) in float32.
+      first, second: for each set, the mixed values, and the logarithm of the sum of the logits'
+        exponentials in float32.
     """
     # the weight of the first set
     share = jnp.swapaxes(jax.nn.sigmoid(first[1] - second[1]), 1, 2)[..., None]
@@ -158,8 +162,13 @@ _mosaic.defvjp(_mosaic_forward, _mosaic_backward)
 
 
 def padded_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, attend: Attend, dtype: Any = jnp.float16
-) -> jax.Array:
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
+    scale: float,
+    attend: Attend,
+    dtype: Any = jnp.float16,
+) -> Float[Array, "B T N D"]:
     """Computes attention with a kernel that needs whole tiles and has neither a scale nor a mask.
 
     Args:

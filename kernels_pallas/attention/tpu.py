@@ -3,7 +3,7 @@
 The kernel takes arrays (N, T, D) per clip. It needs sequence lengths that are multiples of its
 block and head sizes that are multiples of 128, and it has no scale. Tokens and channels are
 therefore padded. Padding tokens get another segment id than the real ones, which hides them.
-Axis letters: B batch, T queries, S keys, N heads, D head size.
+Axis letters: B batch, T tokens with queries, S keys, N heads, D head size.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 _LANES = 128
 
 
 def splash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B S N D"],
+    v: Float[Array, "B S N D"],
     scale: float,
     *,
-    key_count: jax.Array | None = None,
+    key_count: Int[Array, "B"] | None = None,
     block: int = 512,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T N D"]:
     """Computes softmax(scale q k^T) v. The result can be differentiated.
 
     Args:
-      q: (B, T, N, D).
-      k, v: (B, S, N, D).
+      q, k, v: as many heads of keys as of queries.
       scale: factor of the logits.
-      key_count: (B,) int32; keys at this index and later are hidden.
+      key_count: keys at this index and later are hidden.
       block: tokens per tile, a multiple of 128.
       interpret: run in the interpreter, on a machine that has no TPU.
 
     Returns:
-      (B, T, N, D) in q's dtype.
+      The mixed values in q's dtype.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,

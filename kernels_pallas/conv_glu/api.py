@@ -1,4 +1,7 @@
-"""Bias, SiLU, depthwise 3x3 convolution and SiLU gate: the middle of the DiT's feed-forward."""
+"""Bias, SiLU, depthwise 3x3 convolution and SiLU gate: the middle of the DiT's feed-forward.
+
+Axis letters: H W rows and columns of a frame, C channels of values and gates together.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kernels_pallas import choice
 from kernels_pallas.conv_glu import gpu
@@ -14,29 +18,28 @@ from kernels_pallas.conv_glu.reference import reference
 
 
 def conv_glu(
-    x: jax.Array,
-    x_bias: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
+    x: Float[Array, "*rest H W C"],
+    x_bias: Float[Array, "C"],
+    kernel: Float[Array, "_ _ 1 C"],
+    bias: Float[Array, "C"],
     *,
     impl: str | None = None,
     tiles: gpu.Tiles | None = None,
-) -> jax.Array:
+) -> Float[Array, "*rest H W C//2"]:
     """Computes `value * silu(gate)` of the two halves of `conv(silu(x + x_bias)) + bias`.
 
     The convolution pads with zeros.
 
     Args:
-      x: (..., H, W, 2C), the matrix product before its bias is added; float32 or bfloat16. Sums
-        are computed in float32.
-      x_bias: (2C,).
-      kernel: (3, 3, 1, 2C).
-      bias: (2C,).
+      x: the matrix product before its bias is added, values and then gates;
+        float32 or bfloat16. Sums are computed in float32.
+      x_bias: bias of that product.
+      kernel, bias: those of the convolution.
       impl: xla, xla_split, pallas or None; see `kernels_pallas.choice`.
       tiles: tile sizes of the Pallas kernels.
 
     Returns:
-      (..., H, W, C) in x's dtype.
+      An array in x's dtype, with half of its channels.
 
     Raises:
       ValueError: the implementation is unknown, or pallas was asked for a kernel that is not 3x3.

@@ -1,6 +1,7 @@
 """The gated convolution as a sum of shifted arrays, for XLA on any device.
 
-Axis letters: H W rows and columns of a frame, C channels.
+Axis letters: H W rows and columns of a frame, C channels, in `reference` those of values
+and gates together.
 Reference: the middle of diffusers' `GLUMBConvTemp`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 
 def _taps(x: jax.Array, kernel: jax.Array) -> list[tuple[tuple[int, int], jax.Array]]:
@@ -25,16 +27,18 @@ def _taps(x: jax.Array, kernel: jax.Array) -> list[tuple[tuple[int, int], jax.Ar
 
 
 @jax.custom_vjp
-def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def depthwise_conv(
+    x: Float[Array, "*rest H W C"], kernel: Float[Array, "_ _ 1 C"], bias: Float[Array, "C"]
+) -> Float[Array, "*rest H W C"]:
     """Depthwise 2-D convolution as shifted multiply-adds, with zero padding.
 
     XLA fuses the shifts into one pass. A grouped convolution of this width is several times
     slower, both on a GPU and on a CPU.
 
     Args:
-      x: (..., H, W, C).
-      kernel: (kh, kw, 1, C), with odd kh and kw.
-      bias: (C,).
+      x: frames, channels last.
+      kernel: an odd number of rows and of columns.
+      bias: added at the end.
     """
     # Sums are in float32, as in an XLA convolution. Inside the fusion this costs no memory traffic.
     weights = kernel.astype(x.dtype).astype(jnp.float32)
@@ -68,8 +72,13 @@ depthwise_conv.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def reference(
-    x: jax.Array, x_bias: jax.Array, kernel: jax.Array, bias: jax.Array, *, is_split: bool = False
-) -> jax.Array:
+    x: Float[Array, "*rest H W C"],
+    x_bias: Float[Array, "C"],
+    kernel: Float[Array, "_ _ 1 C"],
+    bias: Float[Array, "C"],
+    *,
+    is_split: bool = False,
+) -> Float[Array, "*rest H W C//2"]:
     """`conv_glu` in XLA; the shapes are the same.
 
     Args:

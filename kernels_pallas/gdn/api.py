@@ -3,6 +3,8 @@
 Shapes and meanings are those of the functions with the same names in `gdn.reference`. Tokens have
 the compute dtype. Maps and states are float32 in every implementation. On a GPU, the Pallas kernels
 that read tokens take bfloat16, and float32 tokens always go through XLA.
+Axis letters: those of `gdn.reference`; G runs of the recurrence at the same time (forward and
+backward).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from kernels_pallas import choice
 from kernels_pallas.gdn import (
@@ -43,15 +46,15 @@ def _is_pallas(impl: str | None, dtype: Any = None, axis_name: str | None = None
 
 
 def frame_transitions(
-    k: jax.Array,
-    v: jax.Array,
-    beta: jax.Array,
-    decay: jax.Array,
+    k: Float[Array, "B F P N D"],
+    v: Float[Array, "B F P N V"],
+    beta: Float[Array, "B F P N"],
+    decay: Float[Array, "B F N"],
     *,
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> Transition:
-    """See `reference.frame_transitions`; k and v (B, F, P, N, D) have the same dtype."""
+    """See `reference.frame_transitions`; k and v have the same dtype."""
     if not _is_pallas(impl, k.dtype):
         return reference.frame_transitions(k, v, beta, decay)
     maps: Any = _maps(tiles or Tiles(), choice.interpret(), k, v, beta, decay)
@@ -59,9 +62,9 @@ def frame_transitions(
 
 
 def normaliser_transitions(
-    k: jax.Array,
-    beta: jax.Array,
-    decay: jax.Array,
+    k: Float[Array, "B F P N D"],
+    beta: Float[Array, "B F P N"],
+    decay: Float[Array, "B F N"],
     *,
     impl: str | None = None,
     tiles: Tiles | None = None,
@@ -75,15 +78,15 @@ def normaliser_transitions(
 
 def scan_states(
     transition: Transition,
-    initial: jax.Array | None = None,
+    initial: Float[Array, "B N V D"] | None = None,
     *,
     reverse: bool = False,
     exclusive: bool = False,
-    reset: jax.Array | None = None,
+    reset: Bool[Array, "F"] | None = None,
     axis_name: str | None = None,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """See `reference.scan_states`; with `axis_name` it always runs in XLA."""
     if not _is_pallas(impl, axis_name=axis_name):
         return reference.scan_states(
@@ -99,13 +102,13 @@ def scan_states(
 
 def bidirectional_states(
     transition: Transition,
-    initial: jax.Array | None = None,
+    initial: Float[Array, "B N V D"] | None = None,
     *,
-    chunk_ends: jax.Array | None = None,
+    chunk_ends: Bool[Array, "F"] | None = None,
     axis_name: str | None = None,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """See `reference.bidirectional_states`; Pallas runs both directions at the same time."""
     if not _is_pallas(impl, axis_name=axis_name):
         return reference.bidirectional_states(
@@ -115,19 +118,19 @@ def bidirectional_states(
 
 
 def token_states(
-    k: jax.Array,
-    v: jax.Array,
-    beta: jax.Array,
-    decay: jax.Array,
-    initial: jax.Array | None = None,
+    k: Float[Array, "B F P N D"],
+    v: Float[Array, "B F P N V"],
+    beta: Float[Array, "B F P N"],
+    decay: Float[Array, "B F N"],
+    initial: Float[Array, "B N V D"] | None = None,
     *,
     reverse: bool = False,
     exclusive: bool = False,
-    reset: jax.Array | None = None,
+    reset: Bool[Array, "F"] | None = None,
     axis_name: str | None = None,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """`scan_states` of `frame_transitions`; one fused kernel on Hopper, with its maps on chip."""
     if _is_fused(impl, axis_name, tiles, k):
         runs = (Run(reverse, exclusive),)
@@ -140,17 +143,17 @@ def token_states(
 
 
 def bidirectional_token_states(
-    k: jax.Array,
-    v: jax.Array,
-    beta: jax.Array,
-    decay: jax.Array,
-    initial: jax.Array | None = None,
+    k: Float[Array, "B F P N D"],
+    v: Float[Array, "B F P N V"],
+    beta: Float[Array, "B F P N"],
+    decay: Float[Array, "B F N"],
+    initial: Float[Array, "B N V D"] | None = None,
     *,
-    chunk_ends: jax.Array | None = None,
+    chunk_ends: Bool[Array, "F"] | None = None,
     axis_name: str | None = None,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """`bidirectional_states` of `frame_transitions`; on Hopper the forward run also makes maps."""
     is_wide = k.shape[0] * k.shape[3] >= gpu_states_hopper.CHAINS
     if is_wide and _is_fused(impl, axis_name, tiles, k):
@@ -192,14 +195,18 @@ def _run_tokens(
 
 
 def _flags(resets: list[jax.Array | None], frames: int) -> jax.Array:
-    """(R, F) float32: 1 where a run sets the incoming state to zero."""
+    """(G, F) float32: 1 where a run sets the incoming state to zero."""
     never = jnp.zeros((frames,), _F32)
     return jnp.stack([never if reset is None else reset.astype(_F32) for reset in resets])
 
 
 def read_out(
-    states: jax.Array, q: jax.Array, *, impl: str | None = None, tiles: Tiles | None = None
-) -> jax.Array:
+    states: Float[Array, "B F N V D"],
+    q: Float[Array, "B F P N D"],
+    *,
+    impl: str | None = None,
+    tiles: Tiles | None = None,
+) -> Float[Array, "B F P N V"]:
     """See `reference.read_out`; the result has q's dtype with Pallas and is float32 otherwise."""
     if not _is_pallas(impl, q.dtype):
         return reference.read_out(states, q)
@@ -207,15 +214,15 @@ def read_out(
 
 
 def normalised_read_out(
-    states: jax.Array,
-    normaliser: jax.Array,
-    q: jax.Array,
-    plain_q: jax.Array,
+    states: Float[Array, "B F N V D"],
+    normaliser: Float[Array, "B F N 1 D"],
+    q: Float[Array, "B F P N D"],
+    plain_q: Float[Array, "B F P N D"],
     eps: float,
     *,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> jax.Array:
+) -> Float[Array, "B F P N V"]:
     """See `reference.normalised_read_out`; in q's dtype with Pallas, otherwise float32."""
     if not _is_pallas(impl, q.dtype):
         return reference.normalised_read_out(states, normaliser, q, plain_q, eps)
@@ -273,7 +280,7 @@ def _states_of_all(
     initial: jax.Array,
     drop: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """States (R, B, F, N, V, D) of every run, and the final state of the first run.
+    """States (G, B, F, N, V, D) of every run, and the final state of the first run.
 
     The first run starts from `initial`, the others from zero.
     """

@@ -76,21 +76,21 @@ def scan(
     adjoint: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the states of every frame and the state after the last frame, for R runs at once.
+    """Returns the states of every frame and the state after the last frame, for G runs at once.
 
     A run waits for memory most of the time, so two runs take little longer than one.
 
     Args:
       w: (B, F, N, D, D) float32, shared by all runs.
-      u: (R, B, F, N, V, D) float32, or with a leading 1 if all runs share it.
-      initial: (R, B, N, V, D).
-      reset: (R, F) float32, 1 where the incoming state is set to zero.
+      u: (G, B, F, N, V, D) float32, or with a leading 1 if all runs share it.
+      initial: (G, B, N, V, D).
+      reset: (G, F) float32, 1 where the incoming state is set to zero.
       runs: one or two; the runs of the forward pass, also for the adjoint.
       adjoint: u is the gradient of the states, and initial that of the final state. The results are
         the gradients of the forward pass's u and of its initial state.
 
     Returns:
-      (R, B, F, N, V, D) and (R, B, N, V, D).
+      (G, B, F, N, V, D) and (G, B, N, V, D).
     """
     _, batch, frames, heads, values, size = u.shape
     is_hopper = not (interpret or tiles.scan_exact) and choice.capability() == choice.HOPPER

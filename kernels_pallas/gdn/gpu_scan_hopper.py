@@ -75,7 +75,7 @@ def _kernel(
     adjoint: bool,
     shares_u: bool,
 ) -> None:
-    """As `gpu_scan._kernel`; arrays are (B F N, ...) or (R B N, ...), with one matrix per index."""
+    """As `gpu_scan._kernel`; arrays are (B F N, ...) or (G B N, ...), with one matrix per index."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     w_ref, u_ref, initial_ref, reset_ref, states_ref, final_ref = refs[:6]

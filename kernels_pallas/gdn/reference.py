@@ -11,7 +11,8 @@ runs, streaming with a carried state, and context parallelism are all ways to ca
 the same maps. Context parallelism needs no second pass over the frames, because the maps of one
 rank compose to one map.
 
-Axis letters: B batch, F latent frames, P tokens per frame, N heads, D key size, V value size.
+Axis letters: B batch, F latent frames, P tokens per frame, N heads, D key size, V value size,
+G runs whose maps are composed (the ranks of a mesh).
 Everything is float32 at the highest matmul precision. The recurrence amplifies rounding errors, and
 the default precision (TF32 on a GPU, bfloat16 on a TPU) is not enough.
 Reference: diffusers `torch_chunk_sana_gdn`, `torch_chunk_cam_single_path_delta_rule`.
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 einsum = functools.partial(
     jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -34,25 +36,32 @@ einsum = functools.partial(
 class Transition(NamedTuple):
     """One affine map per frame: `state @ w + u`."""
 
-    w: jax.Array  # B F N D D, symmetric
-    u: jax.Array  # B F N V D; V is the value size, 1 for the normaliser
+    w: Float[Array, "*rest D D"]  # *rest is B F N; symmetric
+    u: Float[Array, "*rest V D"]  # V is the value size, 1 for the normaliser
 
 
-def frame_transitions(k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array) -> Transition:
+def frame_transitions(
+    k: Float[Array, "B F P N D"],
+    v: Float[Array, "B F P N V"],
+    beta: Float[Array, "B F P N"],
+    decay: Float[Array, "B F N"],
+) -> Transition:
     """The maps of the numerator.
 
     Args:
-      k: keys (B, F, P, N, D), already scaled by D^-1/2 P^-1/2.
-      v: values (B, F, P, N, D).
-      beta: write strength of each token, (B, F, P, N) in [0, 1].
-      decay: g of each frame, (B, F, N) in (0, 1].
+      k: keys, already scaled by D^-1/2 P^-1/2.
+      v: values.
+      beta: write strength of each token, in [0, 1].
+      decay: g of each frame, in (0, 1].
     """
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     k_beta = k * beta[..., None]
     return Transition(_decayed(k_beta, k, decay), einsum("bfpnv,bfpnd->bfnvd", v, k_beta))
 
 
-def normaliser_transitions(k: jax.Array, beta: jax.Array, decay: jax.Array) -> Transition:
+def normaliser_transitions(
+    k: Float[Array, "B F P N D"], beta: Float[Array, "B F P N"], decay: Float[Array, "B F N"]
+) -> Transition:
     """The maps of the denominator, whose state is a row; arguments as in `frame_transitions`."""
     k = k.astype(jnp.float32)
     k_beta = k * beta[..., None]
@@ -66,28 +75,28 @@ def _decayed(k_beta: jax.Array, k: jax.Array, decay: jax.Array) -> jax.Array:
 
 def scan_states(
     transition: Transition,
-    initial: jax.Array | None = None,
+    initial: Float[Array, "B N V D"] | None = None,
     *,
     reverse: bool = False,
     exclusive: bool = False,
-    reset: jax.Array | None = None,
+    reset: Bool[Array, "F"] | None = None,
     axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """Runs the recurrence over frames.
 
     Args:
       transition: maps with frames on axis 1.
-      initial: (B, N, V, D), the state before the first frame of the run; zeros by default.
+      initial: the state before the first frame of the run; zeros by default.
       reverse: run from the last frame to the first.
       exclusive: return the state before the frame's own map instead of the state after it.
-      reset: (F,) bool. Where it is true, the state is set to zero before the frame runs, so that a
+      reset: where it is true, the state is set to zero before the frame runs, so that a
         chunk sees nothing of the chunk that ran before it.
       axis_name: mesh axis over which frames are divided in order, for a call under
         `jax.shard_map`. The other arguments are then those of this rank's frames, and `initial` is
         the state before the whole clip.
 
     Returns:
-      states (B, F, N, V, D) in frame order, and the final state (B, N, V, D) of the whole clip.
+      The states in frame order, and the final state of the whole clip.
     """
     if axis_name is not None:
         return _scan_ranks(
@@ -109,15 +118,14 @@ def scan_states(
     return jnp.moveaxis(states, 0, 1), final
 
 
-def compose_states(composites: Transition, incoming: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the states before each of R composed maps, and the state after the last one.
+def compose_states(
+    composites: Transition, incoming: Float[Array, "B N V D"]
+) -> tuple[Float[Array, "G B N V D"], Float[Array, "B N V D"]]:
+    """Returns the states before each of G composed maps, and the state after the last one.
 
     Args:
-      composites: maps in their order along axis 0, (R, B, N, D, D) and (R, B, N, V, D).
-      incoming: (B, N, V, D), the state before the first map.
-
-    Returns:
-      (R, B, N, V, D) and (B, N, V, D).
+      composites: maps in their order along axis 0, (G, B, N, D, D) and (G, B, N, V, D).
+      incoming: the state before the first map.
     """
     before, state = [], incoming
     for w, u in zip(*composites, strict=True):
@@ -156,24 +164,24 @@ def _scan_ranks(
 
 def bidirectional_states(
     transition: Transition,
-    initial: jax.Array | None = None,
+    initial: Float[Array, "B N V D"] | None = None,
     *,
-    chunk_ends: jax.Array | None = None,
+    chunk_ends: Bool[Array, "F"] | None = None,
     axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """Returns the sum of the inclusive forward states and the exclusive backward states.
 
     A frame sees itself and its past through the forward run, and its future through the backward
     run. It sees each frame once.
 
     Args:
-      initial: (B, N, V, D), the carried state before the forward run.
-      chunk_ends: (F,) bool, true for the last frame of each chunk. The backward run then starts
+      initial: the carried state before the forward run.
+      chunk_ends: true for the last frame of each chunk. The backward run then starts
         from zero in each chunk (chunk-causal model), and the forward run does not.
       axis_name: see `scan_states`.
 
     Returns:
-      states (B, F, N, V, D), and the final state of the forward run (B, N, V, D).
+      The states, and the final state of the forward run.
     """
     forward, final = scan_states(transition, initial, axis_name=axis_name)
     # the backward run enters a chunk at its last frame
@@ -183,24 +191,30 @@ def bidirectional_states(
     return forward + backward, final
 
 
-def read_out(states: jax.Array, q: jax.Array) -> jax.Array:
-    """Reads every token's value: states (B, F, N, V, D), q (B, F, P, N, D) -> (B, F, P, N, V)."""
+def read_out(
+    states: Float[Array, "B F N V D"], q: Float[Array, "B F P N D"]
+) -> Float[Array, "B F P N V"]:
+    """Reads every token's value from the state of its frame, in float32."""
     return einsum("bfnvd,bfpnd->bfpnv", states, q.astype(jnp.float32))
 
 
 def normalised_read_out(
-    states: jax.Array, normaliser: jax.Array, q: jax.Array, plain_q: jax.Array, eps: float
-) -> jax.Array:
+    states: Float[Array, "B F N V D"],
+    normaliser: Float[Array, "B F N 1 D"],
+    q: Float[Array, "B F P N D"],
+    plain_q: Float[Array, "B F P N D"],
+    eps: float,
+) -> Float[Array, "B F P N V"]:
     """Numerator divided by denominator, for every token.
 
     Args:
-      states: (B, F, N, V, D), the states of the numerator.
-      normaliser: (B, F, N, 1, D), the states of the denominator.
-      q: (B, F, P, N, D), the queries of the numerator.
-      plain_q: (B, F, P, N, D), the queries before their rotation, for the denominator.
+      states: those of the numerator.
+      normaliser: the states of the denominator.
+      q: the queries of the numerator.
+      plain_q: the queries before their rotation, for the denominator.
       eps: added to the denominator.
 
     Returns:
-      (B, F, P, N, V) float32.
+      Every token's value, float32.
     """
     return read_out(states, q) / (read_out(normaliser, plain_q) + eps)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kernels_pallas import choice
 from kernels_pallas.ucpe import gpu, reference
@@ -21,13 +22,13 @@ from kernels_pallas.ucpe.reference import AS_IS, Features
 
 
 def plain_and_rotated(
-    x: jax.Array,
-    angles: jax.Array,
+    x: Float[Array, "B F P N D"],
+    angles: Float[Array, "F P D//2"],
     of: Features = AS_IS,
     *,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F P N D"], Float[Array, "B F P N D"]]:
     """See `reference.plain_and_rotated`."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.plain_and_rotated(x, angles, of)
@@ -37,13 +38,13 @@ def plain_and_rotated(
 
 
 def rotate(
-    x: jax.Array,
-    angles: jax.Array,
+    x: Float[Array, "B F P N D"],
+    angles: Float[Array, "F P D//2"],
     of: Features = AS_IS,
     *,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> jax.Array:
+) -> Float[Array, "B F P N D"]:
     """See `reference.rotate`."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.rotate(x, angles, of)
@@ -53,14 +54,14 @@ def rotate(
 
 
 def apply_ucpe(
-    x: jax.Array,
-    matrices: jax.Array,
-    angles: jax.Array | None,
+    x: Float[Array, "B F P N D"],
+    matrices: Float[Array, "B F P 4 4"],
+    angles: Float[Array, "F P D//4"] | None,
     *,
     inverse: bool = False,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> jax.Array:
+) -> Float[Array, "B F P N D"]:
     """See `reference.apply_ucpe`."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.apply_ucpe(x, matrices, angles, inverse=inverse)
@@ -70,15 +71,15 @@ def apply_ucpe(
 
 
 def to_ray_space(
-    x: jax.Array,
-    matrices: jax.Array,
-    angles: jax.Array | None,
+    x: Float[Array, "B F P N D"],
+    matrices: Float[Array, "B F P 4 4"],
+    angles: Float[Array, "F P D//4"] | None,
     of: Features = AS_IS,
     *,
     capped: bool = True,
     impl: str | None = None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F P N D"], Float[Array, "B F N"]]:
     """See `reference.to_ray_space`; Pallas measures the inflation before it rounds the heads."""
     if not choice.is_pallas("ucpe", impl, x.dtype):
         return reference.to_ray_space(x, matrices, angles, of, capped=capped)

@@ -1,6 +1,7 @@
 """Norm, rotary embedding and UCPE ray transform of the heads of tokens, for XLA on any device.
 
-Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size.
+Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size, C channels
+of all heads together.
 Reference: diffusers `_apply_rotary_emb`, `_apply_ucpe_transform`.
 """
 
@@ -11,19 +12,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 
 class Features(NamedTuple):
     """What happens to projected tokens before they are rotated or transformed, in this order.
 
     Attributes:
-      scale: (N D,) weights of an RMS norm over all heads together; None for no norm.
+      scale: weights of an RMS norm over all heads together, C = N*D; None for no norm.
       eps: epsilon of the norm.
       relu: whether negative numbers become 0.
       factor: a positive number by which the result is multiplied.
     """
 
-    scale: jax.Array | None = None
+    scale: Float[Array, "C"] | None = None
     eps: float = 1e-5
     relu: bool = False
     factor: float = 1.0
@@ -35,21 +37,23 @@ class Features(NamedTuple):
 AS_IS = Features()
 
 
-def inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+def inverse_rms(x: Float[Array, "*rest C"], eps: float) -> Float[Array, "*rest 1"]:
     """Computes 1 / RMS over the last axis, which stays with size 1, in float32."""
     x32 = x.astype(jnp.float32)
     return lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
 
 
 @jax.named_scope("norm")
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(
+    x: Float[Array, "*rest C"], scale: Float[Array, "C"], eps: float
+) -> Float[Array, "*rest C"]:
     """RMS norm over the last axis times `scale`, computed in float32 and returned in x's dtype."""
     y = x.astype(jnp.float32) * inverse_rms(x, eps)
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def features(x: jax.Array, of: Features) -> jax.Array:
-    """Applies `Features` to x (B, F, P, N, D)."""
+def features(x: Float[Array, "B F P N D"], of: Features) -> Float[Array, "B F P N D"]:
+    """Applies `Features` to the heads of tokens."""
     if of.scale is not None:
         x = rms_norm(x.reshape(*x.shape[:-2], -1), of.scale, of.eps).reshape(x.shape)
     if of.relu:
@@ -58,25 +62,29 @@ def features(x: jax.Array, of: Features) -> jax.Array:
 
 
 def plain_and_rotated(
-    x: jax.Array, angles: jax.Array, of: Features = AS_IS
-) -> tuple[jax.Array, jax.Array]:
-    """Features of x (B, F, P, N, D), and the same features rotated by angles (F, P, D/2)."""
+    x: Float[Array, "B F P N D"], angles: Float[Array, "F P D//2"], of: Features = AS_IS
+) -> tuple[Float[Array, "B F P N D"], Float[Array, "B F P N D"]]:
+    """Returns the features of x, and the same features rotated by `angles` (radians)."""
     plain = features(x, of)
     return plain, apply_rope(plain, angles[:, :, None])
 
 
-def rotate(x: jax.Array, angles: jax.Array, of: Features = AS_IS) -> jax.Array:
+def rotate(
+    x: Float[Array, "B F P N D"], angles: Float[Array, "F P D//2"], of: Features = AS_IS
+) -> Float[Array, "B F P N D"]:
     """Returns the second result of `plain_and_rotated`."""
     return plain_and_rotated(x, angles, of)[1]
 
 
 @jax.named_scope("rope")
-def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax.Array:
+def apply_rope(
+    x: Float[Array, "*rest D"], angles: Float[Array, "*#rest D//2"], *, inverse: bool = False
+) -> Float[Array, "*rest D"]:
     """Rotates neighbouring channels (2i, 2i+1) of x by angles[..., i], in float32.
 
     Args:
-      x: (..., D) with D = 2 * angles.shape[-1].
-      angles: (..., D/2); its leading axes broadcast to those of x.
+      x: heads.
+      angles: radians; the leading axes broadcast to those of x.
       inverse: rotate back.
     """
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -84,13 +92,17 @@ def apply_rope(x: jax.Array, angles: jax.Array, *, inverse: bool = False) -> jax
 
 
 def rotate_pairs(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True
-) -> jax.Array:
+    x: Float[Array, "*rest D"],
+    cos: Float[Array, "*#rest D//2"],
+    sin: Float[Array, "*#rest D//2"],
+    *,
+    interleaved: bool = True,
+) -> Float[Array, "*rest D"]:
     """Rotates pairs of channels, in float32; the result has x's dtype.
 
     Args:
-      x: (..., D).
-      cos, sin: (..., D/2), of each pair; broadcastable to x but for their last axis.
+      x: heads.
+      cos, sin: of the angle of each pair.
       interleaved: whether pair i is the channels (2i, 2i+1), otherwise it is (i, i + D/2).
     """
     x32 = x.astype(jnp.float32)
@@ -106,14 +118,18 @@ def rotate_pairs(
 
 @jax.named_scope("ucpe")
 def apply_ucpe(
-    x: jax.Array, matrices: jax.Array, angles: jax.Array | None, *, inverse: bool = False
-) -> jax.Array:
+    x: Float[Array, "B F P N D"],
+    matrices: Float[Array, "B F P 4 4"],
+    angles: Float[Array, "F P D//4"] | None,
+    *,
+    inverse: bool = False,
+) -> Float[Array, "B F P N D"]:
     """Transforms the first half of every head and rotates the second half.
 
     Args:
-      x: (B, F, P, N, D).
-      matrices: (B, F, P, 4, 4) float32, applied to the channels in groups of 4.
-      angles: (F, P, D/4), or None for no rotation.
+      x: heads of tokens.
+      matrices: float32, applied to the channels in groups of 4.
+      angles: radians, or None for no rotation.
       inverse: rotate back.
     """
     first, second = jnp.split(x, 2, -1)
@@ -142,13 +158,13 @@ def _bounded_rms(reference: jax.Array, x: jax.Array, eps: float = 1e-6) -> jax.A
 
 @jax.named_scope("ucpe")
 def to_ray_space(
-    x: jax.Array,
-    matrices: jax.Array,
-    angles: jax.Array | None,
+    x: Float[Array, "B F P N D"],
+    matrices: Float[Array, "B F P 4 4"],
+    angles: Float[Array, "F P D//4"] | None,
     of: Features = AS_IS,
     *,
     capped: bool = True,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B F P N D"], Float[Array, "B F N"]]:
     """Applies `apply_ucpe` and scales each head back to its former size if it became larger.
 
     The translation of a camera can make a head larger.
@@ -158,7 +174,7 @@ def to_ray_space(
       of: features that are applied to x first.
 
     Returns:
-      Heads of x's shape, and their mean squared inflation (B, F, N) float32: the square of the size
+      Heads of x's shape, and their mean squared inflation in float32: the square of the size
       after divided by the size before, averaged over the tokens of a frame.
     """
 

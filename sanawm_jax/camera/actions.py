@@ -14,6 +14,7 @@ releases:
 | pitch limit | 60 degrees; the last step stops there | 85 degrees; a step beyond it is ignored |
 | inertia | yes | no |
 
+Axis letters: f pixel frames.
 Sources: NVlabs/Sana's camera control (`sana`) and `action_string_to_c2w` of diffusers' SANA-WM
 pipeline (`diffusers`).
 """
@@ -25,6 +26,7 @@ import reprlib
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Float32
 
 from sanawm_jax.runtime.errors import InputError
 
@@ -64,7 +66,7 @@ class ActionMapping:
     forward: tuple[str, str] = ("w", "s")
     pitch: tuple[str, str] = ("i", "k")
 
-    def controls(self, held: frozenset[str]) -> np.ndarray:
+    def controls(self, held: frozenset[str]) -> Float[np.ndarray, "4"]:
         """Returns (forward, strafe, yaw, pitch), each -1, 0 or 1; opposite keys cancel."""
         pairs = (self.forward, self.strafe, self.yaw, self.pitch)
         return np.array([float(plus in held) - float(minus in held) for plus, minus in pairs])
@@ -167,7 +169,7 @@ def actions_to_c2w(
     mapping: str = "sana",
     translation_speed: float | None = None,
     rotation_speed_deg: float | None = None,
-) -> np.ndarray:
+) -> Float32[np.ndarray, "f 4 4"]:
     """Moves a camera according to an action string.
 
     In each frame the camera turns first and then moves along its new heading, parallel to the
@@ -180,7 +182,7 @@ def actions_to_c2w(
       rotation_speed_deg: degrees per frame; None takes that of the mapping.
 
     Returns:
-      (N + 1, 4, 4) float32 camera-to-world poses of N frames of actions; the first is the identity.
+      Camera-to-world poses, one more than there are frames of actions; the first is the identity.
       Under "diffusers" they equal `action_string_to_c2w` of diffusers bit for bit.
 
     Raises:
@@ -201,7 +203,7 @@ def actions_to_c2w(
 def _velocities(
     held_keys: list[frozenset[str]], rule: ActionMapping, full_speed: np.ndarray
 ) -> np.ndarray:
-    """Returns the velocities per frame, (N, 4): forward, strafe, yaw, pitch."""
+    """Returns the velocities per frame, (f, 4): forward, strafe, yaw, pitch."""
     targets = np.stack([rule.controls(held) for held in held_keys]) * full_speed
     if not rule.has_inertia:
         return targets

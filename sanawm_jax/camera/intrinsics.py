@@ -1,4 +1,7 @@
-"""Pinhole intrinsics `[fx, fy, cx, cy]` in pixels: reading, defaults, field of view, cropping."""
+"""Pinhole intrinsics `[fx, fy, cx, cy]` in pixels: reading, defaults, field of view, cropping.
+
+Axis letters: f pixel frames.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import warnings
 from typing import TypeGuard
 
 import numpy as np
+from jaxtyping import Float32, Float64, Num
+from numpy.typing import ArrayLike
 
 from sanawm_jax.camera.npy import load_array, to_finite_float32
 from sanawm_jax.runtime.errors import InputError
@@ -17,7 +22,9 @@ FOV_RANGE_DEG = (25.0, 120.0)  # the training range in both directions, without 
 _NAME = "intrinsics"
 
 
-def parse_intrinsics(value: str | os.PathLike | np.ndarray, num_frames: int) -> np.ndarray:
+def parse_intrinsics(
+    value: str | os.PathLike | ArrayLike, num_frames: int
+) -> Float32[np.ndarray, "f 4"]:
     """Reads intrinsics in any of the accepted forms and fits them to the length of the video.
 
     One entry is used for every frame. A longer sequence is cut. A shorter one is resampled: each
@@ -25,12 +32,12 @@ def parse_intrinsics(value: str | os.PathLike | np.ndarray, num_frames: int) -> 
 
     Args:
       value: the path of a `.npy` file, the text "fx,fy,cx,cy", or an array. Shapes are (4,) and
-        (F, 4) for [fx, fy, cx, cy], and (3, 3) and (F, 3, 3) for matrices K, in pixels of the
+        (f, 4) for [fx, fy, cx, cy], and (3, 3) and (f, 3, 3) for matrices K, in pixels of the
         given image.
       num_frames: pixel frames of the video.
 
     Returns:
-      (num_frames, 4) float32 [fx, fy, cx, cy].
+      [fx, fy, cx, cy] in pixels; f = num_frames.
 
     Raises:
       InputError: the value cannot be read, has another shape, is not finite, or has a focal length
@@ -56,7 +63,9 @@ def parse_intrinsics(value: str | os.PathLike | np.ndarray, num_frames: int) -> 
     return rows
 
 
-def default_intrinsics(width: int, height: int, fov_deg: float = DEFAULT_FOV_DEG) -> np.ndarray:
+def default_intrinsics(
+    width: int, height: int, fov_deg: float = DEFAULT_FOV_DEG
+) -> Float32[np.ndarray, "4"]:
     """Returns the intrinsics of a camera with square pixels that looks through the centre.
 
     Args:
@@ -64,7 +73,7 @@ def default_intrinsics(width: int, height: int, fov_deg: float = DEFAULT_FOV_DEG
       fov_deg: horizontal field of view in degrees, between 0 and 180.
 
     Returns:
-      (4,) float32 [fx, fy, cx, cy].
+      [fx, fy, cx, cy].
 
     Raises:
       InputError: a field of view outside (0, 180) degrees.
@@ -75,21 +84,25 @@ def default_intrinsics(width: int, height: int, fov_deg: float = DEFAULT_FOV_DEG
     return np.array([focal, focal, width / 2, height / 2], dtype=np.float32)
 
 
-def field_of_view(intr: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Returns the horizontal and vertical field of view, (..., 2) float64 degrees.
+def field_of_view(
+    intr: Num[np.ndarray, "*rest 4"], width: int, height: int
+) -> Float64[np.ndarray, "*rest 2"]:
+    """Returns the horizontal and vertical field of view in degrees.
 
     It is 2 atan(size / 2f), which assumes that the principal point is the centre. `intr` is
-    (..., 4).
+    [fx, fy, cx, cy] in pixels of a width x height image.
     """
     size = np.array([width, height], dtype=np.float64)
     return np.degrees(2 * np.arctan(size / (2 * np.asarray(intr, dtype=np.float64)[..., :2])))
 
 
-def check_field_of_view(intr: np.ndarray, width: int, height: int, *, is_given: bool) -> None:
+def check_field_of_view(
+    intr: Num[np.ndarray, "*rest 4"], width: int, height: int, *, is_given: bool
+) -> None:
     """Checks that both fields of view are strictly inside `FOV_RANGE_DEG` in every frame.
 
     Args:
-      intr: (..., 4) [fx, fy, cx, cy] in pixels of a width x height image.
+      intr: [fx, fy, cx, cy] in pixels of a width x height image.
       width, height: image size in pixels.
       is_given: the user gave these intrinsics, so values outside the range lead to a warning. An
         estimate or a default outside the range is an error.
@@ -113,15 +126,15 @@ def check_field_of_view(intr: np.ndarray, width: int, height: int, *, is_given: 
 
 
 def crop_intrinsics(
-    intr: np.ndarray,
+    intr: Num[np.ndarray, "*rest 4"],
     src_size: tuple[int, int],
     resized_size: tuple[int, int],
     offset: tuple[int, int],
-) -> np.ndarray:
+) -> Num[np.ndarray, "*rest 4"]:
     """Adapts intrinsics to resizing and cropping, see `media.image.resize_and_center_crop`.
 
     Args:
-      intr: (..., 4) [fx, fy, cx, cy] in pixels of the source image.
+      intr: [fx, fy, cx, cy] in pixels of the source image.
       src_size, resized_size: (width, height) before and after resizing.
       offset: (left, top) of the crop in the resized image.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 import numpy as np
+from jaxtyping import Float32, Num
+from numpy.typing import ArrayLike
 
 from sanawm_jax.runtime.errors import InputError
 
 
-def load_array(value: str | os.PathLike | np.ndarray, name: str) -> np.ndarray:
+def load_array(value: str | os.PathLike | ArrayLike, name: str) -> Num[np.ndarray, "..."]:
     """Returns `value` as a real array, reading it first if it is a path.
 
     Pickles are never opened: only plain `.npy` files are read.
@@ -37,7 +39,7 @@ def load_array(value: str | os.PathLike | np.ndarray, name: str) -> np.ndarray:
     return array
 
 
-def to_finite_float32(array: np.ndarray, name: str) -> np.ndarray:
+def to_finite_float32(array: Num[np.ndarray, "*rest"], name: str) -> Float32[np.ndarray, "*rest"]:
     """Casts to float32; raises `InputError` for NaN, infinity and values that overflow float32.
 
     The error names the first bad index along the leading axis.

@@ -2,7 +2,7 @@
 
 For every format, the result is camera-to-world in OpenCV axes, with one pose per video frame.
 Principal points are used as they are written, whether a tool counts from the corner or from the
-centre of a pixel: half a pixel is a sixtieth of a latent.
+centre of a pixel: half a pixel is a sixtieth of a latent. Axis letters: f pixel frames.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 
 from sanawm_jax.camera.intrinsics import parse_intrinsics
 from sanawm_jax.camera.poses import load_c2w
@@ -23,11 +24,11 @@ _QUATERNION_TOLERANCE = 1e-2  # text files often have only three or four digits
 
 
 class PoseTrack(NamedTuple):
-    """The camera of one video.
+    """The camera of one video. `read_poses` checks the arrays and returns them in float32.
 
     Attributes:
-      c2w: (F, 4, 4) float32 camera-to-world, OpenCV axes, in any world frame.
-      intrinsics: (F, 4) float32 [fx, fy, cx, cy] in pixels, or None if the format has none.
+      c2w: (f, 4, 4) camera-to-world, OpenCV axes, in any world frame.
+      intrinsics: (f, 4) [fx, fy, cx, cy] in pixels, or None if the format has none.
       size: (width, height) of the images that the intrinsics belong to; None means the size of the
         video.
     """
@@ -36,8 +37,8 @@ class PoseTrack(NamedTuple):
     intrinsics: np.ndarray | None = None
     size: tuple[int, int] | None = None
 
-    def intrinsics_of(self, width: int, height: int) -> np.ndarray | None:
-        """Returns the intrinsics (F, 4) float32 in pixels of a video of this size."""
+    def intrinsics_of(self, width: int, height: int) -> Float32[np.ndarray, "f 4"] | None:
+        """Returns the intrinsics [fx, fy, cx, cy] in pixels of a video of this size."""
         if self.intrinsics is None or self.size is None:
             return self.intrinsics
         scale = np.array([width / self.size[0], height / self.size[1]] * 2)
@@ -103,7 +104,7 @@ def detect_format(path: Path) -> str:
 
 
 def read_npz(path: Path) -> PoseTrack:
-    """Reads `c2w` (F, 4, 4) and, if they exist, `intrinsics`, `width` and `height`.
+    """Reads `c2w` (f, 4, 4) and, if they exist, `intrinsics`, `width` and `height`.
 
     The intrinsics may have any form of `parse_intrinsics`. A bare `.npy` holds only c2w.
 

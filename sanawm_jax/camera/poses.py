@@ -1,10 +1,15 @@
-"""Camera paths: reading and checking pose files, relative poses, frame counts."""
+"""Camera paths: reading and checking pose files, relative poses, frame counts.
+
+Axis letters: f pixel frames.
+"""
 
 from __future__ import annotations
 
 import os
 
 import numpy as np
+from jaxtyping import Float32, Num
+from numpy.typing import ArrayLike
 
 from sanawm_jax.camera.actions import get_mapping
 from sanawm_jax.camera.npy import load_array, to_finite_float32
@@ -14,14 +19,14 @@ RIGID_TOLERANCE = 1e-3
 _NAME = "camera poses"
 
 
-def load_c2w(value: str | os.PathLike | np.ndarray) -> np.ndarray:
+def load_c2w(value: str | os.PathLike | ArrayLike) -> Float32[np.ndarray, "f 4 4"]:
     """Reads camera-to-world poses and checks that each is a rigid motion.
 
     Args:
-      value: a `.npy` file or an array, (F, 4, 4) of any real dtype, F >= 1 pixel frames.
+      value: a `.npy` file or an array, (f, 4, 4) of any real dtype, f >= 1.
 
     Returns:
-      (F, 4, 4) float32, in the given world frame.
+      The poses in the given world frame.
 
     Raises:
       InputError: the file cannot be read, the shape is wrong, a value is not finite, or a pose is
@@ -58,17 +63,17 @@ def _check_rigid(c2w: np.ndarray) -> None:
     raise InputError(f"{_NAME}: frame {frame} is not a rigid camera-to-world matrix: {reason}")
 
 
-def relative_to_first(c2w: np.ndarray) -> np.ndarray:
+def relative_to_first(c2w: Num[np.ndarray, "f 4 4"]) -> Float32[np.ndarray, "f 4 4"]:
     """Expresses poses in the frame of the first camera.
 
     The inverse is that of a rigid motion, `[R^T, -R^T t]`. It is computed in float64 and rounded
     once, so a distant world origin costs no accuracy beyond that of the input.
 
     Args:
-      c2w: (F, 4, 4) rigid camera-to-world poses.
+      c2w: rigid camera-to-world poses.
 
     Returns:
-      (F, 4, 4) float32; the first is exactly the identity.
+      The poses; the first is exactly the identity.
     """
     poses = np.asarray(c2w, dtype=np.float64)
     unrotate = poses[0, :3, :3].T
@@ -101,7 +106,7 @@ def snap_num_frames(n: int, stride: int = 8, upper_bound: int | None = None) -> 
     return snapped
 
 
-def keys_from_poses(c2w: np.ndarray, mapping: str = "sana") -> list[frozenset[str]]:
+def keys_from_poses(c2w: Num[np.ndarray, "f 4 4"], mapping: str = "sana") -> list[frozenset[str]]:
     """Guesses which keys would have moved the camera along a path, for display.
 
     A key counts as held if its part of the motion is at least a quarter of the fastest motion of
@@ -110,11 +115,11 @@ def keys_from_poses(c2w: np.ndarray, mapping: str = "sana") -> list[frozenset[st
     key.
 
     Args:
-      c2w: (F, 4, 4) camera-to-world poses.
+      c2w: camera-to-world poses.
       mapping: the meaning of the keys, see `actions`.
 
     Returns:
-      F - 1 sets of keys; entry n moves frame n to frame n + 1, as in `actions.parse_actions`.
+      f - 1 sets of keys; entry n moves frame n to frame n + 1, as in `actions.parse_actions`.
     """
     rule = get_mapping(mapping)
     poses = relative_to_first(c2w).astype(np.float64)

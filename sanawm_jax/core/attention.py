@@ -1,39 +1,39 @@
 """Softmax attention for every tower.
 
-Axis letters: B batch, T queries, S keys, N heads, D head size.
+Axis letters: B batch, T tokens with queries, S keys, N heads, N_kv heads of keys and values (fewer
+where several heads share one), D head size.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.attention import fits_cudnn, flash_attention, flash_attention_to_both
 
 
 @jax.named_scope("attention")
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B S N_kv D"],
+    v: Float[Array, "B S N_kv D"],
     *,
-    key_mask: jax.Array | None = None,
-    key_count: jax.Array | None = None,
+    key_mask: Bool[Array, "B S"] | None = None,
+    key_count: Int[Array, "B"] | None = None,
     scale: float | None = None,
-) -> jax.Array:
-    """softmax(scale q k^T) v, logits and softmax in float32.
+) -> Float[Array, "B T N D"]:
+    """Computes softmax(scale q k^T) v, with logits and softmax in float32.
 
     Args:
-      q: (B, T, N, D).
-      k: (B, S, N, D).
-      v: (B, S, N, D).
-      key_mask: (B, S) bool, false hides a key from every query.
-      key_count: (B,) int32, hides every key from that one on; unlike a mask, an accelerator's
-        fused kernels take it at full speed.
-      scale: of the logits; D^-1/2 by default.
+      q, k, v: queries, keys and values.
+      key_mask: false hides a key from every query.
+      key_count: hides every key from that one on. The fused kernels of an accelerator take a count
+        at full speed, and a mask they do not take.
+      scale: factor of the logits; D^-1/2 by default.
 
     Returns:
-      (B, T, N, D) in q's dtype.
+      The mixed values in q's dtype.
     """
     # flash kernels never write the logits to memory, but they take no float32 and no mask
     if jax.default_backend() in ("gpu", "tpu") and q.dtype == jnp.bfloat16:
@@ -48,23 +48,25 @@ def attention(
 
 @jax.named_scope("attention")
 def attention_to_both(
-    q: jax.Array,
-    first: tuple[jax.Array, jax.Array],
-    second: tuple[jax.Array, jax.Array],
+    q: Float[Array, "B T N D"],
+    first: tuple[Float[Array, "B S_first N D"], Float[Array, "B S_first N D"]],
+    second: tuple[Float[Array, "B S_second N D"], Float[Array, "B S_second N D"]],
     *,
-    key_count: jax.Array,
+    key_count: Int[Array, "B"],
     scale: float | None = None,
-) -> jax.Array:
-    """`attention` to two sets of keys as if they were one; cuDNN's are never put together.
+) -> Float[Array, "B T N D"]:
+    """Computes `attention` to two sets of keys as if they were one set.
+
+    With cuDNN the two sets are never concatenated in memory.
 
     Args:
-      q: (B, T, N, D).
-      first, second: keys and values, (B, S, N, D) each.
-      key_count: (B,) int32, hides every key of the second set from that one on; at least 1.
-      scale: of the logits; D^-1/2 by default.
+      q: queries.
+      first, second: keys and values; the two sets can have different lengths.
+      key_count: hides every key of the second set from that one on; at least 1.
+      scale: factor of the logits; D^-1/2 by default.
 
     Returns:
-      (B, T, N, D) in q's dtype; not differentiable on a GPU.
+      The mixed values in q's dtype; they cannot be differentiated on a GPU.
     """
     if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and fits_cudnn(q):
         factor = scale or q.shape[-1] ** -0.5
@@ -74,18 +76,18 @@ def attention_to_both(
 
 
 def seen_first(
-    k: jax.Array, v: jax.Array, key_mask: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys and values with the hidden ones last, and how many are seen: what a mask comes to.
+    k: Float[Array, "B S N_kv D"], v: Float[Array, "B S N_kv D"], key_mask: Bool[Array, "B S"]
+) -> tuple[Float[Array, "B S N_kv D"], Float[Array, "B S N_kv D"], Int[Array, "B"]]:
+    """Moves hidden keys and values to the end, so that a count can replace the mask.
 
     The order of keys changes no result.
 
     Args:
-      k, v: (B, S, N, D).
-      key_mask: (B, S) bool, with one seen key at least in every row.
+      k, v: keys and values.
+      key_mask: false for a hidden key; every row has at least one key that is seen.
 
     Returns:
-      k and v, and (B,) int32.
+      Keys, values, and the number of keys that are seen.
     """
     order = jnp.argsort(~key_mask, axis=1, stable=True)[..., None, None]
     k, v = (jnp.take_along_axis(a, order, axis=1) for a in (k, v))

@@ -7,11 +7,11 @@ scale per token or per output channel is not more accurate on trained weights (s
 steps: error 0.088 instead of 0.089), because e4m3 has enough range and too few bits. The scales are
 powers of two, so scaling does not round, and a scale is also exact in bfloat16.
 
-XLA compiles `float8_matmul` to one call: a product of two e4m3 matrices whose contracted axes are
-last, then a scalar factor, then a vector. The call goes to a library, or to Triton if XLA measures
-that this is faster (on an H100 with jax 0.11). Kernels therefore have the shape (out, in), and all
-arrays are two-dimensional. XLA pads a number of rows that is not a multiple of 16, such as 300 text
-tokens.
+XLA makes one call of the lines in `float8_matmul`, of a library or, where it measures that to be
+faster (an H100 under jax 0.11), of Triton: a product of two e4m3 matrices, each with its contracted
+axis last, then a scalar factor, then a vector. Kernels are therefore (out, in), and everything is
+two-dimensional. Rows that are no multiple of 16, such as 300 text tokens, are
+padded by XLA. Axis letters: C input channels, C_out output channels.
 
 The library qwix is not used. It wraps calls of the model and has its own arrays as parameters. Our
 parameters are a plain dict of stacked arrays, which are loaded, streamed and counted by path.
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, leaves
@@ -39,8 +40,8 @@ LARGEST = 448.0  # the largest finite e4m3 number; larger ones become NaN
 MULTIPLE = 16  # the library needs kernels whose two sizes are multiples of this number
 
 
-def scale_for(largest: jax.Array) -> jax.Array:
-    """Returns float32 scales that bring the magnitudes `largest` below 448.
+def scale_for(largest: Float[Array, "*rest"]) -> Float32[Array, "*rest"]:
+    """Scales (float32) that bring magnitudes `largest` below 448: powers of two, 1 for zero.
 
     They are powers of two, and 1 for zero. NaN and infinity also get 1. They become NaN in e4m3, so
     a wrong activation stays visible.
@@ -51,17 +52,17 @@ def scale_for(largest: jax.Array) -> jax.Array:
     return jnp.where((rounded > 0) & (rounded < jnp.inf), rounded, 1.0)
 
 
-def to_float8(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns `x / scale` in e4m3. The scale is a power of two that broadcasts against x."""
+def to_float8(x: Float[Array, "*rest"], scale: Float[Array, "*#rest"]) -> Float[Array, "*rest"]:
+    """`x / scale` in e4m3; the scale is a power of two that broadcasts against x."""
     return (x * (1.0 / scale).astype(x.dtype)).astype(FLOAT8)
 
 
 @jax.jit
-def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
-    """Converts a kernel (..., in, out) to e4m3.
+def quantise(kernel: Float[Array, "*rest C C_out"]) -> dict[str, Float[Array, "..."]]:
+    """Rounds a kernel to e4m3.
 
     Returns:
-      `values` (..., out, in) in e4m3, and `scale` (...) in float32.
+      `values` (*rest, C_out, C) in e4m3, and `scale` (*rest) in float32.
     """
     scale = scale_for(jnp.max(jnp.abs(kernel), (-2, -1)))
     values = to_float8(kernel, scale[..., None, None])
@@ -70,9 +71,12 @@ def quantise(kernel: jax.Array) -> dict[str, jax.Array]:
 
 @jax.named_scope("fp8")
 def float8_matmul(
-    x: jax.Array, values: jax.Array, scale: jax.Array, bias: jax.Array | None = None
-) -> jax.Array:
-    """Multiplies x (..., in) by a kernel of `quantise` and adds a bias (out,).
+    x: Float[Array, "*rest C"],
+    values: Float[Array, "C_out C"],
+    scale: Float[Array, ""],
+    bias: Float[Array, "C_out"] | None = None,
+) -> Float[Array, "*rest C_out"]:
+    """Multiplies x with a kernel of `quantise` and adds a bias; the result has x's dtype.
 
     A backend without FP8 products computes with the same rounded numbers in a wider dtype.
 
@@ -96,7 +100,7 @@ def float8_matmul(
 class Float8Kernel(nnx.Module):
     """The two arrays that `quantise` makes of a kernel, under the kernel's path."""
 
-    def __init__(self, kernel: jax.Array):
+    def __init__(self, kernel: Float[Array, "*rest C C_out"]):
         quantised = quantise(kernel)
         self.values = nnx.Param(quantised["values"])
         self.scale = nnx.Param(quantised["scale"])
@@ -109,10 +113,10 @@ class Float8Linear(nnx.Module):
         self.kernel = Float8Kernel(linear.kernel[...])
         self.bias = linear.bias
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         return self._product(x, None if self.bias is None else self.bias[...])
 
-    def product(self, x: jax.Array) -> jax.Array:
+    def product(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         """See `Linear.product`."""
         return self._product(x, None)
 

@@ -8,7 +8,9 @@ gathers keys and values. Frame numbers, chunk starts among them, are those of th
 A stream runs one chunk per call instead. Each function then takes what the earlier chunks left
 behind (the last frames, a recurrent state, keys and values), and the whole-clip call without it is
 the same function. A call with a carry has one chunk and one rank.
-Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size, V value size.
+Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size, V value size, C
+channels, E latent frames that a cache has room for, X frames that a convolution needs from the
+chunk before.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import gdn
 from sanawm_jax.core.attention import attention, attention_to_both
@@ -118,16 +121,16 @@ class FrameLayout:
             return [(chunks[chunk - self.cached][0], end)]
         return [chunks[0], (chunks[chunk - self.cached + 1][0], end)]
 
-    def borders(self) -> tuple[np.ndarray, np.ndarray]:
-        """(padded,) int32 each: the first frame of each frame's chunk, and the chunk's end."""
+    def borders(self) -> tuple[Int[np.ndarray, "F"], Int[np.ndarray, "F"]]:
+        """First frame and end of the chunk of every frame, padded frames included."""
         starts = np.full((self.padded,), self.starts[-1], np.int32)
         ends = np.full((self.padded,), self.frames, np.int32)
         for start, end in self.chunks:
             starts[start:end], ends[start:end] = start, end
         return starts, ends
 
-    def ends(self) -> np.ndarray:
-        """(padded,) int32: where each frame's chunk ends; no frame sees that one or a later."""
+    def ends(self) -> Int[np.ndarray, "F"]:
+        """The frame at which each frame's chunk ends; no frame sees that one or a later one."""
         return self.borders()[1]
 
     def of_clip(self) -> FrameLayout:
@@ -144,8 +147,8 @@ class FrameLayout:
 class KeyValueCache:
     """Keys and values of earlier frames of one softmax layer; the valid frames come first."""
 
-    k: jax.Array  # B S P N D, S frames that fit
-    v: jax.Array
+    k: Float[Array, "*rest E P N D"]  # a stack of layers has more axes in front
+    v: Float[Array, "*rest E P N D"]
 
 
 def layout_of(
@@ -186,12 +189,14 @@ def check_carry(layout: FrameLayout) -> None:
         )
 
 
-def last_frames(x: jax.Array, count: int, before: jax.Array | None = None) -> jax.Array:
+def last_frames(
+    x: Float[Array, "B F P C"], count: int, before: Float[Array, "B X P C"] | None = None
+) -> Float[Array, "B X P C"]:
     """The last `count` frames of a stream, which the next chunk's convolution sees.
 
     Args:
-      x: (B, F, P, C), this chunk.
-      before: (B, count, P, C), what this function returned for the chunk before; None is the
+      x: this chunk.
+      before: `count` frames, what this function returned for the chunk before; None is the
         start of the stream, before which there are zeros.
     """
     if before is None:
@@ -200,24 +205,24 @@ def last_frames(x: jax.Array, count: int, before: jax.Array | None = None) -> ja
 
 
 def neighbours(
-    x: jax.Array,
+    x: Float[Array, "B F P C"],
     reach: int,
     layout: FrameLayout,
     names: str = "B F P C",
     *,
-    before: jax.Array | None = None,
+    before: Float[Array, "B X P C"] | None = None,
     isolated: bool = False,
-) -> list[jax.Array]:
+) -> list[Float[Array, "B F P C"]]:
     """What a convolution over frames sees: x at frame f - reach, ..., f, ..., f + reach.
 
     There are zeros before the clip, and from the end of f's chunk on: a frame sees the past of
     other chunks but only the future of its own.
 
     Args:
-      x: (B, F, P, C), F padded.
+      x: tokens of the padded frames.
       reach: frames to each side.
       names: logical axes of x.
-      before: (B, reach, P, C), the frames before x in a stream, see `last_frames`.
+      before: the `reach` frames before x in a stream, see `last_frames`.
       isolated: there are zeros before f's chunk too.
     """
     if before is not None:
@@ -263,24 +268,24 @@ def _shift(x: jax.Array, offset: int, ranks: int) -> jax.Array:
 
 
 def recurrent_states(
-    k: jax.Array,
-    v: jax.Array | None,
-    beta: jax.Array,
-    decay: jax.Array,
+    k: Float[Array, "B F P N D"],
+    v: Float[Array, "B F P N V"] | None,
+    beta: Float[Array, "B F P N"],
+    decay: Float[Array, "B F N"],
     layout: FrameLayout,
-    initial: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    initial: Float[Array, "B N _ D"] | None = None,
+) -> tuple[Float[Array, "B F N _ D"], Float[Array, "B N _ D"] | None]:
     """The recurrence's states, of tokens as `gdn.frame_transitions` takes them.
 
     The forward run crosses chunks, the backward run is isolated in each. Without v they are the
     normaliser's, V = 1.
 
     Args:
-      initial: (B, N, V, D) float32, the forward run's state after the chunks before; None is zero.
+      initial: float32, the forward run's state after the chunks before; None is zero.
 
     Returns:
-      (B, F, N, V, D) float32 states that every frame reads, and the forward run's last state
-      (B, N, V, D), None where ranks share the frames out.
+      float32 states that every frame reads, and the last state of the forward run, which is None
+      where ranks share the frames out.
     """
     if initial is not None:
         check_carry(layout)
@@ -303,32 +308,32 @@ def recurrent_states(
     def run(w: jax.Array, u: jax.Array) -> jax.Array:
         return gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends(), axis_name=_AXIS)[0]
 
-    names = ("B F N D E", "B F N V D")
+    names = ("B F N D D", "B F N V D")
     return _on_ranks(run, layout, names, "B F N V D")(*maps), None
 
 
 def frame_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B F P N D"],
+    k: Float[Array, "B F P N D"],
+    v: Float[Array, "B F P N D"],
     layout: FrameLayout,
     *,
-    key_mask: jax.Array | None = None,
+    key_mask: Bool[Array, "B F"] | None = None,
     scale: float | None = None,
     cache: KeyValueCache | None = None,
-    cached: jax.Array | None = None,
-) -> jax.Array:
+    cached: Int[Array, ""] | None = None,
+) -> Float[Array, "B F P N D"]:
     """Softmax attention of every chunk to the keys before its end.
 
     Args:
-      q, k, v: (B, F, P, N, D), F padded.
-      key_mask: (B, F) bool, false hides a frame's keys.
-      scale: of the logits; D^-1/2 by default.
+      q, k, v: heads of the tokens of the padded frames.
+      key_mask: false hides a frame's keys.
+      scale: factor of the logits; D^-1/2 by default.
       cache: keys and values of earlier chunks, which all queries see as well.
-      cached: () int32, how many of the cache's frames are valid, at least 1.
+      cached: how many of the cache's frames are valid, at least 1.
 
     Returns:
-      q's shape.
+      The mixed values.
     """
     if cache is not None and cached is not None:
         check_carry(layout)
@@ -343,17 +348,17 @@ def frame_attention(
 
 
 def text_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, text_mask: jax.Array, layout: FrameLayout
-) -> jax.Array:
+    q: Float[Array, "B F P N D"],
+    k: Float[Array, "B L N D"],
+    v: Float[Array, "B L N D"],
+    text_mask: Bool[Array, "B L"],
+    layout: FrameLayout,
+) -> Float[Array, "B F P N D"]:
     """Softmax attention of every token to a text; ranks of a mesh each run their own frames.
 
     Args:
-      q: (B, F, P, N, D), F padded.
-      k, v: (B, L, N, D).
-      text_mask: (B, L) bool, false hides a token of the text.
-
-    Returns:
-      q's shape.
+      q: queries, F padded.
+      text_mask: false hides a token of the text.
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

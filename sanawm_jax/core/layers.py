@@ -1,8 +1,8 @@
 """Layers that all networks share: thin modules that call pure functions.
 
-Weights are cast to the dtype of the activations where they are used. Training with float32 weights
-and bfloat16 computation therefore needs no second copy of the model. Axis letters: B batch, C
-channels.
+Weights are cast to the dtype of the activations where they are used, so float32 masters and
+bfloat16 compute need no second copy of the model. Axis letters: B batch, C channels, C_out
+channels of a result of another width, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from kernels_pallas.ucpe import rms_norm
 from sanawm_jax.core.params import Initializer, draw
@@ -24,15 +26,17 @@ zeros_init: Initializer = nnx.initializers.zeros
 def modulation_table(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
     """Returns learned shifts and scales (rows, width), to which a timestep embedding is added."""
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
         return jax.random.normal(key, shape, dtype) / width**0.5
 
     return nnx.Param(draw(init, rngs, (rows, width)))
 
 
 @jax.custom_vjp
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Computes `x @ kernel + bias` and rounds once, after the bias, as a fused GEMM does."""
+def affine(
+    x: Float[Array, "*rest C"], kernel: Float[Array, "C C_out"], bias: Float[Array, "C_out"]
+) -> Float[Array, "*rest C_out"]:
+    """`x @ kernel + bias` with one rounding, after the bias, as a fused GEMM epilogue does it."""
     if jax.default_backend() == "gpu":
         # cuBLASLt adds the bias before it rounds. With a float32 result it would write twice as
         # many bytes, and another kernel would have to read them, add the bias and round.
@@ -66,8 +70,10 @@ def _is_wider(x: jax.Array, kernel: jax.Array) -> bool:
     return x.dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
 
 
-def wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies x (..., in) float32 by a bfloat16 kernel (in, out) with float32 accuracy.
+def wide_product(
+    x: Float[Array, "*rest C"], kernel: Float[Array, "C C_out"]
+) -> Float[Array, "*rest C_out"]:
+    """Multiplies float32 x with a bfloat16 kernel, as exactly as in float32.
 
     The kernel is read in bfloat16. In a large model, a float32 copy of a kernel that computes the
     modulation would take half a gigabyte, for the product with one row. Therefore x is written as
@@ -83,9 +89,9 @@ def wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """Computes `x @ kernel + bias` on the last axis, with a kernel (in, out).
+    """`x @ kernel + bias` on the last axis; kernel (C, C_out).
 
-    `core.lora.build_adapted` adds `lora_a` (in, R), `lora_b` (R, out) and `lora_scale`.
+    `core.lora.build_adapted` adds `lora_a` (C, R), `lora_b` (R, C_out) and `lora_scale`.
     """
 
     # only layers with adapters have these attributes
@@ -105,7 +111,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(draw(kernel_init, rngs, (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         if self.bias is None:
             return self.product(x)
         kernel, bias = self.kernel[...], self.bias[...].astype(x.dtype)
@@ -113,8 +119,8 @@ class Linear(nnx.Module):
             return self.product(x) + bias
         return self._adapted(x, affine(x, kernel.astype(x.dtype), bias))
 
-    def product(self, x: jax.Array) -> jax.Array:
-        """Computes `x @ kernel` for a caller that adds the bias itself."""
+    def product(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
+        """Without the bias, for a reader that adds it on the way."""
         kernel = self.kernel[...]
         if _is_wider(x, kernel):
             return self._adapted(x, wide_product(x, kernel))
@@ -130,8 +136,7 @@ class Linear(nnx.Module):
 class Conv(nnx.Module):
     """Convolution over `len(kernel_size)` spatial axes of an input whose channels are last.
 
-    The kernel has the shape (*kernel_size, in / groups, out), as in `lax.conv_general_dilated`.
-    By default the padding is symmetric, as in PyTorch.
+    Kernel (*kernel_size, C / groups, C_out), as `lax.conv_general_dilated` takes it.
     """
 
     def __init__(
@@ -151,12 +156,12 @@ class Conv(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B *space C"],
         *,
         strides: Sequence[int] | None = None,
         padding: str | Sequence[tuple[int, int]] | None = None,
         groups: int = 1,
-    ) -> jax.Array:
+    ) -> Float[Array, "B *space_out C_out"]:
         kernel = self.kernel[...].astype(x.dtype)
         rank = kernel.ndim - 2
         if padding is None:
@@ -188,17 +193,15 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,)))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C"]:
         return rms_norm(x, self.scale[...], self.eps)
 
 
 @jax.named_scope("adaln")
-def modulated_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Computes a layer norm, then `(1 + scale) x + shift` (adaLN), in float32.
-
-    Returns:
-      An array of x's shape and dtype.
-    """
+def modulated_norm(
+    x: Float[Array, "*rest C"], scale: Float[Array, "*#rest C"], shift: Float[Array, "*#rest C"]
+) -> Float[Array, "*rest C"]:
+    """Layer norm, then `(1 + scale) x + shift` (adaLN), all in float32; x's dtype comes back."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, -1, keepdims=True)
     variance = jnp.mean(centred * centred, -1, keepdims=True)

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of any model.
 
-    y = x W + b + scale (x A) B,  scale = alpha / rank,  A (in, R) and B (R, out)
+    y = x W + b + scale (x A) B,  scale = alpha / rank,  A (C, R) and B (R, C_out)
 
 Adapters are a separate tree of parameters. It has the model's paths with `lora_a` and `lora_b`
 instead of `kernel`, stacked along the same leading axes. Training uses only this tree: gradients,
@@ -8,7 +8,8 @@ optimizer, average and checkpoints do not contain the base model, which stays fr
 pass, `combine` joins the two trees, and a layer computes (x A) B and never A B. For sampling,
 `merge_lora` adds A B to the kernels once.
 
-Axis letters: R rank. The leading axes are those along which layers are stacked.
+Axis letters: R rank, C input channels, C_out output channels; leading axes are those along which
+layers are stacked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from sanawm_jax.core.layers import Linear
 from sanawm_jax.core.params import Params, build_with, from_leaves, leaves
@@ -128,8 +130,8 @@ def combine(base: Params, adapters: Params) -> Params:
     return out
 
 
-def init_adapters(abstract: Params, key: jax.Array) -> Params:
-    """Returns new float32 adapters that do not change the model: A is random and B is zero.
+def init_adapters(abstract: Params, key: Key[Array, ""]) -> Params:
+    """Fresh float32 adapters: A uniform in +-in^-1/2, B zero, so that nothing changes at first.
 
     A is uniform between -in^-1/2 and in^-1/2. This is PyTorch's `kaiming_uniform_` with
     a = sqrt(5), which PEFT uses for A.
@@ -181,8 +183,13 @@ def merge_lora(params: Params, adapters: Params, scale: float) -> Params:
 
 
 @jax.jit
-def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    # At an accelerator's default precision, the product would have a relative error of 2^-8.
+def _merged(
+    kernel: Float[Array, "*rest C C_out"],
+    a: Float[Array, "*rest C R"],
+    b: Float[Array, "*rest R C_out"],
+    scale: float | Float[Array, ""],
+) -> Float[Array, "*rest C C_out"]:
+    # rounded once: at the default precision of an accelerator the product would be off by 2^-8
     product = jnp.matmul(
         a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Key
 
 Params = dict[str, Any]  # nested; leaves are arrays or jax.ShapeDtypeStruct
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
 # Whether a model is built only for its shapes. Random numbers are the largest part of the trace of
 # a constructor, and they are not needed for shapes.
@@ -67,8 +69,10 @@ def build_with(
     return graphdef, _string_keys(nnx.to_pure_dict(state))
 
 
-def init(module: type[nnx.Module], config: Any, key: jax.Array, *, shardings: Any = None) -> Params:
-    """Returns random float32 parameters of `module(config)`, made by one compiled function.
+def init(
+    module: type[nnx.Module], config: Any, key: Key[Array, ""], *, shardings: Any = None
+) -> Params:
+    """Random float32 parameters of `module(config)`, made by one compiled function.
 
     Args:
       module, config: see `build`.
@@ -91,8 +95,8 @@ def apply(
     return getattr(module, method)(*args, **kwargs)
 
 
-def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> jax.Array:
-    """Returns the initial float32 value of a parameter. Constructors draw all numbers with it.
+def draw(init: Initializer, rngs: nnx.Rngs, shape: Sequence[int]) -> Float32[Array, "..."]:
+    """A parameter's first value, float32; all that is random in a constructor comes from here.
 
     Args:
       init: (key, shape, dtype) -> the value.
@@ -152,7 +156,7 @@ def from_leaves(flat: dict[str, Any]) -> Params:
 def cast(params: Params, dtype: Any) -> Params:
     """Casts the floating-point arrays to `dtype`."""
 
-    def one(a: jax.Array) -> jax.Array:
+    def one(a: Any) -> Any:
         return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
     return jax.tree.map(one, params)

@@ -1,15 +1,16 @@
 """Angles of the rotary position embedding over (frame, row, column), for interleaved pairs.
 
-`kernels_pallas.ucpe` rotates heads by these angles.
-Axis letters: F latent frames, H W token rows and columns, D head size.
+`kernels_pallas.ucpe` rotates heads by them.
+Axis letters: F latent frames, H W rows and columns of tokens, D head size, A rotated pairs of a
+head.
 Reference: diffusers `SanaWMRotaryPosEmbed` (Wan's split of a head).
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int
 
 
 def pair_split(head_dim: int) -> tuple[int, int, int]:
@@ -24,9 +25,9 @@ def rope_angles(
     *,
     pairs: tuple[int, int, int] | None = None,
     theta: float = 10000.0,
-    first_frame: int | jax.Array = 0,
-) -> jax.Array:
-    """Returns the rotation angle of every pair at every position, float32.
+    first_frame: int | Int[Array, ""] = 0,
+) -> Float32[Array, "F H W A"]:
+    """Rotation angle of every pair at every position, float32.
 
     Args:
       head_dim: head size D, which determines the frequencies.
@@ -37,7 +38,7 @@ def rope_angles(
       first_frame: absolute index of the first frame.
 
     Returns:
-      (F, H, W, sum(pairs)).
+      Angles in radians; A = sum(pairs), those of frames first, then rows, then columns.
     """
     split = pair_split(head_dim)
     kept = pairs or split

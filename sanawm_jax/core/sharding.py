@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Shaped
 
 from sanawm_jax.runtime.errors import InputError
 
@@ -36,8 +37,8 @@ def logical_spec(names: str) -> P:
     return P(*(_LOGICAL.get(token.strip("() ").split()[0]) for token in tokens))
 
 
-def shard(x: jax.Array, names: str) -> jax.Array:
-    """Constrains the sharding of an activation on the current mesh. Without a mesh it returns x.
+def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
+    """Constrains an activation's layout on the mesh that is set; without one, x itself.
 
     Args:
       x: any array.
@@ -169,8 +170,8 @@ def batch_sharding(mesh: Mesh, *, steps: bool = False) -> NamedSharding:
     return NamedSharding(mesh, logical_spec("K B" if steps else "B"))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Returns the numbers of the rows of a batch that this process holds, in ascending order."""
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, "B_local"]:
+    """Which rows of a batch this process holds, ascending int."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
 
@@ -217,8 +218,8 @@ def signal_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXES))
 
 
-def place_signals(mesh: Mesh, *values: float) -> jax.Array:
-    """Returns the values of all processes, (ranks, values) float32; `values` are this process's."""
+def place_signals(mesh: Mesh, *values: float) -> Float[Array, "_ _"]:
+    """What this process has to say, beside what the others say: (ranks, values) float32."""
     row = np.asarray(values, np.float32)
 
     shape = (mesh.size, len(values))

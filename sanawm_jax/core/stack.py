@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ Layers = jax.Array | tuple[jax.Array, ...]  # a leaf of all layers: stacked, or 
 
 
 def over_layers(
-    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: jax.Array, layers: Any
-) -> tuple[jax.Array, Any]:
+    layer: Callable[[jax.Array, Any], tuple[jax.Array, Any]], x: Shaped[Array, "*rest"], layers: Any
+) -> tuple[Shaped[Array, "*rest"], Any]:
     """Runs a layer's function over all layers, as `lax.scan` does.
 
     A scan compiles one layer, and copies the weights of each out of the stack before it runs.
@@ -138,13 +139,13 @@ def part(
 
 def scan_runs(
     runs: Sequence[Any],
-    x: jax.Array,
+    x: Shaped[Array, "*rest"],
     step: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
     carries: Sequence[Any] | None = None,
     *,
     remat: str = "none",
     unroll: bool = False,
-) -> tuple[jax.Array, tuple[Any, ...]]:
+) -> tuple[Shaped[Array, "*rest"], tuple[Any, ...]]:
     """Runs one segment: parameters of every run are stacked (repeats, length, ...).
 
     A carry is what one layer hands on from this call to the next one, for instance from one chunk

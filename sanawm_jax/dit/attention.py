@@ -2,7 +2,9 @@
 
 The two kinds, frame-wise gated DeltaNet and softmax, share one parameter layout; the softmax kind
 carries the unused gates of the other so that published files load whole.
-Axis letters: B batch, F latent frames, P tokens a frame, T = F P, C width, N heads, D head size.
+Axis letters: B batch, F latent frames, P tokens per frame, T = F P video tokens, L text tokens, C
+width, N heads, D head size, V value size of the recurrence, X frames that a convolution needs from
+the chunk before.
 Reference: diffusers `BidirectionalGDNUCPESinglePathLiteLA`, `_SoftmaxUCPESinglePathLiteLA`.
 """
 
@@ -17,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from kernels_pallas import gdn, ucpe
 from sanawm_jax.core.frames import (
@@ -50,28 +54,28 @@ def key_factor(size: int, tokens: int) -> float:
 class Context(NamedTuple):
     """Everything that all blocks of one forward pass share."""
 
-    modulation: jax.Array  # B F 6 C
-    text: jax.Array  # B L C
-    text_mask: jax.Array  # B L bool
-    angles: jax.Array | None  # F P D/2
+    modulation: Float[Array, "B F 6 C"]
+    text: Float[Array, "B L C"]
+    text_mask: Bool[Array, "B L"]
+    angles: Float32[Array, "F P D//2"] | None
     rays: RayTransforms | None
-    plucker: jax.Array | None  # B F P C
-    frame_mask: jax.Array | None  # B F, 1 for a real frame and 0 for padding
-    key_mask: jax.Array | None  # B F bool, frames that the caller hides
+    plucker: Float[Array, "B F P C"] | None
+    frame_mask: Shaped[Array, "B F"] | None  # 1 for a real frame and 0 for padding
+    key_mask: Bool[Array, "B F"] | None  # false hides a frame's keys
     grid: tuple[int, int]  # token rows, columns
     layout: FrameLayout  # chunks, and padding to the size of a mesh
     remat: str = "none"  # see `core.stack.scan_runs`
     numerics: Numerics = Numerics()
     window: Window | None = None  # of a stream, whose layers return a carry
-    chunks: jax.Array | None = None  # () int32, chunks of the stream before this one
+    chunks: Int[Array, ""] | None = None  # chunks of the stream before this one
 
 
 class _Heads(NamedTuple):
-    """Projections (B, F, P, N, D), and what q and k go through before they are used."""
+    """Projections, and what q and k go through before they are used."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Float[Array, "B F P N D"]
+    k: Float[Array, "B F P N D"]
+    v: Float[Array, "B F P N D"]
     of_q: ucpe.Features
     of_k: ucpe.Features
 
@@ -79,7 +83,7 @@ class _Heads(NamedTuple):
 class ShortConv(nnx.Module):
     """Depthwise convolution over frames, the same kernel towards the past and the future.
 
-    Kernel (K, C); its last tap is the centre. The past crosses chunks, the future does not.
+    Kernel (X + 1, C); its last tap is the centre. The past crosses chunks, the future does not.
     Reference: `SanaWMTemporalShortConvolution`.
     """
 
@@ -90,13 +94,13 @@ class ShortConv(nnx.Module):
     @jax.named_scope("short_conv")
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B F P C"],
         layout: FrameLayout,
-        before: jax.Array | None = None,
+        before: Float[Array, "B X P C"] | None = None,
         *,
         isolated: bool = False,
-    ) -> jax.Array:
-        """x (B, F, P, C) -> the same; `before` (B, K-1, P, C) are a stream's frames before x."""
+    ) -> Float[Array, "B F P C"]:
+        """Convolves x over frames; `before` are the frames before x in a stream."""
         taps = self.taps[...].astype(x.dtype).astype(jnp.float32)
         reach = taps.shape[0] - 1
         if before is None:
@@ -110,7 +114,7 @@ class ShortConv(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """x (B, F, P, C) -> the same; see the module's head."""
+    """Self-attention of all video tokens; see the module's head."""
 
     def __init__(self, config: DiTConfig, *, softmax: bool, rngs: nnx.Rngs):
         width, heads = config.hidden_size, config.num_heads
@@ -138,9 +142,12 @@ class SelfAttention(nnx.Module):
                 setattr(self, f"{name}_conv_camera", ShortConv(width, config.conv_kernel_size))
 
     def __call__(
-        self, x: jax.Array, ctx: Context, carry: RecurrentCarry | SoftmaxCarry | None = None
-    ) -> tuple[jax.Array, RecurrentCarry | SoftmaxCarry | None]:
-        """x (B, F, P, C) -> the same, and in a stream the carry after this chunk."""
+        self,
+        x: Float[Array, "B F P C"],
+        ctx: Context,
+        carry: RecurrentCarry | SoftmaxCarry | None = None,
+    ) -> tuple[Float[Array, "B F P C"], RecurrentCarry | SoftmaxCarry | None]:
+        """Returns the mixed tokens, and in a stream the carry after this chunk."""
         mask = _mask(ctx, x.dtype)  # B F 1 1 or None
         gates = None if self.softmax else self._gates(x, ctx)
         seen = x if mask is None else x * mask
@@ -238,10 +245,10 @@ class SelfAttention(nnx.Module):
 def _decay_init(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
     """Mamba-2's initial rates: A uniform in (0, 16), step log-uniform in (0.001, 0.1)."""
 
-    def rate_log(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    def rate_log(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
         return jnp.log(jax.random.uniform(key, shape, dtype, minval=1e-3, maxval=16.0))
 
-    def step(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    def step(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
         low, high = math.log(1e-3), math.log(1e-1)
         step = jnp.exp(jax.random.uniform(key, shape, dtype, minval=low, maxval=high))
         return step + jnp.log(-jnp.expm1(-step))
@@ -249,7 +256,7 @@ def _decay_init(heads: int, rngs: nnx.Rngs) -> tuple[nnx.Param, nnx.Param]:
     return nnx.Param(draw(rate_log, rngs, (heads,))), nnx.Param(draw(step, rngs, (heads,)))
 
 
-def _mask(ctx: Context, dtype: jnp.dtype) -> jax.Array | None:
+def _mask(ctx: Context, dtype: DTypeLike) -> jax.Array | None:
     return None if ctx.frame_mask is None else ctx.frame_mask.astype(dtype)[..., None, None]
 
 

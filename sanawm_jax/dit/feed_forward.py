@@ -1,6 +1,7 @@
 """Feed-forward of a DiT block: a gated depthwise convolution over space, then one over frames.
 
-Axis letters: B batch, F latent frames, P = H W tokens a frame, C width.
+Axis letters: B batch, F latent frames, P = H W tokens per frame, C width, X frames that the
+convolution over frames needs from the chunk before.
 Reference: diffusers `GLUMBConvTemp`, `SanaWMMlp`.
 """
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Float
 
 from kernels_pallas.conv_glu import conv_glu, depthwise_conv
 from sanawm_jax.core.frames import FrameLayout, last_frames, neighbours
@@ -38,15 +40,16 @@ class GatedConvFeedForward(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B F P C"],
         grid: tuple[int, int],
         layout: FrameLayout,
-        before: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x (B, F, P, C) on a token grid (H, W) -> the same shape, and what the next chunk needs.
+        before: Float[Array, "B X P C"] | None = None,
+    ) -> tuple[Float[Array, "B F P C"], Float[Array, "B X P C"]]:
+        """Returns the new tokens, and what the next chunk needs.
 
         Args:
-          before: of a stream, (B, K//2, P, C) frames that the convolution over frames saw last.
+          grid: rows and columns H, W of the tokens.
+          before: of a stream, the frames that the convolution over frames saw last.
         """
         # the bias is the convolution's to add: apart, it is a pass over the widest array there is
         y = rearrange(self.up.product(x), "B F (H W) C -> B F H W C", H=grid[0])
@@ -74,8 +77,8 @@ class GatedConvFeedForward(nnx.Module):
 def _over_frames(
     x: jax.Array, kernel: jax.Array, layout: FrameLayout, before: jax.Array | None
 ) -> jax.Array:
-    """Convolution over axis 1 as one matrix product: x (B, F, P, C), kernel (K, C, C)."""
-    # a product a tap would write K float32 arrays, to be read and added
+    """Convolution over axis 1 as one matrix product: x (B, F, P, C), kernel (2X + 1, C, C)."""
+    # one product per tap would write as many float32 arrays, to be read and added
     seen = jnp.concatenate(neighbours(x, len(kernel) // 2, layout, before=before), -1)
     return seen @ kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
 
@@ -87,6 +90,5 @@ class Mlp(nnx.Module):
         self.fc1 = Linear(in_features, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, out_features, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x (..., in_features) -> (..., out_features)."""
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))

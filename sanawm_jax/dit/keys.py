@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+from jaxtyping import Float32
 
 from sanawm_jax.checkpoints.keymap import (
     CONV2D,
@@ -116,7 +117,7 @@ def is_ignored(key: str) -> bool:
     return key.endswith(".attn.recall_gate")
 
 
-def extra_tensors(config: DiTConfig) -> dict[str, np.ndarray]:
+def extra_tensors(config: DiTConfig) -> dict[str, Float32[np.ndarray, "1"]]:
     """Buffers that the published layout holds besides the parameters."""
     zero = np.zeros((1,), np.float32)
     return {f"blocks.{i}.attn.recall_gate": zero for i in range(config.num_layers)}

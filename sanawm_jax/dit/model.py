@@ -3,8 +3,9 @@
     latents -> patch embedding -> blocks [self-attention + camera, Plücker, text, feed-forward]
             -> final layer -> velocity
 
-Axis letters: B batch, F latent frames, H W latent rows and columns, P tokens a frame, L text
-tokens, C width.
+Axis letters: B batch, F latent frames, H W latent rows and columns, P tokens per frame, T = F P
+video tokens, L text tokens, C width, c latent channels, N heads, D head size, A rotated pairs of a
+head, M modulation vectors, p q latent rows and columns per token.
 Reference: diffusers `SanaWMTransformer3DModel`, `SanaVideoMSCamCtrlBlock`.
 """
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from sanawm_jax.core.frames import FrameLayout, check_carry, layout_of, text_attention
 from sanawm_jax.core.layers import (
@@ -48,14 +50,14 @@ def _padded(a: jax.Array, layout: FrameLayout, mode: str = "constant") -> jax.Ar
 
 
 class PatchEmbed(nnx.Module):
-    """Non-overlapping patches of one frame to tokens: (B, F, H, W, c) -> (B, F, P, C)."""
+    """Non-overlapping patches of one frame to tokens."""
 
     def __init__(self, config: DiTConfig, channels: int, *, zero: bool = False, rngs: nnx.Rngs):
         self.patch = config.patch_size
         init = zeros_init if zero else kernel_init
         self.conv = Conv(channels, config.hidden_size, self.patch, kernel_init=init, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B F H W c"]) -> Float[Array, "B F P C"]:
         # torch pads an odd kernel by half of it, an even one not at all
         pad = [(k // 2, k // 2) if self.patch[-1] % 2 else (0, 0) for k in self.patch]
         y = self.conv(x, strides=self.patch, padding=pad)
@@ -76,9 +78,13 @@ class CrossAttention(nnx.Module):
             self.k_norm = RMSNorm(width, eps=1e-6)
 
     def __call__(
-        self, x: jax.Array, text: jax.Array, text_mask: jax.Array, layout: FrameLayout
-    ) -> jax.Array:
-        """x (B, F, P, C), text (B, L, C), text_mask (B, L) bool -> x's shape."""
+        self,
+        x: Float[Array, "B F P C"],
+        text: Float[Array, "B L C"],
+        text_mask: Bool[Array, "B L"],
+        layout: FrameLayout,
+    ) -> Float[Array, "B F P C"]:
+        """Lets the video tokens x attend to the text; false in `text_mask` hides a text token."""
         q = self.q(x)
         k, v = jnp.split(self.kv(text), 2, -1)
         if hasattr(self, "q_norm"):
@@ -105,9 +111,9 @@ class Block(nnx.Module):
             self.plucker = Linear(width, width, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, ctx: Context, carry: LayerCarry | None = None
-    ) -> tuple[jax.Array, LayerCarry | None]:
-        """x (B, F, P, C) -> the same, and in a stream the carry after this chunk."""
+        self, x: Float[Array, "B F P C"], ctx: Context, carry: LayerCarry | None = None
+    ) -> tuple[Float[Array, "B F P C"], LayerCarry | None]:
+        """Returns the new x, and in a stream the carry after this chunk."""
 
         def masked(a: jax.Array) -> jax.Array:
             if ctx.frame_mask is None:
@@ -196,31 +202,31 @@ class DiT(nnx.Module):
 
     def __call__(
         self,
-        latents: jax.Array,
-        timesteps: jax.Array,
-        text: jax.Array,
-        text_mask: jax.Array,
-        camera: jax.Array | None = None,
-        plucker: jax.Array | None = None,
-        frame_mask: jax.Array | None = None,
+        latents: Float[Array, "B F H W c"],
+        timesteps: Num[Array, "B F"],
+        text: Float[Array, "B L C"],
+        text_mask: Shaped[Array, "B L"],
+        camera: Float[Array, "B F 20"] | None = None,
+        plucker: Float[Array, "B F H W _"] | None = None,
+        frame_mask: Shaped[Array, "B F"] | None = None,
         *,
         chunk_starts: tuple[int, ...] | None = None,
         cached_chunks: int | None = None,
         sink: bool = True,
         remat: str = "none",
         unroll: bool = False,
-    ) -> jax.Array:
+    ) -> Float[Array, "B F H W c"]:
         """Predicts the velocity of every latent of a whole clip; `stream` takes a chunk at a time.
 
         Args:
-          latents: (B, F, H, W, c); its dtype is the compute dtype.
-          timesteps: (B, F) in 0..1000; the network sees whole numbers, fractions are cut off.
-          text: (B, L, caption_channels).
-          text_mask: (B, L), non-zero for a token.
-          camera: (B, F, 20) poses relative to the first frame and intrinsics in latent pixels;
+          latents: their dtype is the compute dtype.
+          timesteps: in 0..1000; the network sees whole numbers, fractions are cut off.
+          text: `config.caption_channels` channels.
+          text_mask: non-zero for a token.
+          camera: poses relative to the first frame and intrinsics in latent pixels;
             None switches the camera branch off.
-          plucker: (B, F, H, W, 48) Plücker rays of the pixel frames of each latent frame.
-          frame_mask: (B, F), 0 for padded frames.
+          plucker: Plücker rays, 6 channels for each pixel frame of a latent frame.
+          frame_mask: 0 for padded frames.
           chunk_starts: first frame of every chunk of the chunk-causal model, see
             `core.frames.chunk_starts`; None is the bidirectional model.
           cached_chunks, sink: which earlier chunks the softmax layers see, by default all; see
@@ -228,7 +234,7 @@ class DiT(nnx.Module):
           remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
-          (B, F, H, W, c) in the compute dtype.
+          The velocity in the compute dtype.
 
         Raises:
           InputError: chunk starts that do not ascend from 0, heads that the mesh cannot split.
@@ -248,17 +254,17 @@ class DiT(nnx.Module):
 
     def stream(
         self,
-        latents: jax.Array,
-        timesteps: jax.Array,
-        text: jax.Array,
-        text_mask: jax.Array,
-        camera: jax.Array | None = None,
-        plucker: jax.Array | None = None,
+        latents: Float[Array, "B F H W c"],
+        timesteps: Num[Array, "B F"],
+        text: Float[Array, "B L C"],
+        text_mask: Shaped[Array, "B L"],
+        camera: Float[Array, "B F 20"] | None = None,
+        plucker: Float[Array, "B F H W _"] | None = None,
         *,
         window: Window,
         state: DiTState | None = None,
         remat: str = "none",
-    ) -> tuple[jax.Array, DiTState]:
+    ) -> tuple[Float[Array, "B F H W c"], DiTState]:
         """Predicts the velocity of one chunk of a stream, which sees all that the state holds.
 
         The chunk-causal whole clip gives the same numbers where the window holds all chunks. A
@@ -273,7 +279,7 @@ class DiT(nnx.Module):
           remat: see `core.stack.scan_runs`.
 
         Returns:
-          (B, F, H, W, c) in the compute dtype, and the state after this chunk.
+          The velocity in the compute dtype, and the state after this chunk.
 
         Raises:
           InputError: a chunk of another length than the window's, a state of another window, or
@@ -344,7 +350,7 @@ class DiT(nnx.Module):
 
         features = timestep_features(jnp.trunc(timesteps.astype(jnp.float32))).astype(dtype)
         time = self.time_out(jax.nn.silu(self.time_in(features)))  # B F C
-        modulation = rearrange(self.modulation(jax.nn.silu(time)), "B F (m C) -> B F m C", m=6)
+        modulation = rearrange(self.modulation(jax.nn.silu(time)), "B F (M C) -> B F M C", M=6)
         text = self.text_embed(text.astype(dtype))
         if hasattr(self, "text_norm"):
             text = self.text_norm(text)
@@ -396,13 +402,13 @@ class DiT(nnx.Module):
     def _angles(
         self, grid: tuple[int, int, int], first_frame: int | jax.Array, *, halved: bool
     ) -> jax.Array | None:
-        """(F, P, pairs) of a whole head, or of the half that the camera branch rotates."""
+        """(F, P, A) of a whole head, or of the half that the camera branch rotates."""
         if not self.config.use_pe:
             return None
         head = self.config.linear_head_dim
         pairs = pair_split(head // 2) if halved else None
         angles = rope_angles(head, grid, pairs=pairs, first_frame=first_frame)
-        return rearrange(angles, "F H W D -> F (H W) D")
+        return rearrange(angles, "F H W A -> F (H W) A")
 
     def _rays(
         self, camera: jax.Array, grid: tuple[int, int, int], first_frame: int | jax.Array

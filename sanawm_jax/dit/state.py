@@ -5,8 +5,9 @@ saw. A softmax layer carries the keys and values of some earlier chunks. Both ca
 of the feed-forward's convolution. The size does not grow with the stream's age, and a state is a
 value: it can be kept, saved to disk, and continued more than once.
 
-Axis letters: B batch, F latent frames, S frames that a cache holds, P tokens per frame, C width,
-N heads, D head size.
+Axis letters: B batch, F latent frames, E latent frames that a cache has room for, P tokens per
+frame, C width, N heads, D head size, V value size of the recurrence, X frames that a convolution
+needs from the chunk before. In a `DiTState`, arrays have the axes of the stacked layers in front.
 Reference: upstream's `forward_long` and its `kv_cache` of ten slots per block.
 """
 
@@ -17,6 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int
 
 from sanawm_jax.core.frames import KeyValueCache
 from sanawm_jax.runtime.errors import InputError
@@ -62,32 +64,36 @@ class Window:
 
     @property
     def slots(self) -> int:
-        """S, the frames that a cache holds."""
+        """E, the frames that a cache has room for."""
         return self.first + (self.cached - 1) * self.size
 
-    def frames(self, chunks: jax.Array) -> jax.Array:
-        """() int32, latent frames of the first `chunks` chunks, () int32."""
+    def frames(self, chunks: Int[Array, ""]) -> Int[Array, ""]:
+        """Latent frames of the first `chunks` chunks."""
         return jnp.where(chunks > 0, self.first + (chunks - 1) * self.size, 0)
 
-    def valid(self, chunks: jax.Array) -> jax.Array:
-        """() int32, valid frames of a cache that was written by `chunks` chunks, at least 1."""
+    def valid(self, chunks: Int[Array, ""]) -> Int[Array, ""]:
+        """Valid frames of a cache that was written by `chunks` chunks, at least 1."""
         held = jnp.minimum(chunks, self.cached)
         has_first = self.sink | (chunks <= self.cached)
         return held * self.size + jnp.where(has_first, self.first - self.size, 0)
 
-    def dropped(self, chunks: jax.Array) -> jax.Array:
-        """() int32, the oldest frames that make room for the chunk after `chunks` others."""
+    def dropped(self, chunks: Int[Array, ""]) -> Int[Array, ""]:
+        """The oldest frames that make room for the chunk after `chunks` others."""
         oldest = self.size if self.sink else jnp.where(chunks == self.cached, self.first, self.size)
         return jnp.where(chunks >= self.cached, oldest, 0)
 
     def write(
-        self, cache: KeyValueCache | None, k: jax.Array, v: jax.Array, chunks: jax.Array
+        self,
+        cache: KeyValueCache | None,
+        k: Float[Array, "B F P N D"],
+        v: Float[Array, "B F P N D"],
+        chunks: Int[Array, ""],
     ) -> KeyValueCache:
         """A cache with the keys and values of one more chunk.
 
         Args:
-          cache: of `chunks` chunks, () int32; None before the first.
-          k, v: (B, F, P, N, D) of the chunk.
+          cache: of `chunks` chunks; None before the first.
+          k, v: those of the chunk.
         """
 
         def first(new: jax.Array) -> jax.Array:
@@ -112,12 +118,12 @@ class Window:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecurrentCarry:
-    """What the self-attention of a Gated DeltaNet layer carries; V is a value's size."""
+    """What the self-attention of a Gated DeltaNet layer carries."""
 
-    main: jax.Array  # B N V D float32
-    normaliser: jax.Array  # B N 1 D float32
-    camera: jax.Array | None  # B N V D float32; None where the stream has no camera
-    inputs: dict[str, jax.Array]  # by convolution, B K-1 P C: the last frames that it saw
+    main: Float32[Array, "*rest B N V D"]
+    normaliser: Float32[Array, "*rest B N 1 D"]
+    camera: Float32[Array, "*rest B N V D"] | None  # None where the stream has no camera
+    inputs: dict[str, Float[Array, "*rest B X P C"]]  # by convolution, the last frames that it saw
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +141,7 @@ class LayerCarry:
     """What one layer carries."""
 
     attention: RecurrentCarry | SoftmaxCarry
-    ffn: jax.Array | None  # B K//2 P C, the last frames that its convolution over frames saw
+    ffn: Float[Array, "*rest B X P C"] | None  # last frames that its convolution over frames saw
 
 
 @jax.tree_util.register_dataclass
@@ -145,15 +151,15 @@ class DiTState:
 
     Attributes:
       layers: by segment and run of the network, `LayerCarry`s stacked like the run's parameters.
-      chunks: () int32, chunks so far.
+      chunks: chunks so far.
       window: of the stream.
     """
 
     layers: tuple[tuple[LayerCarry, ...], ...]
-    chunks: jax.Array
+    chunks: Int[Array, ""]
     window: Window = dataclasses.field(metadata={"static": True})
 
     @property
-    def frame(self) -> jax.Array:
-        """() int32, absolute number of the next latent frame."""
+    def frame(self) -> Int[Array, ""]:
+        """Absolute number of the next latent frame."""
         return self.window.frames(self.chunks)

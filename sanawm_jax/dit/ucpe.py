@@ -1,4 +1,4 @@
-"""UCPE camera geometry: a 4x4 ray-from-world transform a token.
+"""UCPE camera geometry: a 4x4 ray-from-world transform for each token.
 
 `kernels_pallas.ucpe` applies them to half of every head.
 Axis letters: B batch, F latent frames, H W token rows and columns, P = H W, D head size.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Array, Float, Float32
 
 # geometry must not fall to TF32 or bfloat16 matrix units
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -22,9 +23,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class RayTransforms(NamedTuple):
     """What the camera branch needs, shared by all blocks."""
 
-    ray_from_world: jax.Array  # B F P 4 4
-    world_from_ray: jax.Array  # B F P 4 4
-    angles: jax.Array | None  # F P D/4, rotation of the other half of a head
+    ray_from_world: Float32[Array, "B F P 4 4"]
+    world_from_ray: Float32[Array, "B F P 4 4"]
+    angles: Float32[Array, "F P D//4"] | None  # rotation of the other half of a head
 
 
 def _normalise(x: jax.Array, eps: float) -> jax.Array:
@@ -47,19 +48,16 @@ def _camera_rays(
 
 
 def ray_matrices(
-    camera: jax.Array, grid: tuple[int, int], patch: tuple[int, int] = (1, 1)
-) -> jax.Array:
-    """Ray-from-world transforms of every token.
+    camera: Float[Array, "B F 20"], grid: tuple[int, int], patch: tuple[int, int] = (1, 1)
+) -> Float32[Array, "B F H W 4 4"]:
+    """Computes the ray-from-world transform of every token, float32.
 
     The local frame of a token has z along its ray and x across the ray and the camera's down axis.
 
     Args:
-      camera: (B, F, 20), flattened camera-to-world pose and fx, fy, cx, cy in latent pixels.
+      camera: flattened camera-to-world pose, then fx, fy, cx, cy in latent pixels.
       grid: token rows and columns.
-      patch: latent pixels a token, rows and columns.
-
-    Returns:
-      (B, F, H, W, 4, 4) float32.
+      patch: latent pixels per token, rows and columns.
     """
     camera = camera.astype(jnp.float32)
     pose = rearrange(camera[..., :16], "B F (i j) -> B F i j", i=4)
@@ -79,8 +77,8 @@ def ray_matrices(
     return jnp.where(undefined, jnp.eye(4), matrices)
 
 
-def inverse_rigid(matrices: jax.Array) -> jax.Array:
-    """Inverse of (..., 4, 4) rotations with translation."""
+def inverse_rigid(matrices: Float[Array, "*rest 4 4"]) -> Float[Array, "*rest 4 4"]:
+    """Inverts rotations with translation."""
     rotation = jnp.swapaxes(matrices[..., :3, :3], -1, -2)
     shift = -jnp.einsum("...ij,...j->...i", rotation, matrices[..., :3, 3], precision=_HIGHEST)
     top = jnp.concatenate([rotation, shift[..., None]], -1)
@@ -88,7 +86,9 @@ def inverse_rigid(matrices: jax.Array) -> jax.Array:
     return jnp.concatenate([top, bottom], -2)
 
 
-def up_latitude_map(camera: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def up_latitude_map(
+    camera: Float[Array, "B F 20"], grid: tuple[int, int]
+) -> Float32[Array, "B F H W 3"]:
     """Where up points in the picture and how far a ray looks above the horizon.
 
     Args:
@@ -96,7 +96,7 @@ def up_latitude_map(camera: jax.Array, grid: tuple[int, int]) -> jax.Array:
       grid: latent rows and columns.
 
     Returns:
-      (B, F, H, W, 3): unit up direction in pixels, then latitude in radians.
+      The unit direction that points up, in pixels, then latitude in radians.
     """
     camera = camera.astype(jnp.float32)
     rotation = rearrange(camera[..., :16], "B F (i j) -> B F i j", i=4)[..., :3, :3]

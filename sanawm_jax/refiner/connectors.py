@@ -3,7 +3,7 @@
 All hidden states of a token are normalised, concatenated and projected to one vector. A small
 transformer then mixes the tokens. Learned registers replace the padding tokens.
 
-Axis letters: B batch, L text tokens, Y hidden states (layers + 1), C width, N heads, D head size.
+Axis letters: B batch, L text tokens, Z hidden states (layers + 1), C width, N heads, D head size.
 Reference: diffusers `LTX2TextConnectors`, `SanaWMLTX2Refiner._encode_prompt`.
 """
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from sanawm_jax.core.attention import attention
 from sanawm_jax.core.layers import Linear
@@ -32,18 +33,17 @@ _EPS = 1e-6
 _SCALE = 8.0  # factor of hidden states after the division by their range
 
 
-def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
+def normalise_states(
+    states: Float[Array, "B L C Z"], mask: Num[Array, "B L"]
+) -> Float32[Array, "B L C Z"]:
     """Subtracts the mean of every hidden state and divides by its range; padding becomes 0.
 
     Mean, minimum and maximum are over the tokens and channels of one hidden state, without padding.
     Reference: `per_layer_masked_mean_norm`, `_pack_text_embeds`.
 
     Args:
-      states: (B, L, C, Y).
-      mask: (B, L), non-zero for a token; every text has at least one token.
-
-    Returns:
-      (B, L, C, Y) float32.
+      states: hidden states of the text encoder.
+      mask: non-zero for a token; every text has at least one token.
     """
     x = states.astype(jnp.float32)
     is_token = (mask != 0)[:, :, None, None]
@@ -55,13 +55,15 @@ def normalise_states(states: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(is_token, y, 0.0)
 
 
-def pack_states(states: jax.Array, mask: jax.Array) -> jax.Array:
-    """Converts hidden states (Y, B, L, C) of the text encoder to the connectors' (B, L, C, Y).
+def pack_states(
+    states: Float[Array, "Z B L C"], mask: Num[Array, "B L"]
+) -> Float32[Array, "B L C Z"]:
+    """Normalises the hidden states of the text encoder and moves their axis to the end.
 
     The result is float32, because the connectors normalise once more, and two roundings would add
     up.
     """
-    return normalise_states(rearrange(states, "Y B L C -> B L C Y"), mask)
+    return normalise_states(rearrange(states, "Z B L C -> B L C Z"), mask)
 
 
 class ConnectorBlock(nnx.Module):
@@ -81,8 +83,10 @@ class ConnectorBlock(nnx.Module):
         )
         self.ffn = FeedForward(width, "gelu-approximate", rngs=rngs)
 
-    def __call__(self, x: jax.Array, rotation: Rotation, key_mask: jax.Array | None) -> jax.Array:
-        """Maps x (B, L, C) to the same shape."""
+    def __call__(
+        self, x: Float[Array, "B L C"], rotation: Rotation, key_mask: Bool[Array, "B L"] | None
+    ) -> Float[Array, "B L C"]:
+        """Mixes the tokens of a text; `key_mask` is false for a hidden token."""
         h = self.attn_norm(x)
         q, (k, v) = self.attn.query(h), self.attn.key_value(h)
         q, k = rotate(q, rotation, self.rope_type), rotate(k, rotation, self.rope_type)
@@ -114,17 +118,17 @@ class TextConnectors(nnx.Module):
         self.norm = Norm(config.width, eps=_EPS, has_scale=False)
 
     def __call__(
-        self, states: jax.Array, mask: jax.Array, *, dtype: Any = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self, states: Float[Array, "B L _ Z"], mask: Num[Array, "B L"], *, dtype: Any = None
+    ) -> tuple[Float[Array, "B L C"], Int[Array, "B L"]]:
         """Computes text embeddings and their mask.
 
         Args:
-          states: (B, L, caption_channels, Y) from `pack_states`.
-          mask: (B, L), non-zero for a token; padding is on the left.
+          states: from `pack_states`, with `caption_channels` channels.
+          mask: non-zero for a token; padding is on the left.
           dtype: compute dtype; by default that of the states.
 
         Returns:
-          (B, L, C) and a mask (B, L) int32 that is 1 everywhere: registers replace the padding, and
+          The text, and a mask int32 that is 1 everywhere: registers replace the padding, and
           without registers the reference does not hide the padding either.
 
         Raises:
@@ -144,15 +148,15 @@ class TextConnectors(nnx.Module):
         return self.norm(x), jnp.ones(mask.shape, jnp.int32)
 
     def _features(self, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns (B, L, C Y) float32, normalised a second time, as in the reference."""
+        """Returns (B, L, C Z) float32, normalised a second time, as in the reference."""
         config = self.config
         if not config.per_modality_projections:
-            return rearrange(normalise_states(states, mask), "B L C Y -> B L (C Y)")
+            return rearrange(normalise_states(states, mask), "B L C Z -> B L (C Z)")
         x = states.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.mean(x * x, 2, keepdims=True) + _EPS)
         x = x * (config.video_hidden_dim / config.caption_channels) ** 0.5
         x = jnp.where((mask != 0)[:, :, None, None], x, 0.0)
-        return rearrange(x, "B L C Y -> B L (C Y)")
+        return rearrange(x, "B L C Z -> B L (C Z)")
 
     def _fill_with_registers(self, x: jax.Array, is_token: jax.Array) -> jax.Array:
         """Moves the tokens of x (B, L, C) to the front and fills the rest with registers."""
@@ -174,7 +178,7 @@ def encode_texts(
     load_tower: Callable[[], Tower],
     load_connectors: Callable[[], tuple[nnx.GraphDef, Params]],
     dtype: Any,
-) -> jax.Array:
+) -> Float[Array, "B L C"]:
     """Prompts as the refiner's transformer reads them: Gemma-3's hidden states, connected.
 
     Args:
@@ -184,7 +188,7 @@ def encode_texts(
       dtype: compute dtype of the connectors.
 
     Returns:
-      (B, L, C). All tokens count: registers stand where padding was.
+      The text. All tokens count: registers stand where padding was.
     """
     ids, mask = tokenizer([text.strip() for text in texts], length, padding_side="left")
     states = load_tower()(ids, mask).block_until_ready()
@@ -194,7 +198,11 @@ def encode_texts(
 
 @jax.jit(static_argnames=("graphdef", "dtype"))
 def connect_text(
-    graphdef: nnx.GraphDef, params: Params, states: jax.Array, mask: jax.Array, dtype: Any
-) -> jax.Array:
-    """All hidden states (Y, B, L, C) of the text tower to the transformer's text (B, L, C')."""
+    graphdef: nnx.GraphDef,
+    params: Params,
+    states: Float[Array, "Z B L C"],
+    mask: Num[Array, "B L"],
+    dtype: Any,
+) -> Float[Array, "B L C_out"]:
+    """Computes the transformer's text from all hidden states of the text tower."""
     return apply(graphdef, params, pack_states(states, mask), mask, dtype=dtype)[0]

@@ -12,7 +12,8 @@ last pass no longer needs the oldest frames, the block takes their slots. Separa
 this way, the blocks of two layers are never in memory together. A scan would copy the buffers of
 stacked layers as a whole; their blocks are written later, by `append_block`.
 
-Axis letters: Y layers, B batch, F latent frames, P tokens a frame, N heads, D head size.
+Axis letters: Y layers, B batch, F latent frames, E latent frames that the buffer has room for, P
+tokens per frame, N heads, D head size.
 Reference: diffusers `SanaWMRefinerKVCache`, which concatenates and truncates instead.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
 from sanawm_jax.core.stack import Layers
 
@@ -54,8 +56,8 @@ class KVWindow:
     """The state that the refinement of the next block needs from earlier blocks."""
 
     sink: Layers  # Y B F P N D, keys before rotation, because the sink moves with the window
-    keys: KeyValue  # Y B F P N D, rotated: the sink, then the slots of the history
-    refined: jax.Array  # () int32, the number of frames refined so far
+    keys: KeyValue  # Y B E P N D, rotated: the sink, then the slots of the history
+    refined: jax.Array  # () int32; the number of frames refined so far
 
     @property
     def is_separate(self) -> bool:
@@ -72,22 +74,22 @@ class KVWindow:
         return _frames(self.keys) - self.sink_frames
 
     @property
-    def history_frames(self) -> jax.Array:
-        """() int32, the number of valid history frames."""
+    def history_frames(self) -> Int[Array, ""]:
+        """The number of valid history frames."""
         return jnp.minimum(self.refined, self.history_slots)
 
     @property
-    def block_start(self) -> jax.Array:
-        """() int32, the absolute position of the first frame of the next block."""
+    def block_start(self) -> Int[Array, ""]:
+        """The absolute position of the first frame of the next block."""
         return self.sink_frames + self.refined
 
     @property
-    def sink_start(self) -> jax.Array:
-        """() int32, the position at which the sink is just before the oldest history frame."""
+    def sink_start(self) -> Int[Array, ""]:
+        """The position at which the sink is just before the oldest history frame."""
         return self.refined - self.history_frames
 
-    def slots(self, frames: int) -> jax.Array:
-        """(F,) int32, the slots of the buffer that a block of this many frames takes."""
+    def slots(self, frames: int) -> Int[Array, "F"]:
+        """The slots of the buffer that a block of this many frames takes."""
         return self.sink_frames + (self.refined + jnp.arange(frames)) % self.history_slots
 
 
@@ -109,13 +111,13 @@ def open_window(sink: KeyValue, turn: Callable[[Any], Any], *, history_slots: in
     return KVWindow(sink.k, keys, jnp.int32(0))
 
 
-def with_block(keys: KeyValue, block: KeyValue, slots: jax.Array) -> KeyValue:
+def with_block(keys: KeyValue, block: KeyValue, slots: Int[Array, "F"]) -> KeyValue:
     """Writes the keys and values of a block into slots, for one layer or for stacked layers.
 
     Args:
-      keys: (..., F, P, N, D), see `KVWindow.keys`.
+      keys: (..., E, P, N, D), see `KVWindow.keys`.
       block: (..., F, P, N, D), rotated.
-      slots: (F,), the slots of the block from `KVWindow.slots`.
+      slots: the slots of the block from `KVWindow.slots`.
     """
 
     def write(a: jax.Array, new: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Layers that the refiner and its connectors share.
 
-Axis letters: B batch, T queries, S keys, C width, N heads, D head size.
+Axis letters: B batch, T tokens with queries, S keys, C width, N heads, D head size.
 Reference: diffusers `LTX2Attention`, `FeedForward`, `RMSNorm`.
 """
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Float
 
 from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Linear, RMSNorm
@@ -30,8 +31,11 @@ class Norm(nnx.Module):
             self.scale = nnx.Param(jnp.ones((features,)))
 
     def __call__(
-        self, x: jax.Array, scale: jax.Array | float = 0.0, shift: jax.Array | float = 0.0
-    ) -> jax.Array:
+        self,
+        x: Float[Array, "*rest C"],
+        scale: Float[Array, "*#rest C"] | float = 0.0,
+        shift: Float[Array, "*#rest C"] | float = 0.0,
+    ) -> Float[Array, "*rest C"]:
         y = x.astype(jnp.float32) * inverse_rms(x, self.eps)
         if hasattr(self, "scale"):
             y = y * self.scale[...].astype(jnp.float32)
@@ -67,19 +71,23 @@ class AttentionProjections(nnx.Module):
         if is_gated:
             self.gate = Linear(width, heads, rngs=rngs)
 
-    def query(self, x: jax.Array) -> jax.Array:
-        """Maps x (B, T, C) to q (B, T, N, D)."""
+    def query(self, x: Float[Array, "B T C"]) -> Float[Array, "B T N D"]:
+        """Projects tokens to their queries."""
         return self._by_head(self.q_norm(self.q(x)))
 
-    def key_value(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps context (B, S, C') to k and v (B, S, N, D)."""
+    def key_value(
+        self, context: Float[Array, "B S C"]
+    ) -> tuple[Float[Array, "B S N D"], Float[Array, "B S N D"]]:
+        """Projects the tokens that are attended to, to keys and values."""
         return self._by_head(self.k_norm(self.k(context))), self._by_head(self.v(context))
 
     def _by_head(self, x: jax.Array) -> jax.Array:
         return rearrange(x, "B T (N D) -> B T N D", N=self.heads)
 
-    def project_out(self, mixed: jax.Array, x: jax.Array) -> jax.Array:
-        """Gates each head of mixed (B, T, N, D) by the layer's input x (B, T, C), and projects."""
+    def project_out(
+        self, mixed: Float[Array, "B T N D"], x: Float[Array, "B T C"]
+    ) -> Float[Array, "B T C"]:
+        """Gates each head of the mixed values by the layer's input x, and projects."""
         if hasattr(self, "gate"):
             # the factor 2 makes a gate of zeros an identity
             gate = 2.0 * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))
@@ -97,7 +105,7 @@ class FeedForward(nnx.Module):
         self.up = Linear(width, doubled * inner, use_bias=use_bias, rngs=rngs)
         self.down = Linear(inner, width, use_bias=use_bias, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C"]:
         h = self.up(x)
         if self.kind in ("geglu", "swiglu"):
             h, gate = jnp.split(h, 2, -1)

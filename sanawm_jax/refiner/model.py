@@ -6,7 +6,8 @@ The same forward pass is used for a block with a KV cache, for a whole clip whos
 only themselves, for attention over all tokens, and for training.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, P = H W tokens per frame,
-T = F P tokens, L text tokens, C width, N heads, D head size, M modulation vectors.
+T = F P tokens, L text tokens, C width, N heads, D head size, M modulation vectors, c latent
+channels, E latent frames that the KV cache has room for, Y layers.
 Reference: diffusers `SanaWMLTX2RefinerTransformer3DModel`; text modulation as in
 `LTX2VideoTransformer3DModel`.
 """
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Num, Shaped
 
 from sanawm_jax.core.attention import attention, attention_to_both
 from sanawm_jax.core.layers import Linear, modulated_norm, modulation_table
@@ -36,15 +38,15 @@ from sanawm_jax.refiner.rope import Rotation, VideoRope, rotate, rotations
 class _Context:
     """The inputs that all layers share."""
 
-    modulation: jax.Array  # B F|1 P|1 M C float32
-    text: jax.Array | None  # B L C; None if its keys and values are given
-    text_mask: jax.Array | None  # B L bool
-    text_modulation: jax.Array | None  # B 2 C float32
+    modulation: Float32[Array, "B #F #P M C"]
+    text: Float[Array, "B L C"] | None  # None if its keys and values are given
+    text_mask: Bool[Array, "B L"] | None
+    text_modulation: Float32[Array, "B 2 C"] | None
     rotation: Rotation
-    key_count: jax.Array | None  # B int32, the number of valid keys in the window
+    key_count: Int[Array, "B"] | None  # the number of valid keys in the window
     sink_frames: int
     capture: bool
-    slots: jax.Array | None  # F int32, slots that a layer writes; None: it returns the block alone
+    slots: Int[Array, "F"] | None  # slots that a layer writes; None: it returns the block alone
 
 
 class AdaLNSingle(nnx.Module):
@@ -56,8 +58,10 @@ class AdaLNSingle(nnx.Module):
         self.modulation = Linear(width, count * width, rngs=rngs)
         self.count = count
 
-    def __call__(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps timesteps (...) to modulation (..., M, C) and embedding (..., C), both float32.
+    def __call__(
+        self, timesteps: Num[Array, "*rest"]
+    ) -> tuple[Float32[Array, "*rest M C"], Float32[Array, "*rest C"]]:
+        """Maps timesteps to modulation and embedding.
 
         The reference rounds these few vectors to the compute dtype. That error would reach every
         token of every block, so they stay in float32 here.
@@ -74,7 +78,7 @@ class CaptionProjection(nnx.Module):
         self.linear_1 = Linear(features, width, rngs=rngs)
         self.linear_2 = Linear(width, width, rngs=rngs)
 
-    def __call__(self, text: jax.Array) -> jax.Array:
+    def __call__(self, text: Float[Array, "*rest C"]) -> Float[Array, "*rest C_out"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(text), approximate=True))
 
 
@@ -110,12 +114,12 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B F P C"],
         keys: KeyValue | None,
         text_keys: KeyValue | None,
         ctx: _Context,
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """Maps x (B, F, P, C) to x, and to keys and values as `Refiner.__call__` returns them.
+    ) -> tuple[Float[Array, "B F P C"], KeyValue | None]:
+        """Returns the new x, and keys and values as `Refiner.__call__` returns them.
 
         Args:
           keys: the window of this layer.
@@ -216,29 +220,30 @@ class Refiner(nnx.Module):
 
     def __call__(
         self,
-        latents: jax.Array,
-        timesteps: jax.Array,
-        text: jax.Array,
+        latents: Float[Array, "B F H W c"],
+        timesteps: Num[Array, "B #F #P"],
+        text: Float[Array, "B L C"],
         rope: VideoRope,
         *,
-        text_mask: jax.Array | None = None,
-        text_timesteps: jax.Array | None = None,
+        text_mask: Shaped[Array, "B L"] | None = None,
+        text_timesteps: Num[Array, "B"] | None = None,
         text_keys: KeyValue | None = None,
         window: KVWindow | None = None,
         sink_frames: int = 0,
         capture: bool = False,
         remat: str = "none",
-    ) -> tuple[jax.Array, KeyValue | None]:
+    ) -> tuple[Float[Array, "B F H W c"], KeyValue | None]:
         """Predicts the velocity of every latent. The function is pure and `jax.grad` works on it.
 
         Args:
-          latents: (B, F, H, W, c); its dtype is the compute dtype.
-          timesteps: (B, F or 1, P or 1), noise level times `timestep_scale_multiplier`.
-          text: (B, L, text_width) from the connectors.
+          latents: their dtype is the compute dtype.
+          timesteps: one per token, per frame or per clip, equal to the noise level times
+            `timestep_scale_multiplier`.
+          text: from the connectors, `config.text_width` channels.
           rope: tables for these frames and this grid, from `rope.video_rope`.
-          text_mask: (B, L), non-zero for a token. None hides nothing, which is right for the text
+          text_mask: non-zero for a token. None hides nothing, which is right for the text
             of the connectors.
-          text_timesteps: (B,), modulates the text if the configuration says so; by default the
+          text_timesteps: modulates the text if the configuration says so; by default the
             largest of `timesteps`.
           text_keys: the result of `read_text`; `text` is then not read.
           window: keys and values of other frames, which every frame sees. It has separate or
@@ -248,7 +253,7 @@ class Refiner(nnx.Module):
           remat: what the backward pass keeps of a block, see `core.stack.scan_runs`.
 
         Returns:
-          (B, F, H, W, c) in the compute dtype, and None. With `capture`, the second result is keys
+          The velocity in the compute dtype, and None. With `capture`, the second result is keys
           before rotation and values, (Y, B, F, P, N, D) each; or, with a window, the argument
           `written` of `kv_window.append_block`.
 
@@ -300,8 +305,8 @@ class Refiner(nnx.Module):
     def _caption(self, text: jax.Array) -> jax.Array:
         return self.caption(text) if hasattr(self, "caption") else text
 
-    def read_text(self, text: jax.Array) -> KeyValue | None:
-        """Computes keys and values (Y, B, L, N, D) of a text (B, L, text_width), in its dtype.
+    def read_text(self, text: Float[Array, "B L C"]) -> KeyValue | None:
+        """Computes keys and values (Y, B, L, N, D) of a text, in its dtype.
 
         The result is None if the timestep modulates the text, because the keys and values then
         differ in every pass.
@@ -314,8 +319,10 @@ class Refiner(nnx.Module):
 
         return over_layers(layer, self._caption(text), self.blocks.cross_attn)[1]
 
-    def turn(self, k: jax.Array, rope: VideoRope) -> jax.Array:
-        """Rotates keys (..., F, P, N, D) to the frames and the grid of these tables."""
+    def turn(
+        self, k: Float[Array, "*rest F P N D"], rope: VideoRope
+    ) -> Float[Array, "*rest F P N D"]:
+        """Rotates keys to the frames and the grid of these tables."""
         heads = (self.config.num_attention_heads, self.config.attention_head_dim)
         tokens = rearrange(k, "... F P N D -> ... (F P) N D")
         return rotate(tokens, rotations(rope, *heads), self.config.rope_type).reshape(k.shape)

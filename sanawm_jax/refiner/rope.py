@@ -6,8 +6,8 @@ angles are therefore computed on the host, with the same operations as in the re
 their cosines and sines go to the device. The axes are independent, so one table per axis is
 enough.
 
-Axis letters: F latent frames, H W rows and columns, K frequencies, T tokens, N heads, D head size,
-B batch.
+Axis letters: F latent frames, H W rows and columns, J frequencies of an axis, T tokens of the
+sequence (a video or a text), N heads, D head size, A = D/2 rotated pairs of a head, B batch.
 Reference: diffusers `LTX2AudioVideoRotaryPosEmbed`, `LTX2RotaryPosEmbed1d`.
 """
 
@@ -19,24 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.ucpe import rotate_pairs
 from sanawm_jax.refiner.config import INTERLEAVED, ConnectorsConfig, RefinerConfig
 
-Array = jax.Array | np.ndarray
-Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, (T, N, D/2) float32
+Rotation = tuple[Float32[Array, "T N A"], Float32[Array, "T N A"]]  # cosines and sines
 
 
 class VideoRope(NamedTuple):
     """Cosines and sines [..., 0] and [..., 1] of every frequency at every position of an axis."""
 
-    frames: Array  # F K 2
-    rows: Array  # H K 2
-    columns: Array  # W K 2
+    frames: Float32[Array | np.ndarray, "F J 2"]
+    rows: Float32[Array | np.ndarray, "H J 2"]
+    columns: Float32[Array | np.ndarray, "W J 2"]
 
 
-def frequencies(count: int, theta: float, *, double_precision: bool) -> np.ndarray:
-    """Returns frequencies (K,) float32: theta^0 to theta^1 in geometric steps, times pi / 2."""
+def frequencies(count: int, theta: float, *, double_precision: bool) -> Float32[np.ndarray, "J"]:
+    """Returns frequencies: theta^0 to theta^1 in geometric steps, times pi / 2."""
     if double_precision:
         powers = np.power(theta, np.linspace(0.0, 1.0, count))
         return (powers * np.pi / 2.0).astype(np.float32)
@@ -49,7 +49,7 @@ def frequencies(count: int, theta: float, *, double_precision: bool) -> np.ndarr
 
 
 def _turns(fraction: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """Returns cosines and sines (positions, K, 2) at fractions of the base range, float32."""
+    """Returns cosines and sines (positions, J, 2) at fractions of the base range, float32."""
     one, two = np.float32(1.0), np.float32(2.0)
     angle = (fraction.astype(np.float32)[:, None] * two - one) * frequency
     exact = angle.astype(np.float64)  # cosine and sine of the rounded angle are exact
@@ -86,7 +86,7 @@ def video_rope(
     return VideoRope(*tables)
 
 
-def frame_window(rope: VideoRope, first: int | jax.Array, count: int) -> VideoRope:
+def frame_window(rope: VideoRope, first: int | Int[Array, ""], count: int) -> VideoRope:
     """Returns the tables of frames first..first+count-1; `first` may be a traced value."""
     frames = lax.dynamic_slice_in_dim(jnp.asarray(rope.frames), first, count)
     return rope._replace(frames=frames)
@@ -101,7 +101,7 @@ def _per_head(turns: jax.Array, heads: int, head_dim: int) -> Rotation:
 
 
 def rotations(rope: VideoRope, heads: int, head_dim: int) -> Rotation:
-    """Returns cosines and sines (T, N, D/2) of the grid, T = F H W; frames vary slowest."""
+    """Returns cosines and sines of the grid, T = F H W; frames vary slowest."""
     frames, rows, columns = (jnp.asarray(table) for table in rope)
     grid = (len(frames), len(rows), len(columns))
     shape = (*grid, *frames.shape[1:])
@@ -113,12 +113,12 @@ def rotations(rope: VideoRope, heads: int, head_dim: int) -> Rotation:
             jnp.broadcast_to(columns[None, None], shape),
         ],
         -2,
-    )  # F H W K 3 2
+    )  # F H W J 3 2
     return _per_head(turns.reshape(grid[0] * grid[1] * grid[2], -1, 2), heads, head_dim)
 
 
 def text_rotations(config: ConnectorsConfig, length: int) -> Rotation:
-    """Returns cosines and sines (L, N, D/2) of text positions 0..length-1."""
+    """Returns cosines and sines of text positions 0..length-1, T = length."""
     frequency = frequencies(
         config.width // 2, config.rope_theta, double_precision=config.rope_double_precision
     )
@@ -130,7 +130,9 @@ def text_rotations(config: ConnectorsConfig, length: int) -> Rotation:
     )
 
 
-def rotate(x: jax.Array, rotation: Rotation, rope_type: str) -> jax.Array:
-    """Rotates the pairs of every head of x (B, T, N, D) in float32; the result has x's dtype."""
-    cos, sin = rotation  # T N D/2
+def rotate(
+    x: Float[Array, "*rest T N D"], rotation: Rotation, rope_type: str
+) -> Float[Array, "*rest T N D"]:
+    """Rotates the pairs of every head in float32; the result has x's dtype."""
+    cos, sin = rotation
     return rotate_pairs(x, cos, sin, interleaved=rope_type == INTERLEAVED)

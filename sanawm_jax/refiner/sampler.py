@@ -1,7 +1,7 @@
 """Refines stage-1 latents: three Euler steps, block by block with a window, or all at once.
 
 Axis letters: B batch, F latent frames, H W latent rows and columns, c latent channels, L text
-tokens, C text width.
+tokens, C text width, Y layers, N heads, D head size.
 Reference: diffusers `SanaWMLTX2Refiner.__call__`.
 """
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Key, Shaped
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.streaming import Runner, call
@@ -29,8 +30,8 @@ SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
 class RefinerText(NamedTuple):
     """The prompt as the transformer reads it."""
 
-    embeddings: jax.Array  # B L C
-    mask: jax.Array | None = None  # B L, None shows all
+    embeddings: Float[Array, "B L C"]
+    mask: Shaped[Array, "B L"] | None = None  # None shows all
     keys: KeyValue | None = None  # Y B L N D, `read_text`
 
 
@@ -61,8 +62,10 @@ def _text_keys(
     return apply(graphdef, params, embeddings.astype(dtype), method="read_text")
 
 
-def block_noise(key: jax.Array, first: int, frames: int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise (B, F, H, W, c) of frames first..first+F-1.
+def block_noise(
+    key: Key[Array, ""], first: int, frames: int, shape: tuple[int, ...]
+) -> Float32[Array, "B F H W c"]:
+    """Draws standard normal noise of the frames first..first+F-1.
 
     A frame's noise depends on its position alone, so any cut into blocks draws the same.
 
@@ -77,14 +80,14 @@ def block_noise(key: jax.Array, first: int, frames: int, shape: tuple[int, ...])
 def capture_sink(
     graphdef: nnx.GraphDef,
     params: Params,
-    sink: jax.Array,
+    sink: Float[Array, "B F H W c"],
     text: RefinerText,
     rope: VideoRope,
     *,
     history_slots: int,
     dtype: Any,
 ) -> KVWindow:
-    """An empty window whose sink holds raw stage-1 frames (B, F, H, W, c), read at noise level 0.
+    """Returns an empty window whose sink holds raw stage-1 frames, read at noise level 0.
 
     Args:
       rope: tables of the clip from frame 0 on.
@@ -115,14 +118,14 @@ def refine_block(
     graphdef: nnx.GraphDef,
     params: Params,
     window: KVWindow,
-    clean: jax.Array,
-    noise: jax.Array,
+    clean: Float[Array, "B F H W c"],
+    noise: Float[Array, "B F H W c"],
     text: RefinerText,
     rope: VideoRope,
-    sigmas: jax.Array,
+    sigmas: Float[Array, "_"],
     *,
     dtype: Any,
-) -> tuple[jax.Array, KVWindow]:
+) -> tuple[Float32[Array, "B F H W c"], KVWindow]:
     """Refines the frames that follow the window, and moves the window past them.
 
     One program serves all blocks of one length, because the frames' position and the number of
@@ -130,14 +133,14 @@ def refine_block(
 
     Args:
       window: donated.
-      clean: (B, F, H, W, c) stage-1 latents; F at most the window's history slots.
-      noise: the same shape, standard normal.
+      clean: stage-1 latents; F is at most the window's history slots.
+      noise: standard normal.
       rope: tables of the clip from frame 0 on, at least to this block's end.
-      sigmas: (steps + 1,) falling noise levels down to 0.
+      sigmas: falling noise levels down to 0, one more than there are steps.
       dtype: compute dtype; the latents stay float32 between steps.
 
     Returns:
-      (B, F, H, W, c) float32, and the window for the next block.
+      The refined latents, and the window for the next block.
     """
     scale = apply(graphdef, params, method="timestep_scale")
     frames = clean.shape[1]
@@ -175,23 +178,23 @@ def refine_block(
 def refine_at_once(
     graphdef: nnx.GraphDef,
     params: Params,
-    clean: jax.Array,
-    noise: jax.Array,
+    clean: Float[Array, "B F H W c"],
+    noise: Float[Array, "B F-{sink_frames} H W c"],
     text: RefinerText,
     rope: VideoRope,
-    sigmas: jax.Array,
+    sigmas: Float[Array, "_"],
     *,
     sink_frames: int,
     dtype: Any,
-) -> jax.Array:
+) -> Float32[Array, "B F-{sink_frames} H W c"]:
     """Refines a whole clip as one block: the sink sees itself, the rest sees everything.
 
     Args:
-      clean: (B, F, H, W, c) stage-1 latents.
-      noise: (B, F - sink_frames, H, W, c).
+      clean: stage-1 latents, with the sink.
+      noise: standard normal, without the sink.
 
     Returns:
-      (B, F - sink_frames, H, W, c) float32.
+      The refined latents without the sink.
     """
     scale = apply(graphdef, params, method="timestep_scale")
     sink = clean[:, :sink_frames].astype(jnp.float32)
@@ -225,12 +228,12 @@ def blocks(frames: int, sink_frames: int, block_frames: int) -> Iterator[tuple[i
 def refine(
     graphdef: nnx.GraphDef,
     params: Params,
-    latents: jax.Array,
+    latents: Float[Array, "B F H W c"],
     text: RefinerText,
     rope: VideoRope,
     *,
-    noise: jax.Array | None = None,
-    key: jax.Array | None = None,
+    noise: Float[Array, "B F-{sink_frames} H W c"] | None = None,
+    key: Key[Array, ""] | None = None,
     sink_frames: int = 1,
     block_frames: int = 3,
     window_frames: int = 11,
@@ -238,15 +241,15 @@ def refine(
     dtype: Any,
     progress: bool = True,
     run: Runner = call,
-) -> jax.Array:
+) -> Float32[Array, "B F H W c"]:
     """Refines a clip.
 
     Args:
       graphdef, params: the `Refiner`.
-      latents: (B, F, H, W, c) of stage 1, normalised.
+      latents: of stage 1, normalised.
       text: the prompt, read here if `read_text` has not.
       rope: `rope.video_rope` of these frames and this grid.
-      noise: (B, F - sink_frames, H, W, c); drawn from `key` if None.
+      noise: of the frames after the sink; drawn from `key` if None.
       sink_frames: the first frames, kept as they are.
       block_frames: frames of a block; 0 refines the clip at once, without a window.
       window_frames: frames that a block attends to in addition to its own: sink and history.
@@ -256,7 +259,7 @@ def refine(
       run: how the compiled functions are called, see `memory.streaming`.
 
     Returns:
-      (B, F, H, W, c) float32; the sink frames are the given ones.
+      The refined latents; the sink frames are the given ones.
     """
     from tqdm import tqdm
 

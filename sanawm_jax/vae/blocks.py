@@ -1,8 +1,9 @@
 """Building blocks of the video autoencoder.
 
-Axis letters: B batch, F frames, H rows, W columns, C channels. `p q r` are strides over F, H, W.
-Activations are channels-last, `B F H W C`. Source: the LTX2Video blocks of diffusers'
-`autoencoder_kl_ltx2.py`.
+Axis letters: B batch; f h w frames, rows and columns at the resolution of a block, from pixels down
+to latents; C channels; p q r strides over f, h, w. Where a block changes the resolution or the
+width, its result has the axes f_out h_out w_out C_out. Activations are channels-last.
+Source: the LTX2Video blocks of diffusers' `autoencoder_kl_ltx2.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Conv, Linear, modulation_table
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import DownStage, Strides, UpStage
 
-Noise = tuple[jax.Array, jax.Array]  # two (H, W) fields, one for each convolution
+Noise = tuple[Float[Array, "_ _"], Float[Array, "_ _"]]  # two fields (h, w), one per convolution
 
 
-def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
+def pixel_norm(x: Float[Array, "*rest C"], eps: float = 1e-8) -> Float[Array, "*rest C"]:
     """Divides every location by the RMS of its channels; statistics in float32."""
     scale = inverse_rms(x, eps)
     # With channels as the last axis in memory, XLA would write the normalised array and then pad
@@ -35,21 +38,25 @@ def pixel_norm(x: jax.Array, eps: float = 1e-8) -> jax.Array:
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def space_to_depth(x: jax.Array, strides: Strides) -> jax.Array:
-    """(B, F*p, H*q, W*r, C) -> (B, F, H, W, C*p*q*r); the offsets p q r vary fastest."""
+def space_to_depth(
+    x: Float[Array, "B f h w C"], strides: Strides
+) -> Float[Array, "B f_out h_out w_out C_out"]:
+    """Moves blocks of p*q*r locations into channels, in which the offsets p q r vary fastest."""
     p, q, r = strides
-    return rearrange(x, "B (F p) (H q) (W r) C -> B F H W (C p q r)", p=p, q=q, r=r)
+    return rearrange(x, "B (f p) (h q) (w r) C -> B f h w (C p q r)", p=p, q=q, r=r)
 
 
-def depth_to_space(x: jax.Array, strides: Strides) -> jax.Array:
+def depth_to_space(
+    x: Float[Array, "B f h w C"], strides: Strides
+) -> Float[Array, "B f_out h_out w_out C_out"]:
     """Inverse of `space_to_depth`."""
     p, q, r = strides
-    return rearrange(x, "B F H W (C p q r) -> B (F p) (H q) (W r) C", p=p, q=q, r=r)
+    return rearrange(x, "B f h w (C p q r) -> B (f p) (h q) (w r) C", p=p, q=q, r=r)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
-    """Pads x (B, F, H, W, C) with edge frames in time and with a border of one in space.
+    """Pads x (B, f, h, w, C) with edge frames in time and with a border of one in space.
 
     The padding is one gather of locations. XLA fuses it with the operation that computes x, so one
     kernel writes the padded array once, including its borders.
@@ -58,7 +65,7 @@ def _pad(x: jax.Array, time: tuple[int, int], mode: str | None) -> jax.Array:
       time: numbers of frames before and after.
       mode: reflect, replicate or circular; None does not pad in space.
     """
-    source = jnp.zeros((), jnp.int32)  # after the loop: (F', H', W') indices of locations
+    source = jnp.zeros((), jnp.int32)  # after the loop: (f_out, h_out, w_out) indices of locations
     for axis, (before, after), how in _widths(time, mode):
         size = x.shape[axis]
         # an iota, because a constant with all locations would be megabytes in the program
@@ -133,7 +140,9 @@ class CausalConv(nnx.Module):
         self.padding_mode = padding_mode
         self.strides = strides
 
-    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B f h w C"], *, causal: bool
+    ) -> Float[Array, "B f_out h_out w_out C_out"]:
         time = (2, 0) if causal else (1, 1)
         is_padded = self.padding_mode != "zeros"
         x = _pad(x, time, self.padding_mode if is_padded else None)
@@ -149,7 +158,7 @@ class ChannelLayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,)))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rest C"]) -> Float[Array, "*rest C"]:
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, -1, keepdims=True)
         y = centred * lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
@@ -157,13 +166,13 @@ class ChannelLayerNorm(nnx.Module):
 
 
 class TimeEmbedder(nnx.Module):
-    """Sinusoidal embedding of a timestep and a two-layer MLP: (B,) -> (B, features)."""
+    """Sinusoidal embedding of a timestep and a two-layer MLP."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.linear_1 = Linear(256, features, rngs=rngs)
         self.linear_2 = Linear(features, features, rngs=rngs)
 
-    def __call__(self, timestep: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, timestep: Float[Array, "B"], dtype: DTypeLike) -> Float[Array, "B C"]:
         # The phases are float32: in bfloat16, neighbouring timesteps of 0..1000 would be equal.
         frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(128, dtype=jnp.float32) / 128)
         phase = timestep.astype(jnp.float32).reshape(-1, 1) * frequencies
@@ -205,13 +214,13 @@ class ResnetBlock(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        temb: jax.Array | None = None,
+        x: Float[Array, "B f h w C"],
+        temb: Float[Array, "B 4*C"] | None = None,
         noise: Noise | None = None,
         *,
         causal: bool,
-    ) -> jax.Array:
-        """x (B, F, H, W, C), temb (B, 4 * C), noise two (H, W) -> (B, F, H, W, C')."""
+    ) -> Float[Array, "B f h w C_out"]:
+        """Maps x to C_out channels; temb is 4 vectors of C channels, one after another."""
         modulation = None
         if self.scale_shift_table is not None:
             table = self.scale_shift_table[...].astype(x.dtype)
@@ -242,7 +251,7 @@ class ResnetBlock(nnx.Module):
     def _noise(noise: Noise | None, index: int, like: jax.Array) -> jax.Array:
         if noise is None:
             raise InputError("this VAE injects noise in its decoder; pass noise=draw_noise(...)")
-        return noise[index].astype(like.dtype)[:, :, None]  # H W 1, shared by frames and batch
+        return noise[index].astype(like.dtype)[:, :, None]  # h w 1, shared by frames and batch
 
 
 class Downsampler(nnx.Module):
@@ -257,12 +266,14 @@ class Downsampler(nnx.Module):
             stage.in_channels, stage.out_channels // fold, padding_mode=padding_mode, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B f h w C"], *, causal: bool
+    ) -> Float[Array, "B f_out h_out w_out C_out"]:
         if self.strides[0] > 1:
             # The first frame is repeated for the frames before the clip, so that 8k+1 divides.
             x = jnp.concatenate([x[:, : self.strides[0] - 1], x], axis=1)
         folded = space_to_depth(x, self.strides)
-        skip = reduce(folded, "B F H W (C g) -> B F H W C", "mean", g=self.group_size)
+        skip = reduce(folded, "B f h w (C g) -> B f h w C", "mean", g=self.group_size)
         return space_to_depth(self.conv(x, causal=causal), self.strides) + skip
 
 
@@ -279,7 +290,9 @@ class Upsampler(nnx.Module):
             features, features * fold // stage.factor, padding_mode=padding_mode, rngs=rngs
         )
 
-    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B f h w C"], *, causal: bool
+    ) -> Float[Array, "B f_out h_out w_out C_out"]:
         y = self._unfold(self.conv(x, causal=causal))
         if not self.repeats:
             return y
@@ -301,7 +314,9 @@ class DownBlock(nnx.Module):
         )
         self.downsample = self._downsampler(stage, padding_mode, rngs)
 
-    def __call__(self, x: jax.Array, *, causal: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B f h w C"], *, causal: bool
+    ) -> Float[Array, "B f_out h_out w_out C_out"]:
         for resnet in self.resnets:
             x = resnet(x, causal=causal)
         return x if self.downsample is None else self.downsample(x, causal=causal)
@@ -349,12 +364,12 @@ class MidBlock(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        timestep: jax.Array | None = None,
+        x: Float[Array, "B f h w C"],
+        timestep: Float[Array, "B"] | None = None,
         noise: tuple[Noise, ...] | None = None,
         *,
         causal: bool,
-    ) -> jax.Array:
+    ) -> Float[Array, "B f h w C"]:
         temb = None
         if self.time_embedder is not None:
             assert timestep is not None
@@ -397,12 +412,12 @@ class UpBlock(MidBlock):
 
     def __call__(
         self,
-        x: jax.Array,
-        timestep: jax.Array | None = None,
+        x: Float[Array, "B f h w C"],
+        timestep: Float[Array, "B"] | None = None,
         noise: tuple[Noise, ...] | None = None,
         *,
         causal: bool,
-    ) -> jax.Array:
+    ) -> Float[Array, "B f_out h_out w_out C_out"]:
         if self.conv_in is not None:
             x = self.conv_in(x, causal=causal)
         if self.upsample is not None:

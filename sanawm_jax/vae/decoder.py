@@ -1,4 +1,8 @@
-"""The decoder, from latents to video. Axis letters are those of `blocks`."""
+"""The decoder, from latents to video.
+
+Axis letters: B batch; F H W latent frames, rows and columns, c latent channels; f h w frames, rows
+and columns of the video or, as in `blocks`, of an activation.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
 
 from sanawm_jax.core.layers import modulation_table
 from sanawm_jax.runtime.errors import InputError
@@ -24,7 +30,7 @@ DecoderNoise = tuple[tuple[Noise, ...] | None, ...]
 
 
 def draw_noise(
-    key: jax.Array, cfg: VAEConfig, height: int, width: int, dtype: jnp.dtype = jnp.float32
+    key: Key[Array, ""], cfg: VAEConfig, height: int, width: int, dtype: DTypeLike = jnp.float32
 ) -> DecoderNoise:
     """Draws standard normal fields for a decoder that injects noise, in the order of their use.
 
@@ -76,25 +82,25 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        latents: jax.Array,
-        temb: jax.Array | None = None,
+        latents: Float[Array, "B F H W c"],
+        temb: Float[Array, "B"] | None = None,
         *,
         noise: DecoderNoise | None = None,
         causal: bool | None = None,
         remat: bool = False,
-    ) -> jax.Array:
+    ) -> Float[Array, "B f h w 3"]:
         """Decodes latents.
 
         Args:
-          latents: (B, f, h, w, C), denormalised.
-          temb: (B,) timesteps in [0, 1], if the configuration has timestep conditioning.
+          latents: denormalised.
+          temb: timesteps in [0, 1], if the configuration has timestep conditioning.
           noise: from `draw_noise`, if the configuration injects noise.
           causal: True forces causal time padding. Otherwise the configuration decides: as in the
             reference, False does not make a causal decoder non-causal.
           remat: recompute each block in the backward pass instead of keeping its activations.
 
         Returns:
-          (B, F, H, W, 3), in about [-1, 1], not clipped.
+          RGB in about [-1, 1], not clipped.
 
         Raises:
           InputError: the decoder needs timesteps or noise that the call does not give.
@@ -125,4 +131,4 @@ class Decoder(nnx.Module):
         x = self.conv_out(jax.nn.silu(x), causal=causal)
         p, t = cfg.patch_size, cfg.patch_size_t
         # within a patch, columns come before rows
-        return rearrange(x, "B F H W (C p r q) -> B (F p) (H q) (W r) C", p=t, q=p, r=p)
+        return rearrange(x, "B f h w (C p r q) -> B (f p) (h q) (w r) C", p=t, q=p, r=p)

@@ -1,6 +1,7 @@
 """The encoder, from video to the parameters of the latents' Gaussian distribution.
 
-Axis letters are those of `blocks`.
+Axis letters: B batch; f h w frames, rows and columns of the video; F H W latent frames, rows and
+columns, c latent channels.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Array, Float
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.blocks import CausalConv, DownBlock, MidBlock, pixel_norm
@@ -33,18 +35,18 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv(width, cfg.latent_channels + 1, **shared)
 
     def __call__(
-        self, video: jax.Array, *, causal: bool | None = None, remat: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
+        self, video: Float[Array, "B f h w 3"], *, causal: bool | None = None, remat: bool = False
+    ) -> tuple[Float[Array, "B F H W c"], Float[Array, "B F H W c"]]:
         """Encodes a video.
 
         Args:
-          video: (B, F, H, W, 3) in [-1, 1].
+          video: RGB in [-1, 1].
           causal: True forces causal time padding. Otherwise the configuration decides: as in the
             reference, False does not make a causal encoder non-causal.
           remat: recompute each block in the backward pass instead of keeping its activations.
 
         Returns:
-          mean, logvar: each (B, f, h, w, C); all channels of logvar are equal.
+          Mean and log-variance; all channels of the log-variance are equal.
 
         Raises:
           InputError: the size of the video does not divide into latents.
@@ -56,7 +58,7 @@ class Encoder(nnx.Module):
         causal = bool(causal or cfg.encoder_causal)
         p = cfg.patch_size
         # within a patch, columns come before rows
-        x = rearrange(video, "B F (H q) (W r) C -> B F H W (C r q)", q=p, r=p)
+        x = rearrange(video, "B f (h q) (w r) C -> B f h w (C r q)", q=p, r=p)
         x = self.conv_in(x, causal=causal)
         for block in (*self.down_blocks, self.mid_block):
 

@@ -1,4 +1,8 @@
-"""The video autoencoder that stage 1, the refiner and the dataset share."""
+"""The video autoencoder that stage 1, the refiner and the dataset share.
+
+Axis letters: B batch; f h w frames, rows and columns of the video; F H W latent frames, rows and
+columns, c latent channels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from sanawm_jax.vae import latents as latents_lib
 from sanawm_jax.vae.config import VAEConfig
@@ -36,33 +41,33 @@ class VideoVAE(nnx.Module):
         self.decoder = Decoder(self.cfg, rngs=rngs)
 
     def encode(
-        self, video: jax.Array, *, causal: bool | None = None, remat: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """Encodes (B, F, H, W, 3) in [-1, 1] to mean and logvar (B, f, h, w, C); see `Encoder`."""
+        self, video: Float[Array, "B f h w 3"], *, causal: bool | None = None, remat: bool = False
+    ) -> tuple[Float[Array, "B F H W c"], Float[Array, "B F H W c"]]:
+        """Encodes RGB in [-1, 1] to mean and log-variance; see `Encoder`."""
         return self.encoder(video, causal=causal, remat=remat)
 
     def decode(
         self,
-        latents: jax.Array,
-        temb: jax.Array | None = None,
+        latents: Float[Array, "B F H W c"],
+        temb: Float[Array, "B"] | None = None,
         *,
         noise: DecoderNoise | None = None,
         causal: bool | None = None,
         remat: bool = False,
-    ) -> jax.Array:
-        """Decodes (B, f, h, w, C) to (B, F, H, W, 3); see `Decoder`."""
+    ) -> Float[Array, "B f h w 3"]:
+        """Decodes to RGB in about [-1, 1]; see `Decoder`."""
         return self.decoder(latents, temb, noise=noise, causal=causal, remat=remat)
 
-    def encode_normalised(self, video: jax.Array) -> jax.Array:
+    def encode_normalised(self, video: Float[Array, "B f h w 3"]) -> Float32[Array, "B F H W c"]:
         """Encodes video to the diffusion model's latents: normalised posterior mode, float32."""
         mean, _ = self.encode(video)
         return self.normalise(mean).astype(jnp.float32)
 
-    def normalise(self, latents: jax.Array) -> jax.Array:
+    def normalise(self, latents: Float[Array, "B F H W c"]) -> Float[Array, "B F H W c"]:
         """Converts VAE latents to those of the diffusion model."""
         return latents_lib.normalise(latents, *self._statistics())
 
-    def denormalise(self, latents: jax.Array) -> jax.Array:
+    def denormalise(self, latents: Float[Array, "B F H W c"]) -> Float[Array, "B F H W c"]:
         """Converts the latents of the diffusion model to those of the VAE."""
         return latents_lib.denormalise(latents, *self._statistics())
 

@@ -1,11 +1,12 @@
 """Encoding and decoding in overlapping tiles, whose results are blended linearly.
 
-Axis letters are those of `blocks`. The caller gives the function that processes a tile. Usually it
-is one jitted function that is compiled once per tile shape: the tiles of a long clip have at most
-three lengths, and two sizes per side. Tiles run in row-major order within a window of time, and the
-windows run in order. Source: `tiled_encode`, `tiled_decode`, `_temporal_tiled_encode` and
-`_temporal_tiled_decode` of diffusers' `AutoencoderKLLTX2Video`. As there, a tile is blended with
-neighbours that are already blended.
+Axis letters: B batch; f h w frames, rows and columns of the video; F H W latent frames, rows and
+columns; C channels of the video, c of the latents. The caller gives the function that processes a
+tile. Usually it is one jitted function that is compiled once per tile shape: the tiles of a long
+clip have at most three lengths, and two sizes per side. Tiles run in row-major order within a
+window of time, and the windows run in order. Source: `tiled_encode`, `tiled_decode`,
+`_temporal_tiled_encode` and `_temporal_tiled_decode` of diffusers' `AutoencoderKLLTX2Video`. As
+there, a tile is blended with neighbours that are already blended.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
 
-EncodeTile = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-DecodeTile = Callable[[jax.Array], jax.Array]
+EncodeTile = Callable[[Any], tuple[jax.Array, jax.Array]]  # of an array on the host or the device
+DecodeTile = Callable[[Any], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,22 +68,25 @@ class _Axis:
 
 
 def tiled_encode(
-    encode_tile: EncodeTile, video: jax.Array, cfg: VAEConfig, tiling: Tiling
-) -> tuple[jax.Array, jax.Array]:
+    encode_tile: EncodeTile,
+    video: Float[Array | np.ndarray, "B f h w C"],
+    cfg: VAEConfig,
+    tiling: Tiling,
+) -> tuple[Float[Array, "B F H W c"], Float[Array, "B F H W c"]]:
     """Encodes a video tile by tile.
 
     Args:
       encode_tile: `VideoVAE.encode` with its parameters bound.
-      video: (B, F, H, W, 3).
+      video: RGB in [-1, 1].
 
     Returns:
-      mean, logvar: each (B, f, h, w, C).
+      Mean and log-variance of the latents.
 
     Raises:
       InputError: a tile or a stride is smaller than one latent.
     """
 
-    def run(tile: jax.Array) -> jax.Array:
+    def run(tile: Any) -> jax.Array:
         return jnp.concatenate(encode_tile(tile), axis=-1)
 
     time, rows, columns = _axes(tiling, cfg, encode=True)
@@ -99,16 +106,19 @@ def tiled_encode(
 
 
 def decode_windows(
-    decode_tile: DecodeTile, latents: jax.Array, cfg: VAEConfig, tiling: Tiling
-) -> Iterator[jax.Array]:
+    decode_tile: DecodeTile,
+    latents: Float[Array | np.ndarray, "B F H W c"],
+    cfg: VAEConfig,
+    tiling: Tiling,
+) -> Iterator[Float[Array, "B _ h w C"]]:
     """Decodes latents window by window, for videos that do not fit in memory.
 
     Args:
       decode_tile: `VideoVAE.decode` with its parameters (and timesteps or noise) bound.
-      latents: (B, f, h, w, C), denormalised.
+      latents: denormalised.
 
     Yields:
-      The finished pixel frames of each window in order, (B, F', H, W, 3).
+      The finished frames of each window in order.
 
     Raises:
       InputError: a tile or a stride is smaller than one latent.
@@ -129,13 +139,18 @@ def decode_windows(
 
 
 def tiled_decode(
-    decode_tile: DecodeTile, latents: jax.Array, cfg: VAEConfig, tiling: Tiling
-) -> jax.Array:
-    """Returns all windows of `decode_windows` as one array, (B, F, H, W, 3)."""
+    decode_tile: DecodeTile,
+    latents: Float[Array | np.ndarray, "B F H W c"],
+    cfg: VAEConfig,
+    tiling: Tiling,
+) -> Float[Array, "B f h w C"]:
+    """Returns all windows of `decode_windows` as one array."""
     return jnp.concatenate(list(decode_windows(decode_tile, latents, cfg, tiling)), axis=1)
 
 
-def blend(before: jax.Array, after: jax.Array, *, axis: int, overlap: int) -> jax.Array:
+def blend(
+    before: Float[Array, "..."], after: Float[Array, "*rest"], *, axis: int, overlap: int
+) -> Float[Array, "*rest"]:
     """Blends the start of `after` with the end of `before` along `axis`, and returns `after`.
 
     Args:
@@ -200,8 +215,8 @@ def _axes(tiling: Tiling, cfg: VAEConfig, *, encode: bool) -> tuple[_Axis, _Axis
 
 
 def _windows(
-    run: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    run: Callable[[Any], jax.Array],
+    x: Array | np.ndarray,
     time: _Axis,
     total: int,
     *,
@@ -226,12 +241,12 @@ def _windows(
 
 
 def _grid(
-    run: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    run: Callable[[Any], jax.Array],
+    x: Array | np.ndarray,
     rows: _Axis,
     columns: _Axis,
     size: tuple[int, int],
-) -> jax.Array:
+) -> Any:
     height, width = x.shape[2:4]
     if not rows.tiled or (height <= rows.limit and width <= columns.limit):
         return run(x)

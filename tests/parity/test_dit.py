@@ -178,6 +178,10 @@ def make(name: str) -> tuple[SanaWMTransformer3DModel, tuple, int, int | tuple[i
     return randomise(model, seed=len(name)), grid, batch, masked
 
 
+def on_device(inputs: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(a) for name, a in inputs.items()}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_forward(name: str, rng: np.random.Generator, tmp_path: Path) -> None:
     model, grid, batch, masked = make(name)
@@ -201,7 +205,7 @@ def test_forward_without_camera(rng: np.random.Generator, tmp_path: Path) -> Non
     with torch.no_grad(), float32_attention():
         expected = run_reference(model, inputs)
     _, graphdef, params = loaded(model, tmp_path)
-    assert relative(apply(graphdef, params, **inputs), expected) <= 1e-4
+    assert relative(apply(graphdef, params, **on_device(inputs)), expected) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["base", "odd_grid_masked"])
@@ -215,7 +219,7 @@ def test_gradients(name: str, remat: str, rng: np.random.Generator, tmp_path: Pa
         (run_reference(model, inputs) * torch.from_numpy(weights)).sum().backward()
 
     def loss(params: Any) -> jax.Array:
-        return jnp.sum(apply(graphdef, params, **inputs, remat=remat) * weights)
+        return jnp.sum(apply(graphdef, params, **on_device(inputs), remat=remat) * weights)
 
     ours = keymap.export(key_table(config), jax.jit(jax.grad(loss))(params))
     ours = np.concatenate([ours[n].ravel() for n, _ in model.named_parameters()])

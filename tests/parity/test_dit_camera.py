@@ -21,7 +21,7 @@ from sanawm_jax.core.params import apply
 from sanawm_jax.dit import attention
 from sanawm_jax.dit.keys import key_table
 from tests.parity.compare import float32_attention, randomise, relative
-from tests.parity.test_dit import BASE, loaded, make_inputs, run_reference
+from tests.parity.test_dit import BASE, loaded, make_inputs, on_device, run_reference
 
 GDN, SOFTMAX = 0, 1  # `softmax_every_n` of one layer of that kind
 SMALL_KEY = 0.01  # times the usual size
@@ -59,8 +59,8 @@ def without_discount(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the inflation by 1, so that beta is not reduced."""
     original = attention.ucpe.to_ray_space
 
-    def to_ray_space(*args: Any) -> tuple[jax.Array, jax.Array]:
-        moved, inflation = original(*args)
+    def to_ray_space(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+        moved, inflation = original(*args, **options)
         return moved, jnp.ones_like(inflation)
 
     monkeypatch.setattr(attention.ucpe, "to_ray_space", to_ray_space)
@@ -76,9 +76,9 @@ def test_beta_is_discounted(
     with torch.no_grad(), float32_attention():
         expected = run_reference(model, inputs)
     _, graphdef, params = loaded(model, tmp_path)
-    assert relative(apply(graphdef, params, **inputs), expected) <= 1e-4
+    assert relative(apply(graphdef, params, **on_device(inputs)), expected) <= 1e-4
     without_discount(monkeypatch)
-    assert relative(apply(graphdef, params, **inputs), expected) >= 1e-2
+    assert relative(apply(graphdef, params, **on_device(inputs)), expected) >= 1e-2
 
 
 def test_beta_is_not_raised_where_keys_shrink(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_beta_is_not_raised_where_keys_shrink(rng: np.random.Generator, tmp_path
     found: list[jax.Array] = []
     original = attention.ucpe.to_ray_space
 
-    def to_ray_space(*args: Any) -> tuple[jax.Array, jax.Array]:
-        moved, inflation = original(*args)
+    def to_ray_space(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+        moved, inflation = original(*args, **options)
         jax.debug.callback(found.append, jnp.min(inflation))
         return moved, inflation
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention.ucpe, "to_ray_space", to_ray_space)
-        assert relative(apply(graphdef, params, **inputs), expected) <= 1e-4
+        assert relative(apply(graphdef, params, **on_device(inputs)), expected) <= 1e-4
     jax.effects_barrier()
     assert min(map(float, found)) < 0.99  # or the case proves nothing
 
@@ -113,7 +113,7 @@ def test_gradients_of_the_discount(rng: np.random.Generator, tmp_path: Path) -> 
         (run_reference(model, inputs) * torch.from_numpy(weights)).sum().backward()
 
     def loss(params: Any) -> jax.Array:
-        return jnp.sum(apply(graphdef, params, **inputs) * weights)
+        return jnp.sum(apply(graphdef, params, **on_device(inputs)) * weights)
 
     ours = keymap.export(key_table(config), jax.jit(jax.grad(loss))(params))
     for name in ("k_norm_cam", "k_proj_cam", "beta_proj"):
@@ -152,7 +152,7 @@ def test_one_block_at_the_released_head_and_frame_size(
     assert relative(forward(params, inputs), expected) <= 1e-4
     # what is special at this size has to matter, or the comparison above proves little
     if softmax_every_n == SOFTMAX:
-        monkeypatch.setattr(attention, "_camera_scale", lambda head_dim: head_dim**-0.5)
+        monkeypatch.setattr(attention, "softmax_scale", lambda head_dim, how: head_dim**-0.5)
     else:
         without_discount(monkeypatch)
-    assert relative(apply(graphdef, params, **inputs), expected) >= 5e-4
+    assert relative(apply(graphdef, params, **on_device(inputs)), expected) >= 5e-4

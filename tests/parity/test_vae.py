@@ -203,9 +203,10 @@ def test_gradients(case, remat, pair, rng, monkeypatch):
     @jax.jit
     def ours(params):
         call = functools.partial(params_lib.apply, p.graphdef, params, remat=remat)
-        mean, logvar = call(video, method="encode")
-        z = latents_lib.sample_posterior(mean, logvar, draw)
-        error = jnp.mean((call(z, *temb, method="decode", **how) - 0.5) ** 2)
+        mean, logvar = call(jnp.asarray(video), method="encode")
+        z = latents_lib.sample_posterior(mean, logvar, jnp.asarray(draw))
+        times = map(jnp.asarray, temb)
+        error = jnp.mean((call(z, *times, method="decode", **how) - 0.5) ** 2)
         kl = latents_lib.kl_divergence(mean, logvar)
         return error + 0.2 * jnp.mean(kl) / cfg.latent_channels
 
@@ -261,10 +262,10 @@ def test_tiling(shape, settings, framewise, pair, rng):
     finally:
         p.reference.use_tiling = p.reference.use_framewise_decoding = False
 
-    mean, logvar = tiling_lib.tiled_encode(encode, video, p.cfg, tiling)
+    mean, logvar = tiling_lib.tiled_encode(encode, jnp.asarray(video), p.cfg, tiling)
     assert relative(mean, from_torch(expected.mean)) <= 1e-5
     assert relative(logvar, from_torch(expected.logvar)) <= 1e-5
-    latents = from_torch(plain).contiguous().numpy()
+    latents = jnp.asarray(from_torch(plain).contiguous().numpy())
     ours = tiling_lib.tiled_decode(decode, latents, p.cfg, tiling)
     assert ours.shape == video.shape
     assert relative(ours, from_torch(decoded)) <= 1e-5
@@ -295,9 +296,9 @@ def test_posterior(rng):
     moments[0, 0] *= 0.01  # some within the clipping range, some beyond
     noise = rng.standard_normal((2, 3, 4, 4, 5)).astype(np.float32)
     reference = DiagonalGaussianDistribution(to_torch(moments))
-    mean, logvar = np.split(moments, 2, axis=-1)
+    mean, logvar = jnp.split(jnp.asarray(moments), 2, axis=-1)
     expected = reference.mean + reference.std * to_torch(noise)
-    ours = latents_lib.sample_posterior(mean, logvar, noise)
+    ours = latents_lib.sample_posterior(mean, logvar, jnp.asarray(noise))
     assert relative(ours, from_torch(expected)) <= 1e-6
     assert relative(latents_lib.mode_posterior(mean, logvar), from_torch(reference.mode())) == 0
     kl = latents_lib.kl_divergence(mean, logvar).sum((1, 2, 3))

@@ -9,9 +9,9 @@ from sanawm_jax.vae import latents as latents_lib
 
 
 def test_denormalise_inverts_normalise(rng):
-    x = rng.standard_normal((2, 3, 4, 4, 5)).astype(np.float32)
-    mean = rng.standard_normal(5).astype(np.float32)
-    std = rng.uniform(0.5, 2, 5).astype(np.float32)
+    x = jnp.asarray(rng.standard_normal((2, 3, 4, 4, 5)), jnp.float32)
+    mean = jnp.asarray(rng.standard_normal(5), jnp.float32)
+    std = jnp.asarray(rng.uniform(0.5, 2, 5), jnp.float32)
     z = latents_lib.normalise(x, mean, std, 0.7)
     np.testing.assert_allclose(z[..., 2], (x[..., 2] - mean[2]) * 0.7 / std[2], rtol=1e-5)
     np.testing.assert_allclose(latents_lib.denormalise(z, mean, std, 0.7), x, atol=1e-5)
@@ -20,7 +20,7 @@ def test_denormalise_inverts_normalise(rng):
 
 
 def test_normalised_data_is_standard(rng):
-    x = rng.standard_normal((4, 8, 8, 8, 3)) * [1, 5, 0.2] + [3, 0, -1]
+    x = jnp.asarray(rng.standard_normal((4, 8, 8, 8, 3)) * [1, 5, 0.2] + [3, 0, -1])
     z = latents_lib.normalise(x, x.mean((0, 1, 2, 3)), x.std((0, 1, 2, 3)))
     np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=1e-5)
@@ -28,7 +28,7 @@ def test_normalised_data_is_standard(rng):
 
 def test_sampling_has_the_stated_moments(rng):
     shape = (1, 50, 40, 40, 2)
-    noise = rng.standard_normal(shape).astype(np.float32)
+    noise = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     logvar = jnp.full(shape, np.log(0.25))
     z = latents_lib.sample_posterior(jnp.full(shape, 1.5), logvar, noise)
     assert abs(float(z.mean()) - 1.5) < 0.01
@@ -46,5 +46,5 @@ def test_extreme_logvar_stays_finite():
 def test_kl_is_zero_only_at_the_prior(rng):
     zeros = jnp.zeros((1, 2, 3, 3, 4))
     assert float(jnp.abs(latents_lib.kl_divergence(zeros, zeros)).max()) == 0
-    other = rng.standard_normal(zeros.shape) + 0.1
+    other = jnp.asarray(rng.standard_normal(zeros.shape) + 0.1)
     assert float(latents_lib.kl_divergence(other, zeros).min()) > 0

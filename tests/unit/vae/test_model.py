@@ -94,7 +94,7 @@ def test_timesteps_and_noise_matter_and_are_required(rng):
 def test_statistics_take_no_gradient(rng):
     graphdef, _ = params_lib.build(VideoVAE, TINY)
     params = params_lib.init(VideoVAE, TINY, KEY)
-    z = rng.standard_normal((1, 1, 2, 2, 4)).astype(np.float32)
+    z = jnp.asarray(rng.standard_normal((1, 1, 2, 2, 4)), jnp.float32)
 
     def total(params):
         return params_lib.apply(graphdef, params, z, method="normalise").sum()

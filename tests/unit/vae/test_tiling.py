@@ -44,7 +44,8 @@ def test_tiles_in_space_reassemble(height, width, size, stride):
         tile_sample_stride_height=32 * stride,
         tile_sample_stride_width=32 * stride,
     )
-    z = np.random.default_rng(0).standard_normal((1, 1, height, width, 1)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.standard_normal((1, 1, height, width, 1)), jnp.float32)
     video = repeat_latents(z)
     mean, logvar = tiled_encode(subsample, video, CFG, tiling)
     if aligned(height, size, stride) and aligned(width, size, stride):
@@ -62,7 +63,8 @@ def aligned(length, size, stride):
 @pytest.mark.parametrize("frames", [17, 25, 41, 97])
 def test_windows_of_encoding_reassemble(frames):
     tiling = Tiling(use_framewise=True, tile_sample_min_num_frames=16)
-    video = np.random.default_rng(1).standard_normal((1, frames, 32, 32, 1)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    video = jnp.asarray(rng.standard_normal((1, frames, 32, 32, 1)), jnp.float32)
     mean, _ = tiled_encode(subsample, video, CFG, tiling)
     np.testing.assert_allclose(mean, video[:, ::8, ::32, ::32], atol=1e-5)
 
@@ -85,7 +87,7 @@ def test_long_video_streams_with_few_shapes():
         tile_sample_min_width=64,
         tile_sample_stride_width=64,
     )
-    z = np.zeros((1, 121, 2, 3, 4), np.float32)
+    z = jnp.zeros((1, 121, 2, 3, 4), jnp.float32)
     sizes = [tuple(y.shape) for y in decode_windows(decode, z, tiny, tiling)]
     assert [s[1] for s in sizes] == [65] + 14 * [64]
     assert {s[2:] for s in sizes} == {(64, 96, 1)}
@@ -94,7 +96,7 @@ def test_long_video_streams_with_few_shapes():
 
 
 def test_first_window_needs_no_later_latents():
-    z = np.zeros((1, 121, 1, 1, 4), np.float32)
+    z = jnp.zeros((1, 121, 1, 1, 4), jnp.float32)
     seen = []
 
     def decode(latents):
@@ -112,7 +114,7 @@ def test_small_input_is_one_call():
         calls.append(latents.shape)
         return repeat_latents(latents)
 
-    z = np.zeros((2, 12, 16, 16, 1), np.float32)
+    z = jnp.zeros((2, 12, 16, 16, 1), jnp.float32)
     tiled_decode(decode, z, CFG, LONG_VIDEO)
     assert calls == [z.shape]
 
@@ -130,4 +132,4 @@ def test_blend_is_a_linear_ramp():
 def test_tiles_below_a_latent_are_refused():
     tiling = Tiling(tile_sample_stride_height=16)
     with pytest.raises(InputError, match=r"height.*at least 32"):
-        tiled_decode(repeat_latents, np.zeros((1, 1, 1, 1, 1)), CFG, tiling)
+        tiled_decode(repeat_latents, jnp.zeros((1, 1, 1, 1, 1)), CFG, tiling)
