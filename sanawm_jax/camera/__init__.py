@@ -7,6 +7,7 @@ camera-to-world matrices `[R t; 0 0 0 1]`.
 | --- | --- |
 | `actions` | "w-40,dw-20" to a camera path |
 | `poses` | `.npy` paths, checks, poses relative to the first frame, frame counts |
+| `track` | `PoseTrack`, the camera of one video |
 | `pose_files`, `reconstructions` | paths in npz, TUM, KITTI, COLMAP and nerfstudio layout |
 | `intrinsics` | focal lengths and principal point, fields of view, cropping |
 | `rays` | the two camera inputs of stage 1: pose tokens and Plücker maps |
