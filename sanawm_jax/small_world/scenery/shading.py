@@ -1,0 +1,419 @@
+"""Colour of rays: which surface, which paint, how much light.
+
+Axis letters: R rays of one tile of a picture. A tile has one list of bodies that its rays can meet
+and one of bodies that can shade what it shows; both lists are short, which is what makes the
+renderer fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sanawm_jax.small_world.scenery import scene as world
+from sanawm_jax.small_world.scenery.light import COVERS, occlusion
+from sanawm_jax.small_world.scenery.shapes import (
+    INTERVALS,
+    _dot,
+    block_planes,
+    room_exit,
+    to_local,
+    to_world,
+)
+from sanawm_jax.small_world.scenery.textures import fractal_noise, pattern_mix
+
+jax.tree_util.register_dataclass(
+    world.Scene, [f.name for f in dataclasses.fields(world.Scene)], meta_fields=[]
+)
+
+_GROUP = 4  # bodies that one turn of a loop tests; the number of bodies of each kind divides
+_KIND_STARTS = (0, world.NUM_BLOCKS, world.NUM_BLOCKS + world.NUM_ROUNDS)
+_KIND_SIZES = (world.NUM_BLOCKS, world.NUM_ROUNDS, world.NUM_BALLS)
+_LIFT = 4e-3  # how far shadow rays start above the surface, world units
+_FAR = 40.0  # bodies neither throw shadows nor occlude the sky beyond this depth
+
+
+def body_table(scene: world.Scene) -> jax.Array:
+    """Geometry of the bodies, (NUM_BODIES, 10): centre, cos, sin, half extents, tapers."""
+    turn = jnp.stack((jnp.cos(scene.body_yaw), jnp.sin(scene.body_yaw)), -1)
+    return jnp.concatenate((scene.body_center, turn, scene.body_half, scene.body_taper), -1)
+
+
+def bounding_radius(scene: world.Scene) -> jax.Array:
+    """Radius of a sphere around each body, (NUM_BODIES,); negative for unused ones."""
+    # a negative taper widens a body towards its top
+    wide = jnp.maximum(1.0, 1.0 - scene.body_taper)
+    half = scene.body_half * jnp.stack((wide[:, 0], jnp.ones_like(wide[:, 0]), wide[:, 1]), -1)
+    whole = jnp.sqrt((half**2).sum(-1))
+    a, h, b = half[:, 0], half[:, 1], half[:, 2]
+    around = jnp.sqrt(jnp.maximum(a, b) ** 2 + h * h)
+    first, second = _KIND_STARTS[1:]
+    radius = jnp.concatenate((whole[:first], around[first:second], half[second:].max(-1)))
+    return jnp.where(a > 0.0, radius, -1e6)
+
+
+def _over_bodies(table, mask, start, body):
+    """Folds `body(carry, kind, index, row)` over the bodies in `mask`, a few per turn."""
+    carry = start
+    for kind, (first, size) in enumerate(zip(_KIND_STARTS, _KIND_SIZES, strict=True)):
+        chosen = mask[first : first + size]
+        order = jnp.argsort(~chosen, stable=True).astype(jnp.int32)
+        count = chosen.sum().astype(jnp.int32)
+
+        def turn(state, kind=kind, first=first, order=order):
+            at, carry = state
+            for step in range(_GROUP):
+                index = order[at + step] + first
+                carry = body(carry, kind, index, table[index])
+            return at + _GROUP, carry
+
+        def more(state, count=count):
+            return state[0] < count
+
+        _, carry = jax.lax.while_loop(more, turn, (jnp.int32(0), carry))
+    return carry
+
+
+def _unpack(row):
+    cos, sin = row[3], row[4]
+    return (row[0], row[1], row[2]), cos, sin, (row[5], row[6], row[7]), (row[8], row[9])
+
+
+def nearest(scene, table, mask, origin, direction, least=1e-4):
+    """First surface of rays: (t (R,), surface (R,) int32: a body or a face of the room).
+
+    Args:
+      origin: three scalars; direction: three arrays (R,).
+      least: ray parameter below which nothing is hit, () or (R,).
+    """
+    t, face = room_exit(jnp, origin, direction, scene.room_min, scene.room_max)
+    best = (t, face.astype(jnp.int32) + world.FIRST_FACE)
+
+    def test(best, kind, index, row):
+        t, surface = best
+        center, cos, sin, half, taper = _unpack(row)
+        local = to_local([origin[i] - center[i] for i in range(3)], cos, sin)
+        near, far = INTERVALS[kind](jnp, local, to_local(direction, cos, sin), half, taper)
+        is_hit = (near < far) & (near > least) & (near < t)
+        return jnp.where(is_hit, near, t), jnp.where(is_hit, index, surface)
+
+    return _over_bodies(table, mask, best, test)
+
+
+def cone_mask(scene, radius, origin, axis, cos, sin):
+    """Bodies that a cone of rays can meet, (NUM_BODIES,) bool; axis: unit vector (3,)."""
+    toward = scene.body_center - jnp.stack(origin)
+    along = toward @ axis
+    across = jnp.sqrt(jnp.maximum((toward**2).sum(-1) - along**2, 0.0))
+    return across * cos - along * sin <= radius
+
+
+def shade_mask(scene, radius, point, is_solid):
+    """Bodies that can shade some of the points (R,), (NUM_BODIES,) bool."""
+    low = [jnp.where(is_solid, p, 1e9).min() for p in point]
+    high = [jnp.where(is_solid, p, -1e9).max() for p in point]
+    middle = jnp.stack([(a + b) / 2 for a, b in zip(low, high, strict=True)])
+    spread = jnp.sqrt(sum((b - a) ** 2 for a, b in zip(low, high, strict=True))) / 2
+    toward = scene.body_center - middle
+    squared = (toward**2).sum(-1)
+    along = toward @ scene.sun
+    across = jnp.sqrt(jnp.maximum(squared - along**2, 0.0))
+    room = radius + spread
+    edge = scene.sun_size * jnp.maximum(along, 0.0) + 0.05
+    throws = (across <= room + edge) & (along >= -room)
+    is_near = jnp.sqrt(squared) <= room + 1.0
+    return (throws | is_near) & (radius > 0.0) & is_solid.any()
+
+
+def resolve(scene, t, surface, origin, direction):
+    """Puts patches on the floor and openings into walls: (surface, point, is sky)."""
+    point = [origin[i] + t * direction[i] for i in range(3)]
+    is_face = (surface >= world.FIRST_FACE) & (surface != world.FLOOR)
+    is_sky = is_face & (scene.is_indoor == 0)
+    floor = surface == world.FLOOR
+    for index in range(world.NUM_PATCHES):
+        x, z, half_x, half_z, yaw, roundness = (scene.patches[index, i] for i in range(6))
+        u, _, v = to_local((point[0] - x, 0.0, point[2] - z), jnp.cos(yaw), jnp.sin(yaw))
+        u, v = jnp.abs(u / half_x), jnp.abs(v / half_z)
+        # A superellipse: 1 is a rectangle, 0 an ellipse.
+        inside = jnp.where(roundness > 0.5, jnp.sqrt(u * u + v * v), jnp.maximum(u, v)) < 1.0
+        hit = floor & inside & (half_x > 0.0)
+        surface = jnp.where(hit, world.FIRST_PATCH + index, surface)
+    for index in range(world.NUM_WINDOWS):
+        along, height, distance = _window_place(scene.windows[index], point)
+        half_x, half_y = scene.windows[index, 5], scene.windows[index, 6]
+        bar = jnp.minimum(jnp.abs(along), jnp.abs(height - 0.15 * half_y)) < 0.025
+        opening = (jnp.abs(along) < half_x) & (jnp.abs(height) < half_y) & ~bar
+        is_sky = is_sky | (is_face & opening & (jnp.abs(distance) < 1e-2))
+    return surface, point, is_sky
+
+
+def _window_place(window, point):
+    """Position of points in a window's plane: (along, height, distance behind the plane)."""
+    x, y, z = (point[i] - window[i] for i in range(3))
+    nx, nz = window[3], window[4]
+    return x * nz - z * nx, -y, x * nx + z * nz
+
+
+def surface_frame(scene, table, surface, point):
+    """Normal and pattern place of hits.
+
+    Returns:
+      normal: three arrays (R,), unit, world; place: three arrays, position in the body's frame;
+      u, v: position along the surface in world units; is_side: hits of round sides.
+    """
+    row = table[jnp.minimum(surface, world.NUM_BODIES - 1)]
+    center, cos, sin, half, taper = _unpack(row.T)
+    local = to_local([point[i] - center[i] for i in range(3)], cos, sin)
+    # blocks: the plane that is nearest from inside
+    best, normal = jnp.full_like(point[0], -jnp.inf), (jnp.zeros_like(point[0]),) * 3
+    for plane, offset in block_planes(half, taper):
+        length = jnp.sqrt(1.0 + (0.0 if isinstance(plane[1], float) else plane[1] ** 2))
+        gap = (_dot(plane, local) - offset) / length
+        is_best = gap > best
+        best = jnp.where(is_best, gap, best)
+        normal = [jnp.where(is_best, n, m) for n, m in zip(plane, normal, strict=True)]
+    a, h, b = half
+    shrink = 0.5 * taper[0] / h
+    width = 1.0 - 0.5 * taper[0] - shrink * local[1]
+    reach = jnp.sqrt((local[0] / a) ** 2 + (local[2] / b) ** 2)
+    is_cap = jnp.abs(local[1]) - h > (reach - width) * a
+    zero = jnp.zeros_like(a)
+    round_normal = [
+        jnp.where(is_cap, zero, local[0] / (a * a)),
+        jnp.where(is_cap, jnp.sign(local[1]), width * shrink),
+        jnp.where(is_cap, zero, local[2] / (b * b)),
+    ]
+    ball_normal = [local[i] / (half[i] * half[i]) for i in range(3)]
+    is_round = (surface >= _KIND_STARTS[1]) & (surface < _KIND_STARTS[2])
+    is_ball = (surface >= _KIND_STARTS[2]) & (surface < world.NUM_BODIES)
+    is_body = surface < world.NUM_BODIES
+    mixed = [
+        jnp.where(is_ball, k, jnp.where(is_round, r, n))
+        for n, r, k in zip(normal, round_normal, ball_normal, strict=True)
+    ]
+    is_side = (is_round & ~is_cap) | is_ball
+    flat_x = jnp.abs(mixed[0]) > jnp.abs(mixed[2])
+    is_level = ~is_side & (jnp.abs(mixed[1]) > 0.8 * jnp.sqrt(_dot(mixed, mixed)))
+    angle = (jnp.arctan2(local[0] / a, local[2] / b) + np.pi) * a
+    u = jnp.where(flat_x, local[2] + b, local[0] + a)
+    u = jnp.where(is_level, local[0] + a, u)
+    u = jnp.where(is_side, angle, u)
+    v = jnp.where(is_level, local[2] + b, local[1] + h)
+    # the room's faces and the patches on its floor
+    face = surface - world.FIRST_FACE
+    axis = jnp.where(face < 2, 0, jnp.where((face == 4) | (face == 5), 2, 1))
+    inward = jnp.where((face == 0) | (face == 2) | (face == 4), 1.0, -1.0)
+    flat = [jnp.where(axis == i, inward, 0.0) for i in range(3)]
+    wx, wy, wz = to_world(mixed, cos, sin)
+    norm = jax.lax.rsqrt(jnp.maximum(wx * wx + wy * wy + wz * wz, 1e-12))
+    out = [jnp.where(is_body, m * norm, f) for m, f in zip((wx, wy, wz), flat, strict=True)]
+    u = jnp.where(is_body, u, jnp.where(axis == 0, point[2], point[0]))
+    v = jnp.where(is_body, v, jnp.where(axis == 1, point[2], -point[1]))
+    place = [jnp.where(is_body, m, p) for m, p in zip(local, point, strict=True)]
+    return out, place, u, v
+
+
+def shadow_and_sky(scene, table, mask, point, normal, blur):
+    """(share of the sun that is free, share of the sky that is free), each (R,)."""
+    lifted = [p + _LIFT * n for p, n in zip(point, normal, strict=True)]
+
+    def test(carry, kind, index, row):
+        lit, sky = carry
+        center, cos, sin, half, taper = _unpack(row)
+        local = to_local([lifted[i] - center[i] for i in range(3)], cos, sin)
+        sun = to_local([scene.sun[i] for i in range(3)], cos, sin)
+        cover = COVERS[kind](local, sun, half, taper, scene.sun_size, blur)
+        taken = occlusion(local, to_local(normal, cos, sin), half)
+        return lit * (1.0 - cover), sky * (1.0 - taken)
+
+    one = jnp.ones_like(blur)
+    return _over_bodies(table, mask, (one, one), test)
+
+
+def _window_light(scene, point, normal, blur):
+    """Sunlight that comes in, (R,) in [0, 1], and the sky's light through windows, (R,)."""
+    beam, glow = jnp.zeros_like(blur), jnp.zeros_like(blur)
+    for index in range(world.NUM_WINDOWS):
+        window = scene.windows[index]
+        half_x, half_y = window[5], window[6]
+        along, height, distance = _window_place(window, point)
+        approach = scene.sun[0] * window[3] + scene.sun[2] * window[4]
+        t = -distance / jnp.where(approach > 1e-3, approach, 1e9)
+        along_sun = scene.sun[0] * window[4] - scene.sun[2] * window[3]
+        side = half_x - jnp.abs(along + t * along_sun)
+        level = half_y - jnp.abs(height - t * scene.sun[1])
+        bars = jnp.minimum(jnp.abs(along + t * along_sun), 10.0) - 0.03
+        depth = jnp.minimum(jnp.minimum(side, level), bars)
+        edge = jnp.clip(0.5 + 0.5 * depth / (scene.sun_size * t + blur), 0.0, 1.0)
+        beam = jnp.maximum(beam, edge * (approach > 1e-3) * (half_x > 0.0))
+        toward = [window[i] - point[i] for i in range(3)]
+        squared = _dot(toward, toward) + 0.05
+        facing = jnp.clip(_dot(normal, toward), 0.0, None) * jnp.maximum(-distance, 0.0)
+        area = 4.0 * half_x * half_y
+        glow = glow + jnp.where(half_x > 0.0, facing * area / (squared * (squared + area)), 0.0)
+    return beam, glow
+
+
+def sky_color(scene, view, noise):
+    """Sky along unit directions: gradient, sun, clouds and two mountain ridges."""
+    up = -view[1]
+    flat = jnp.sqrt(jnp.maximum(view[0] ** 2 + view[2] ** 2, 1e-6))
+    slope = up / flat
+    above = jnp.clip(up, 0.0, 1.0)
+    rise = 1.0 - (1.0 - above) ** 3
+    toward = jnp.clip(_dot(scene.sun, view), 0.0, 1.0)
+    glow = 0.30 * toward**8 + 0.5 * toward**64 + 6.0 * jnp.clip((toward - 0.9985) * 1500, 0, 1)
+    cover = jnp.clip(noise * 1.8 + scene.clouds[0] - 0.6, 0.0, 1.0) * jnp.clip(slope * 5, 0, 1)
+    azimuth = jnp.arctan2(view[0], view[2])
+    masks = []
+    for ridge in range(2):
+        height = jnp.zeros_like(up)
+        for wave, cycles in enumerate((2.0, 5.0, 9.0, 17.0)):
+            amplitude, phase = scene.ridge[ridge, wave, 0], scene.ridge[ridge, wave, 1]
+            height = height + amplitude * (1.0 - jnp.abs(jnp.sin(cycles / 2 * azimuth + phase)))
+        masks.append(jnp.clip((height - slope) / 0.01 + 0.5, 0.0, 1.0) * (height > 1e-4))
+    out = []
+    for i in range(3):
+        zenith, horizon, cloud, mountain = (scene.sky[row, i] for row in range(4))
+        color = horizon + (zenith - horizon) * rise
+        color = color + (cloud - color) * cover * 0.85 + glow * scene.sun_color[i] * 0.35
+        far = horizon + (mountain - horizon) * 0.35
+        near = horizon + (mountain - horizon) * 0.65
+        color = color + (far - color) * masks[0]
+        out.append(color + (near - color) * masks[1])
+    return out
+
+
+def shade(scene, table, radius, masks, origin, direction, focal):
+    """Linear colour of rays from one point.
+
+    Args:
+      masks: bodies that the rays can meet, and that their reflections in water can.
+      origin: three scalars; direction: three arrays (R,) with a camera depth of 1.
+      focal: pixels.
+
+    Returns:
+      three arrays (R,).
+    """
+    t, surface = nearest(scene, table, masks[0], origin, direction)
+    surface, point, is_sky = resolve(scene, t, surface, origin, direction)
+    length = jnp.sqrt(_dot(direction, direction))
+    view = [d / length for d in direction]
+    normal, place, u, v = surface_frame(scene, table, surface, point)
+    paint = scene.paint[surface].T
+    facing_view = jnp.maximum(-_dot(normal, view), 0.08)
+    pixel = t * length / focal / facing_view
+
+    # One noise serves surfaces, in the body's frame, and clouds, on a plane overhead.
+    overhead = scene.clouds[1] / (jnp.abs(view[1]) + 0.12)
+    shift = surface.astype(jnp.float32) * 7.31 * (surface < world.NUM_BODIES)
+    scale = paint[13]
+    spot = [
+        jnp.where(is_sky, view[i] * overhead + 50.0, place[i] * scale + shift) for i in range(3)
+    ]
+    noise = fractal_noise(spot, jnp.where(is_sky, overhead / focal, pixel * scale))
+    mix, tone = pattern_mix(
+        scene.pattern[surface],
+        u * paint[6],
+        v * paint[7],
+        [paint[8 + i] for i in range(4)],
+        pixel * paint[6],
+        pixel * paint[7],
+    )
+    mix, tone, noise = jax.lax.optimization_barrier((mix, tone, noise))
+    is_solid = ~is_sky & (t < _FAR)
+    blur = 0.006 + 0.5 * t / focal
+    mask = shade_mask(scene, radius, point, is_solid)
+    lit, free = shadow_and_sky(scene, table, mask, point, normal, blur)
+    sun_on = lit * _facing(scene, normal, paint[16])
+    beam, glow = _window_light(scene, point, normal, blur)
+    inside = scene.is_indoor > 0
+    sun_on = sun_on * jnp.where(inside, beam, 1.0)
+    free = free * _corners(scene, point, normal, surface)
+    warm = _lamp_light(scene, point, normal)
+    shine = _highlight(scene, view, normal) * paint[15] * sun_on
+    mirror = paint[17]
+    reflected = _reflection(scene, table, masks[1], origin, direction, t, mirror)
+    ripple = mirror * jnp.clip(0.12 + 0.88 * (1.0 - facing_view) ** 3, 0.0, 1.0)
+    fog = 1.0 - jnp.exp(-scene.haze * t * length)
+    sky = sky_color(scene, view, noise)
+    above = 0.5 - 0.5 * normal[1]
+    spread = jnp.clip(0.5 + 0.9 * noise, 0.0, 1.0) * (paint[12] > 0.3) * (1.0 - mix)
+    tone = tone * (1.0 + paint[12] * noise)
+    out = []
+    for i in range(3):
+        color_a, color_b = paint[i], paint[3 + i]
+        albedo = (color_a + (color_b - color_a) * jnp.maximum(mix, 0.6 * spread)) * tone
+        ambient = scene.ambient[1, i] + (scene.ambient[0, i] - scene.ambient[1, i]) * above
+        window = glow * 0.5 * (scene.sky[0, i] + scene.sky[1, i]) * 1.6
+        light = ambient * free + scene.sun_color[i] * sun_on + (warm[i] + window) * free
+        color = albedo * (light + paint[14] * (1.0 - mix)) + shine * scene.sun_color[i]
+        color = color + (reflected[i] - color) * ripple
+        color = color + (scene.sky[1, i] - color) * fog
+        out.append(jnp.where(is_sky, sky[i], color))
+    return out
+
+
+def _facing(scene, normal, wrap):
+    """Cosine to the sun; leaves, with their wrap, also shine from the side."""
+    cosine = _dot(normal, [scene.sun[i] for i in range(3)])
+    return jnp.clip((cosine + wrap) / (1.0 + wrap), 0.0, 1.0)
+
+
+def _corners(scene, point, normal, surface):
+    """Share of the sky or room that edges leave free: the foot of things, and room corners."""
+    foot = 1.0 - 0.25 * jnp.exp(5.0 * point[1]) * (1.0 - jnp.abs(normal[1]))
+    dark = jnp.ones_like(point[0])
+    for axis in range(3):
+        off = 1.0 - jnp.abs(normal[axis])
+        for gap in (point[axis] - scene.room_min[axis], scene.room_max[axis] - point[axis]):
+            dark = dark * (1.0 - 0.30 * off * jnp.exp(-3.0 * jnp.maximum(gap, 0.0)))
+    return foot * jnp.where(scene.is_indoor > 0, dark, 1.0)
+
+
+def _lamp_light(scene, point, normal):
+    """Light of lanterns, three arrays (R,); it passes through bodies."""
+    total = [jnp.zeros_like(point[0])] * 3
+    for index in range(world.NUM_LAMPS):
+        lamp = scene.lamps[index]
+        toward = [lamp[i] - point[i] for i in range(3)]
+        squared = _dot(toward, toward)
+        cosine = _dot(normal, toward) / jnp.sqrt(squared + 1e-4)
+        power = jnp.clip(0.35 + 0.65 * cosine, 0.0, 1.0) / (1.0 + lamp[6] * squared)
+        total = [part + lamp[3 + i] * power for i, part in enumerate(total)]
+    return total
+
+
+def _highlight(scene, view, normal):
+    half = [scene.sun[i] - view[i] for i in range(3)]
+    norm = jax.lax.rsqrt(_dot(half, half) + 1e-6)
+    return jnp.clip(_dot(normal, half) * norm, 0.0, 1.0) ** 40
+
+
+def _reflection(scene, table, mask, origin, direction, t, mirror):
+    """What flat water mirrors, three arrays (R,): bodies in plain light, and the sky.
+
+    A mirrored ray is the ray of a camera under the water with its y axis turned over.
+    """
+    source = (origin[0], -origin[1], origin[2])
+    ray = (direction[0], -direction[1], direction[2])
+    mask = mask & (mirror > 0.0).any()
+    reach, surface = nearest(scene, table, mask, source, ray, least=t)
+    length = jnp.sqrt(_dot(ray, ray))
+    view = [d / length for d in ray]
+    is_body = surface < world.NUM_BODIES
+    paint = scene.paint[surface].T
+    sky = sky_color(scene, view, jnp.zeros_like(t) - 0.2)
+    fog = 1.0 - jnp.exp(-scene.haze * reach * length)
+    out = []
+    for i in range(3):
+        light = 0.75 * scene.ambient[0, i] + 0.45 * scene.sun_color[i]
+        plain = 0.7 * paint[i] + 0.3 * paint[3 + i]
+        body = plain * (light + paint[14])
+        body = body + (scene.sky[1, i] - body) * fog
+        out.append(jnp.where(is_body, body, sky[i]))
+    return out
