@@ -69,6 +69,7 @@ class Material(NamedTuple):
     gloss: float = 0.0
     wrap: float = 0.0  # share of the light that goes around, for leaves and snow
     mirror: float = 0.0  # 1 for water
+    blotch: float = 0.0  # share of colour b that the noise mixes in
 
 
 def shade_of(rng: np.random.Generator, name: str, jitter: float = 0.035) -> np.ndarray:
@@ -94,7 +95,7 @@ def leaves(rng: np.random.Generator, name: str, **more) -> Material:
     """Foliage: strong noise towards a darker second colour, lit from the side too."""
     main = shade_of(rng, name)
     dark = main * np.array((0.50, 0.62, 0.55))
-    values = {"noise": 0.34, "noise_scale": 3.0, "wrap": 0.45, **more}
+    values = {"noise": 0.30, "noise_scale": 3.0, "wrap": 0.45, "blotch": 0.6, **more}
     return Material("plain", main, dark, **values)
 
 
@@ -105,7 +106,7 @@ def paint_row(mat: Material | None, size, around: bool) -> tuple[int, np.ndarray
     `around`, x runs once around the body, so that an even number of cells closes it.
     """
     if mat is None:
-        return 0, np.zeros(18)
+        return 0, np.zeros(19)
     pattern, (across, up), offset, border, jitter, _ = TEXTURES[mat.texture]
     width = np.pi * size[0] if around else size[0]
     count = max(1.0, np.round(width / (mat.cell * across)))
@@ -115,5 +116,5 @@ def paint_row(mat: Material | None, size, around: bool) -> tuple[int, np.ndarray
     cells = (count / max(width, 1e-3), rows / max(size[1], 1e-3))
     light = [np.asarray(c) ** 2.2 for c in (mat.color_a, mat.color_b)]
     values = [*light[0], *light[1], *cells, offset, *border, jitter]
-    values += [mat.noise, mat.noise_scale, mat.emission, mat.gloss, mat.wrap, mat.mirror]
+    values += [mat.noise, mat.noise_scale, mat.emission, mat.gloss, mat.wrap, mat.mirror, mat.blotch]
     return PATTERN_CODE[pattern], np.array(values)

@@ -16,11 +16,9 @@ _NOTHING = Material("plain", np.full(3, 0.5), np.full(3, 0.5))
 
 def _ground(c: Builder, name: str, second: str | None = None, **more) -> Material:
     """Ground with soft wide patches of a second shade."""
-    values = {"noise": 0.20, "noise_scale": 0.55, **more}
+    values = {"noise": 0.20, "noise_scale": 0.6, "blotch": 0.7, **more}
     mat = c.mat("plain", name, **values)
-    other = np.array(COLORS[second]) if second else mat.color_a * np.array((0.78, 0.84, 0.74))
-    if values["noise"] > 0.3:
-        return mat._replace(color_b=other)
+    other = np.array(COLORS[second]) if second else mat.color_a * np.array((0.78, 0.84, 0.70))
     return mat._replace(color_b=other)
 
 

@@ -86,8 +86,8 @@ def _color_tile(scene, pose, intrinsics, corner, shape, samples):
     table, radius = body_table(scene), bounding_radius(scene)
     origin, masks = _masks(scene, radius, pose, cone)
     color = shade(scene, table, radius, masks, origin, direction, intrinsics[0])
-    color = jnp.stack(color, -1).reshape(*shape, samples, 3)
-    return jnp.clip(color, 0.0, 3.0).mean(2)
+    parts = [jnp.clip(part, 0.0, 3.0).reshape(*shape, samples).mean(-1) for part in color]
+    return jnp.stack(parts, -1)
 
 
 def _depth_tile(scene, pose, intrinsics, corner, shape, samples):

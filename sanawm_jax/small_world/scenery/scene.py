@@ -22,6 +22,7 @@ NUM_PATCHES = 6  # flat areas on the ground: paths, ponds, rugs
 NUM_SURFACES = NUM_BODIES + NUM_FACES + NUM_PATCHES
 NUM_WINDOWS = 6
 NUM_LAMPS = 4
+RIDGE_POINTS = 128  # of a mountain ridge around the horizon
 NUM_OBJECTS = 40  # caption entries
 FIRST_FACE = NUM_BODIES
 FLOOR = FIRST_FACE + 3
@@ -32,7 +33,7 @@ SKY_SURFACE = NUM_SURFACES  # what `depth` reports where no surface is hit
 PAINT = (
     *("red_a", "green_a", "blue_a", "red_b", "green_b", "blue_b"),
     *("cells_u", "cells_v", "offset", "border_u", "border_v", "jitter"),
-    *("noise", "noise_scale", "emission", "gloss", "wrap", "mirror"),
+    *("noise", "noise_scale", "emission", "gloss", "wrap", "mirror", "blotch"),
 )
 
 
@@ -66,7 +67,7 @@ class Scene:
     ambient: np.ndarray  # (2, 3) light from above and from below
     sky: np.ndarray  # (4, 3) zenith, horizon, cloud and mountain colour
     clouds: np.ndarray  # (2,) amount, scale
-    ridge: np.ndarray  # (2, 4, 2) two mountain ridges: amplitude and phase of four waves
+    ridge: np.ndarray  # (2, RIDGE_POINTS) slope of two mountain ridges around the horizon
     haze: np.ndarray  # () extinction per unit
     clear: np.ndarray  # (3,) x, z, radius of a disc that no body enters
     objects: np.ndarray  # (NUM_OBJECTS, 2) int32: kind, colour (caption indices), -1 if none

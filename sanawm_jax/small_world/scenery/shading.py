@@ -158,15 +158,14 @@ def _window_place(window, point):
     return x * nz - z * nx, -y, x * nx + z * nz
 
 
-def surface_frame(scene, table, surface, point):
-    """Normal and pattern place of hits.
+def surface_frame(row, surface, point):
+    """Normal and pattern place of hits; row (10, R): the bodies' rows of `body_table`.
 
     Returns:
       normal: three arrays (R,), unit, world; place: three arrays, position in the body's frame;
-      u, v: position along the surface in world units; is_side: hits of round sides.
+      u, v: position along the surface in world units.
     """
-    row = table[jnp.minimum(surface, world.NUM_BODIES - 1)]
-    center, cos, sin, half, taper = _unpack(row.T)
+    center, cos, sin, half, taper = _unpack(row)
     local = to_local([point[i] - center[i] for i in range(3)], cos, sin)
     # blocks: the plane that is nearest from inside
     best, normal = jnp.full_like(point[0], -jnp.inf), (jnp.zeros_like(point[0]),) * 3
@@ -198,7 +197,7 @@ def surface_frame(scene, table, surface, point):
     is_side = (is_round & ~is_cap) | is_ball
     flat_x = jnp.abs(mixed[0]) > jnp.abs(mixed[2])
     is_level = ~is_side & (jnp.abs(mixed[1]) > 0.8 * jnp.sqrt(_dot(mixed, mixed)))
-    angle = (jnp.arctan2(local[0] / a, local[2] / b) + np.pi) * a
+    angle = _angle(local[0] / a, local[2] / b) * a
     u = jnp.where(flat_x, local[2] + b, local[0] + a)
     u = jnp.where(is_level, local[0] + a, u)
     u = jnp.where(is_side, angle, u)
@@ -215,6 +214,17 @@ def surface_frame(scene, table, surface, point):
     v = jnp.where(is_body, v, jnp.where(axis == 1, point[2], -point[1]))
     place = [jnp.where(is_body, m, p) for m, p in zip(local, point, strict=True)]
     return out, place, u, v
+
+
+def _angle(x, z):
+    """Angle around the vertical axis in [0, 2 pi), to 1e-4; far cheaper than arctan2."""
+    big, small = jnp.maximum(jnp.abs(x), jnp.abs(z)), jnp.minimum(jnp.abs(x), jnp.abs(z))
+    a = small / jnp.maximum(big, 1e-9)
+    s = a * a
+    r = ((-0.0464964749 * s + 0.15931422) * s - 0.327622764) * s * a + a
+    r = jnp.where(jnp.abs(x) > jnp.abs(z), np.pi / 2 - r, r)
+    r = jnp.where(z < 0.0, np.pi - r, r)
+    return np.pi + jnp.where(x < 0.0, -r, r)
 
 
 def shadow_and_sky(scene, table, mask, point, normal, blur):
@@ -268,13 +278,17 @@ def sky_color(scene, view, noise):
     toward = jnp.clip(_dot(scene.sun, view), 0.0, 1.0)
     glow = 0.30 * toward**8 + 0.5 * toward**64 + 6.0 * jnp.clip((toward - 0.9985) * 1500, 0, 1)
     cover = jnp.clip(noise * 1.8 + scene.clouds[0] - 0.6, 0.0, 1.0) * jnp.clip(slope * 5, 0, 1)
-    azimuth = jnp.arctan2(view[0], view[2])
+    # a direction's place around the horizon: a quarter of the circle is a quarter of the table
+    part = view[0] / jnp.maximum(jnp.abs(view[0]) + jnp.abs(view[2]), 1e-6)
+    place = jnp.where(view[2] >= 0.0, 1.0 + part, 3.0 - part) * (world.RIDGE_POINTS / 4.0)
+    left = jnp.floor(place)
+    share, index = place - left, left.astype(jnp.int32)
     masks = []
     for ridge in range(2):
-        height = jnp.zeros_like(up)
-        for wave, cycles in enumerate((2.0, 5.0, 9.0, 17.0)):
-            amplitude, phase = scene.ridge[ridge, wave, 0], scene.ridge[ridge, wave, 1]
-            height = height + amplitude * (1.0 - jnp.abs(jnp.sin(cycles / 2 * azimuth + phase)))
+        heights = scene.ridge[ridge]
+        low = heights[index % world.RIDGE_POINTS]
+        high = heights[(index + 1) % world.RIDGE_POINTS]
+        height = low + (high - low) * share
         masks.append(jnp.clip((height - slope) / 0.01 + 0.5, 0.0, 1.0) * (height > 1e-4))
     out = []
     for i in range(3):
@@ -299,63 +313,96 @@ def shade(scene, table, radius, masks, origin, direction, focal):
     Returns:
       three arrays (R,).
     """
+    always = focal > 0.0
     t, surface = nearest(scene, table, masks[0], origin, direction)
-    surface, point, is_sky = resolve(scene, t, surface, origin, direction)
-    length = jnp.sqrt(_dot(direction, direction))
-    view = [d / length for d in direction]
-    normal, place, u, v = surface_frame(scene, table, surface, point)
-    paint = scene.paint[surface].T
-    facing_view = jnp.maximum(-_dot(normal, view), 0.08)
-    pixel = t * length / focal / facing_view
 
-    # One noise serves surfaces, in the body's frame, and clouds, on a plane overhead.
-    overhead = scene.clouds[1] / (jnp.abs(view[1]) + 0.12)
-    shift = surface.astype(jnp.float32) * 7.31 * (surface < world.NUM_BODIES)
-    scale = paint[13]
-    spot = [
-        jnp.where(is_sky, view[i] * overhead + 50.0, place[i] * scale + shift) for i in range(3)
-    ]
-    noise = fractal_noise(spot, jnp.where(is_sky, overhead / focal, pixel * scale))
-    mix, tone = pattern_mix(
-        scene.pattern[surface],
-        u * paint[6],
-        v * paint[7],
-        [paint[8 + i] for i in range(4)],
-        pixel * paint[6],
-        pixel * paint[7],
-    )
-    mix, tone, noise = jax.lax.optimization_barrier((mix, tone, noise))
+    def look(t, surface):
+        surface, point, is_sky = resolve(scene, t, surface, origin, direction)
+        length = jnp.sqrt(_dot(direction, direction))
+        return surface, point, is_sky, length, [d / length for d in direction]
+
+    surface, point, is_sky, length, view = _when(always, look, t, surface)
+    rows = jnp.minimum(surface, world.NUM_BODIES - 1)
+    row, paint = _when(always, lambda r, s: (table[r].T, scene.paint[s].T), rows, surface)
+    normal, place, u, v = _when(always, surface_frame, row, surface, point)
+
+    def texture(u, v, place, normal):
+        facing = jnp.maximum(-_dot(normal, view), 0.08)
+        pixel = t * length / focal / facing
+        # One noise serves surfaces, in the body's frame, and clouds, on a plane overhead.
+        overhead = scene.clouds[1] / (jnp.abs(view[1]) + 0.12)
+        shift = surface.astype(jnp.float32) * 7.31 * (surface < world.NUM_BODIES)
+        cells = place, paint[13], shift
+        spot = [
+            jnp.where(is_sky, view[i] * overhead + 50.0, cells[0][i] * cells[1] + cells[2])
+            for i in range(3)
+        ]
+        return spot, jnp.where(is_sky, overhead / focal, pixel * paint[13]), pixel, facing
+
+    spot, footprint, pixel, facing_view = _when(always, texture, u, v, place, normal)
+    noise = _when(always, fractal_noise, spot, footprint)
+
+    def patterns(u, v, pixel):
+        shape = [paint[8 + i] for i in range(4)]
+        across, up = paint[6], paint[7]
+        code = scene.pattern[surface]
+        return pattern_mix(code, u * across, v * up, shape, pixel * across, pixel * up)
+
+    mix, tone = _when(always, patterns, u, v, pixel)
     is_solid = ~is_sky & (t < _FAR)
     blur = 0.006 + 0.5 * t / focal
     mask = shade_mask(scene, radius, point, is_solid)
     lit, free = shadow_and_sky(scene, table, mask, point, normal, blur)
-    sun_on = lit * _facing(scene, normal, paint[16])
-    beam, glow = _window_light(scene, point, normal, blur)
     inside = scene.is_indoor > 0
-    sun_on = sun_on * jnp.where(inside, beam, 1.0)
-    free = free * _corners(scene, point, normal, surface)
-    warm = _lamp_light(scene, point, normal)
-    shine = _highlight(scene, view, normal) * paint[15] * sun_on
-    mirror = paint[17]
-    reflected = _reflection(scene, table, masks[1], origin, direction, t, mirror)
-    ripple = mirror * jnp.clip(0.12 + 0.88 * (1.0 - facing_view) ** 3, 0.0, 1.0)
-    fog = 1.0 - jnp.exp(-scene.haze * t * length)
-    sky = sky_color(scene, view, noise)
-    above = 0.5 - 0.5 * normal[1]
-    spread = jnp.clip(0.5 + 0.9 * noise, 0.0, 1.0) * (paint[12] > 0.3) * (1.0 - mix)
-    tone = tone * (1.0 + paint[12] * noise)
-    out = []
-    for i in range(3):
-        color_a, color_b = paint[i], paint[3 + i]
-        albedo = (color_a + (color_b - color_a) * jnp.maximum(mix, 0.6 * spread)) * tone
-        ambient = scene.ambient[1, i] + (scene.ambient[0, i] - scene.ambient[1, i]) * above
-        window = glow * 0.5 * (scene.sky[0, i] + scene.sky[1, i]) * 1.6
-        light = ambient * free + scene.sun_color[i] * sun_on + (warm[i] + window) * free
-        color = albedo * (light + paint[14] * (1.0 - mix)) + shine * scene.sun_color[i]
-        color = color + (reflected[i] - color) * ripple
-        color = color + (scene.sky[1, i] - color) * fog
-        out.append(jnp.where(is_sky, sky[i], color))
-    return out
+    beam, glow = _when(inside, lambda p, n: _window_light(scene, p, n, blur), point, normal)
+    has_lamps = (scene.lamps[:, 3:6] > 0.0).any()
+    warm = _when(has_lamps, lambda p, n: _lamp_light(scene, p, n), point, normal)
+    sky = _when(is_sky.any(), lambda v, n: sky_color(scene, v, n), view, noise)
+    has_mirror = (paint[17] > 0.0).any()
+    reflected = _when(
+        has_mirror,
+        lambda t: _reflection(scene, table, masks[1] & has_mirror, origin, direction, t),
+        t,
+    )
+
+    def finish(lit, free, noise, mix, tone):
+        sun_on = lit * _facing(scene, normal, paint[16]) * jnp.where(inside, beam, 1.0)
+        free = free * _corners(scene, point, normal)
+        shine = _highlight(scene, view, normal) * paint[15] * sun_on
+        ripple = paint[17] * jnp.clip(0.12 + 0.88 * (1.0 - facing_view) ** 3, 0.0, 1.0)
+        fog = 1.0 - jnp.exp(-scene.haze * t * length)
+        above = 0.5 - 0.5 * normal[1]
+        blotch = jnp.clip(0.5 + 0.9 * noise, 0.0, 1.0) * (1.0 - mix)
+        mix = jnp.maximum(mix, blotch * paint[18])
+        tone = tone * (1.0 + paint[12] * noise)
+        out = []
+        for i in range(3):
+            color_a, color_b = paint[i], paint[3 + i]
+            albedo = (color_a + (color_b - color_a) * mix) * tone
+            ambient = scene.ambient[1, i] + (scene.ambient[0, i] - scene.ambient[1, i]) * above
+            window = glow * 0.8 * (scene.sky[0, i] + scene.sky[1, i])
+            light = (ambient + warm[i] + window) * free + scene.sun_color[i] * sun_on
+            color = albedo * (light + paint[14] * (1.0 - mix)) + shine * scene.sun_color[i]
+            color = color + (reflected[i] - color) * ripple
+            color = color + (scene.sky[1, i] - color) * fog
+            out.append(jnp.where(is_sky, sky[i], color))
+        return out
+
+    return _when(always, finish, lit, free, noise, mix, tone)
+
+
+def _when(flag, function, *args):
+    """`function(*args)` where `flag` holds, else zeros.
+
+    On a CPU it skips work that a tile does not need. It also keeps XLA's fusions from computing a
+    stage again for each of its uses: without it a picture takes ten times as long.
+    """
+    shapes = jax.eval_shape(function, *args)
+
+    def nothing(*_):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return jax.lax.cond(flag, function, nothing, *args)
 
 
 def _facing(scene, normal, wrap):
@@ -364,7 +411,7 @@ def _facing(scene, normal, wrap):
     return jnp.clip((cosine + wrap) / (1.0 + wrap), 0.0, 1.0)
 
 
-def _corners(scene, point, normal, surface):
+def _corners(scene, point, normal):
     """Share of the sky or room that edges leave free: the foot of things, and room corners."""
     foot = 1.0 - 0.25 * jnp.exp(5.0 * point[1]) * (1.0 - jnp.abs(normal[1]))
     dark = jnp.ones_like(point[0])
@@ -394,20 +441,19 @@ def _highlight(scene, view, normal):
     return jnp.clip(_dot(normal, half) * norm, 0.0, 1.0) ** 40
 
 
-def _reflection(scene, table, mask, origin, direction, t, mirror):
+def _reflection(scene, table, mask, origin, direction, t):
     """What flat water mirrors, three arrays (R,): bodies in plain light, and the sky.
 
     A mirrored ray is the ray of a camera under the water with its y axis turned over.
     """
     source = (origin[0], -origin[1], origin[2])
     ray = (direction[0], -direction[1], direction[2])
-    mask = mask & (mirror > 0.0).any()
     reach, surface = nearest(scene, table, mask, source, ray, least=t)
     length = jnp.sqrt(_dot(ray, ray))
     view = [d / length for d in ray]
     is_body = surface < world.NUM_BODIES
     paint = scene.paint[surface].T
-    sky = sky_color(scene, view, jnp.zeros_like(t) - 0.2)
+    sky = sky_color(scene, view, jnp.full_like(t, -0.2))
     fog = 1.0 - jnp.exp(-scene.haze * reach * length)
     out = []
     for i in range(3):

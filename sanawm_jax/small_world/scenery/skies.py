@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from sanawm_jax.small_world.scenery.scene import RIDGE_POINTS
+
 # name -> zenith, horizon, cloud, mountains (sRGB), sun colour and strength, sun's height range in
 # degrees, radius in radians, strength of the sky's light
 _SKIES = {
@@ -43,11 +45,12 @@ def sky_light(rng: np.random.Generator, name: str, ground, ridges: float = 1.0) 
     sun_color = _linear(tint) * strength * rng.uniform(0.92, 1.08)
     above = (0.55 * sky[0] + 0.45 * sky[1]) * sky_power + 0.10 * sky_power
     below = 0.45 * _linear(ground) * (sun_color * np.sin(height) + 0.5 * above) + 0.03
-    amplitude = np.array((0.050, 0.030, 0.016, 0.007)) * ridges
-    ridge = np.empty((2, 4, 2))
-    for row, scale in enumerate((1.25, 0.75)):
-        ridge[row, :, 0] = amplitude * scale * rng.uniform(0.5, 1.2, 4)
-        ridge[row, :, 1] = rng.uniform(0, np.pi, 4)
+    around = np.linspace(0, 2 * np.pi, RIDGE_POINTS, endpoint=False)
+    ridge = np.zeros((2, RIDGE_POINTS))
+    for row, scale in enumerate((1.3, 0.75)):
+        for amplitude, cycles in ((0.055, 2), (0.035, 5), (0.018, 9), (0.008, 17)):
+            wave = 1.0 - np.abs(np.sin(cycles / 2 * around + rng.uniform(0, np.pi)))
+            ridge[row] += ridges * scale * amplitude * rng.uniform(0.5, 1.2) * wave
     return {
         "sun": sun,
         "sun_color": sun_color,
