@@ -108,7 +108,7 @@ class Builder:
     def patch(self, x, z, half_x, half_z, yaw, mat: Material, is_round: bool = False) -> None:
         """A flat area on the ground; later ones lie on top."""
         if len(self.patches) < world.NUM_PATCHES:
-            self.patches.append(((x, z, half_x, half_z, yaw, float(is_round)), mat))
+            self.patches.append(((x, z, half_x, half_z, yaw, float(is_round)), mat, self.current))
 
     def lamp(self, x, height, z, color, power: float, reach: float = 1.2) -> None:
         """A light without shadows; its light falls off as 1 / (1 + reach * distance^2)."""
@@ -173,10 +173,11 @@ class Builder:
                 paints.append(paint_row(row[4], 2 * np.array(row[1]), kind > 0))
         paints += [paint_row(mat, (1.0 / 0.37, 1.0 / 0.37), False) for mat in faces]
         patches = np.tile((0.0, 100.0, -1.0, -1.0, 0.0, 0.0), (world.NUM_PATCHES, 1))
+        patch_object = np.full(world.NUM_PATCHES, -1)
         for index in range(world.NUM_PATCHES):
             mat = None
             if index < len(self.patches):
-                patches[index], mat = self.patches[index]
+                patches[index], mat, patch_object[index] = self.patches[index]
             paints.append(paint_row(mat, (1.0 / 0.37, 1.0 / 0.37), False))
         windows = np.tile((0.0, -500.0, 0.0, 1.0, 0.0, -1.0, -1.0), (world.NUM_WINDOWS, 1))
         windows[: len(self.windows)] = self.windows or windows[:0]
@@ -198,6 +199,7 @@ class Builder:
             pattern=[p[0] for p in paints],
             paint=[p[1] for p in paints],
             patches=patches,
+            patch_object=patch_object,
             windows=windows,
             lamps=lamps,
             clear=(0.0, 0.0, CLEAR_RADIUS),
@@ -210,7 +212,16 @@ class Builder:
             ),
             **light,
         )
-        whole = {"seed", "place", "is_indoor", "body_object", "pattern", "objects", "words"}
+        whole = {
+            "seed",
+            "place",
+            "is_indoor",
+            "body_object",
+            "patch_object",
+            "pattern",
+            "objects",
+            "words",
+        }
         return world.Scene(
             **{k: np.asarray(v, np.int32 if k in whole else np.float32) for k, v in values.items()}
         )

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from sanawm_jax.small_world.scenery.shapes import _dot, _safe, block_planes
 
+AMBIENT_REACH = 1.2  # world units from a body's core; see `occlusion`
+
 
 def _step(depth, width):
     """0 below -width, 1 above +width, smooth between."""
@@ -87,10 +89,16 @@ COVERS = (block_cover, round_cover, ball_cover)
 
 
 def occlusion(origin, normal, half):
-    """Share of the sky (R,) that a body takes from points with a local unit normal."""
+    """Share of the sky (R,) that a body takes from points with a local unit normal.
+
+    It is zero from a distance of `AMBIENT_REACH` on, so that a list of near bodies loses nothing.
+    """
     core = [jnp.clip(origin[i], -0.6 * half[i], 0.6 * half[i]) for i in range(3)]
     toward = [core[i] - origin[i] for i in range(3)]
     squared = _dot(toward, toward) + 1e-6
     facing = jnp.clip(_dot(normal, toward) / jnp.sqrt(squared), 0.0, 1.0)
     reach = 0.8 * jnp.cbrt(jnp.maximum(half[0] * half[1] * half[2], 1e-9)) ** 2
-    return 0.75 * facing / (1.0 + squared / reach) * (half[0] > 0.0)
+    reach = jnp.minimum(reach, 0.8)
+    least = 1.0 / (1.0 + AMBIENT_REACH**2 / reach)
+    near = jnp.maximum(1.0 / (1.0 + squared / reach) - least, 0.0) / (1.0 - least)
+    return 0.75 * facing * near * (half[0] > 0.0)

@@ -95,7 +95,7 @@ def leaves(rng: np.random.Generator, name: str, **more) -> Material:
     """Foliage: strong noise towards a darker second colour, lit from the side too."""
     main = shade_of(rng, name)
     dark = main * np.array((0.50, 0.62, 0.55))
-    values = {"noise": 0.30, "noise_scale": 3.0, "wrap": 0.45, "blotch": 0.6, **more}
+    values = {"noise": 0.34, "noise_scale": 3.4, "wrap": 0.35, "blotch": 0.8, **more}
     return Material("plain", main, dark, **values)
 
 
@@ -116,5 +116,13 @@ def paint_row(mat: Material | None, size, around: bool) -> tuple[int, np.ndarray
     cells = (count / max(width, 1e-3), rows / max(size[1], 1e-3))
     light = [np.asarray(c) ** 2.2 for c in (mat.color_a, mat.color_b)]
     values = [*light[0], *light[1], *cells, offset, *border, jitter]
-    values += [mat.noise, mat.noise_scale, mat.emission, mat.gloss, mat.wrap, mat.mirror, mat.blotch]
+    values += [
+        mat.noise,
+        mat.noise_scale,
+        mat.emission,
+        mat.gloss,
+        mat.wrap,
+        mat.mirror,
+        mat.blotch,
+    ]
     return PATTERN_CODE[pattern], np.array(values)

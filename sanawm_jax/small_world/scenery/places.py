@@ -16,7 +16,7 @@ _NOTHING = Material("plain", np.full(3, 0.5), np.full(3, 0.5))
 
 def _ground(c: Builder, name: str, second: str | None = None, **more) -> Material:
     """Ground with soft wide patches of a second shade."""
-    values = {"noise": 0.20, "noise_scale": 0.6, "blotch": 0.7, **more}
+    values = {"noise": 0.24, "noise_scale": 0.9, "blotch": 0.8, **more}
     mat = c.mat("plain", name, **values)
     other = np.array(COLORS[second]) if second else mat.color_a * np.array((0.78, 0.84, 0.70))
     return mat._replace(color_b=other)
@@ -201,7 +201,13 @@ def garden(c: Builder):
         c, 7, 0.5, 2.6, 9.0, (0, 1, 3), lambda x, z, y: things.tree(c, x, z, rng.uniform(1.0, 1.7))
     )
     _scatter(
-        c, 6, 0.35, 1.8, 5.0, (0, 0, 1), lambda x, z, y: things.flowers(c, x, z, rng.uniform(0.8, 1.4))
+        c,
+        6,
+        0.35,
+        1.8,
+        5.0,
+        (0, 0, 1),
+        lambda x, z, y: things.flowers(c, x, z, rng.uniform(0.8, 1.4)),
     )
     _scatter(c, 3, 0.4, 2.0, 6.0, (0, 0, 1), lambda x, z, y: things.bush(c, x, z, 1.1))
     for _ in range(3):
@@ -245,10 +251,22 @@ def winter(c: Builder):
         things.snowman(c, *spot)
     _scatter(c, 2, 0.18, 1.9, 4.0, (2, 1), lambda x, z, y: things.lantern(c, x, z, lit > 0))
     _scatter(
-        c, 7, 0.6, 2.4, 9.0, (0, 4), lambda x, z, y: things.pine(c, x, z, rng.uniform(0.9, 1.6), True)
+        c,
+        7,
+        0.6,
+        2.4,
+        9.0,
+        (0, 4),
+        lambda x, z, y: things.pine(c, x, z, rng.uniform(0.9, 1.6), True),
     )
     _scatter(
-        c, 5, 0.4, 2.0, 7.0, (0, 0, 1), lambda x, z, y: things.rock(c, x, z, rng.uniform(0.6, 1.2), "gray")
+        c,
+        5,
+        0.4,
+        2.0,
+        7.0,
+        (0, 0, 1),
+        lambda x, z, y: things.rock(c, x, z, rng.uniform(0.6, 1.2), "gray"),
     )
     _scatter(c, 1, 0.3, 1.9, 4.0, (1,), lambda x, z, y: things.crate(c, x, z, y, 0.45))
     spot = c.find(0.9, 0.1, c.ring(2.2, 5.0))
@@ -273,7 +291,9 @@ def shore(c: Builder):
     c.background()
     at = things.offset(0.0, 0.0, yaw, rng.uniform(-6, 6), far + rng.uniform(3.0, 6.0))
     if rng.random() < 0.7:
-        things.rock(c, *at, 3.4, "gray")
+        c.thing("rock", "gray")
+        rough = c.mat("plain", "gray", noise=0.3, noise_scale=1.4)
+        c.ball(at[0], -0.1, at[1], (1.7, 0.55, 1.4), rough, rng.uniform(0, np.pi))
         things.tower(c, *at, rng.uniform(0.45, 0.6), rng.uniform(2.6, 3.6), "lighthouse")
     for _ in range(3):
         at = things.offset(0.0, 0.0, yaw, rng.uniform(-7, 7), far + rng.uniform(1.0, 7.0))
@@ -289,7 +309,13 @@ def shore(c: Builder):
         c, 5, 0.5, 2.5, 8.0, (0, 1, 4), lambda x, z, y: things.palm(c, x, z, rng.uniform(1.0, 1.5))
     )
     _scatter(
-        c, 5, 0.4, 2.0, 7.0, (0, 0, 1), lambda x, z, y: things.rock(c, x, z, rng.uniform(0.6, 1.4), "gray")
+        c,
+        5,
+        0.4,
+        2.0,
+        7.0,
+        (0, 0, 1),
+        lambda x, z, y: things.rock(c, x, z, rng.uniform(0.6, 1.4), "gray"),
     )
     _scatter(c, 2, 0.3, 1.9, 4.0, (1,), lambda x, z, y: things.crate(c, x, z, y, 0.45))
     _scatter(c, 2, 0.25, 1.9, 4.0, (0, 1), lambda x, z, y: things.barrel(c, x, z))
@@ -332,11 +358,23 @@ def shrine(c: Builder):
         ),
     )
     _scatter(
-        c, 5, 0.4, 2.0, 6.0, (0, 0, 1), lambda x, z, y: things.rock(c, x, z, rng.uniform(0.5, 1.2), "gray")
+        c,
+        5,
+        0.4,
+        2.0,
+        6.0,
+        (0, 0, 1),
+        lambda x, z, y: things.rock(c, x, z, rng.uniform(0.5, 1.2), "gray"),
     )
     _scatter(c, 4, 0.4, 1.9, 6.0, (0, 0, 1), lambda x, z, y: things.bush(c, x, z, 1.0))
     _scatter(
-        c, 3, 0.6, 4.0, 9.0, (0, 4), lambda x, z, y: things.pine(c, x, z, rng.uniform(0.9, 1.5), False)
+        c,
+        3,
+        0.6,
+        4.0,
+        9.0,
+        (0, 4),
+        lambda x, z, y: things.pine(c, x, z, rng.uniform(0.9, 1.5), False),
     )
     things.hills(c, "green", 2)
     return ground, ("plain", name), sky, 1.4

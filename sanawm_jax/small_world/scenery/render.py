@@ -31,7 +31,6 @@ HEIGHT, WIDTH = 96, 160
 # Standard deviation of the lens's Gaussian point spread, in pixels. Edges that are sharper than a
 # camera makes them cost a small autoencoder most of its numbers.
 LENS = 0.6
-_EXPOSURE = 1.0
 _SUBPIXELS = {
     1: ((0.0, 0.0),),
     2: ((-0.25, -0.25), (0.25, 0.25)),
@@ -114,8 +113,7 @@ def _blur(image):
 
 def _develop(image):
     """Linear light -> picture: a film curve with soft highlights, then the screen's gamma."""
-    x = _EXPOSURE * image
-    x = x * (2.2 * x + 0.20) / (x * (2.1 * x + 0.95) + 0.22)
+    x = image * (2.4 * image + 0.06) / (image * (2.3 * image + 0.80) + 0.16)
     return jnp.clip(x, 0.0, 1.0) ** (1.0 / 2.2)
 
 

@@ -90,8 +90,9 @@ def _table(c: Builder, x, z, yaw) -> None:
                 at = things.offset(x, z, yaw, dx * size, dz)
                 c.block(at[0], 0.0, at[1], (0.07, 0.60, 0.07), yaw, c.mat("plain", name))
     if c.room_for(0, 1, 1):
-        c.thing("vase", c.color())
-        mat = c.mat("plain", c.color(), gloss=0.5, noise=0.05)
+        vase = c.color()
+        c.thing("vase", vase)
+        mat = c.mat("plain", vase, gloss=0.5, noise=0.05)
         c.round(x, 0.67, z, 0.09, 0.22, mat, -0.3)
         c.ball(x, 1.0, z, (0.19, 0.16, 0.19), leaves(rng, c.color(("red", "pink", "yellow"))))
 
@@ -167,7 +168,7 @@ def room(c: Builder):
     """A living room: windows with sunlight, furniture, pictures and a rug."""
     rng = c.rng
     _shell(c, *rng.uniform(5.2, 7.6, 2), rng.uniform(2.4, 3.0))
-    wall_name = c.color(("cream", "white", "tan", "pink", "turquoise", *c.colors))
+    wall_name = c.color(("cream", "white", "tan", "pink", "turquoise", "yellow"))
     floor = c.color(("brown", "tan", "gray"))
     floor_texture = c.color(("planked", "tiled"))
     sky = c.color(_SKIES)

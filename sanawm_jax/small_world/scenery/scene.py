@@ -59,6 +59,7 @@ class Scene:
     pattern: np.ndarray  # (NUM_SURFACES,) int32, index into palette.PATTERNS
     paint: np.ndarray  # (NUM_SURFACES, len(PAINT))
     patches: np.ndarray  # (NUM_PATCHES, 6) x, z, half x, half z, yaw, roundness; later ones on top
+    patch_object: np.ndarray  # (NUM_PATCHES,) int32, row of `objects`, -1 for none
     windows: np.ndarray  # (NUM_WINDOWS, 7) centre, outward normal (x, z), half width, half height
     lamps: np.ndarray  # (NUM_LAMPS, 7) position, colour, reach
     sun: np.ndarray  # (3,) unit vector towards the sun

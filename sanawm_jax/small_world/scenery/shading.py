@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.small_world.scenery import scene as world
-from sanawm_jax.small_world.scenery.light import COVERS, occlusion
+from sanawm_jax.small_world.scenery.light import AMBIENT_REACH, COVERS, occlusion
 from sanawm_jax.small_world.scenery.shapes import (
     INTERVALS,
     _dot,
@@ -124,7 +124,7 @@ def shade_mask(scene, radius, point, is_solid):
     room = radius + spread
     edge = scene.sun_size * jnp.maximum(along, 0.0) + 0.05
     throws = (across <= room + edge) & (along >= -room)
-    is_near = jnp.sqrt(squared) <= room + 1.0
+    is_near = jnp.sqrt(squared) <= room + AMBIENT_REACH
     return (throws | is_near) & (radius > 0.0) & is_solid.any()
 
 

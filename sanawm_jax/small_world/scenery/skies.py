@@ -42,13 +42,13 @@ def sky_light(rng: np.random.Generator, name: str, ground, ridges: float = 1.0) 
     flat = np.cos(height)
     sun = np.array((flat * np.cos(angle), -np.sin(height), flat * np.sin(angle)))
     sky = np.stack([_linear(c) for c in (zenith, horizon, cloud, mountain)])
-    sun_color = _linear(tint) * strength * rng.uniform(0.92, 1.08)
-    above = (0.55 * sky[0] + 0.45 * sky[1]) * sky_power + 0.10 * sky_power
+    sun_color = _linear(tint) * 1.2 * strength * rng.uniform(0.92, 1.08)
+    above = (0.55 * sky[0] + 0.45 * sky[1]) * 0.8 * sky_power + 0.06 * sky_power
     below = 0.45 * _linear(ground) * (sun_color * np.sin(height) + 0.5 * above) + 0.03
     around = np.linspace(0, 2 * np.pi, RIDGE_POINTS, endpoint=False)
     ridge = np.zeros((2, RIDGE_POINTS))
     for row, scale in enumerate((1.3, 0.75)):
-        for amplitude, cycles in ((0.055, 2), (0.035, 5), (0.018, 9), (0.008, 17)):
+        for amplitude, cycles in ((0.080, 2), (0.060, 5), (0.030, 9), (0.012, 17)):
             wave = 1.0 - np.abs(np.sin(cycles / 2 * around + rng.uniform(0, np.pi)))
             ridge[row] += ridges * scale * amplitude * rng.uniform(0.5, 1.2) * wave
     return {
@@ -59,7 +59,7 @@ def sky_light(rng: np.random.Generator, name: str, ground, ridges: float = 1.0) 
         "sky": sky,
         "clouds": (rng.uniform(0.25, 0.8), rng.uniform(0.7, 1.2)),
         "ridge": ridge,
-        "haze": rng.uniform(0.012, 0.028),
+        "haze": rng.uniform(0.009, 0.022),
     }
 
 
@@ -67,7 +67,7 @@ def room_light(rng: np.random.Generator, name: str, walls) -> dict:
     """The same for a room: the sky is outside, light comes in through the windows."""
     light = sky_light(rng, name, walls, ridges=1.2)
     tone = _linear(walls) ** 0.5
-    light["ambient"] = np.stack((0.30 * tone, 0.22 * tone)) * rng.uniform(0.9, 1.2)
+    light["ambient"] = np.stack((0.42 * tone, 0.32 * tone)) * rng.uniform(0.9, 1.2)
     light["sun_color"] = light["sun_color"] * 1.35
-    light["haze"] = 0.0
+    light["haze"] = np.float32(0.0)
     return light
