@@ -157,9 +157,10 @@ class Trainer:
         """`params` with the latents' mean and deviation, (C,), of clips of the pool."""
         encode = jax.jit(lambda p, v: self.encode(p, unpack(v))[0])
         frames = (pool.shape[1] - 1) // 8 * 8 + 1
+        size, count = min(16, len(pool)), min(clips, len(pool))
         parts = [
-            np.asarray(encode(params, pool[i : i + 16, :frames]), np.float64)
-            for i in range(0, min(clips, len(pool)) - 15, 16)
+            np.asarray(encode(params, pool[i : i + size, :frames]), np.float64)
+            for i in range(0, count - size + 1, size)
         ]
         latents = np.concatenate(parts).reshape(-1, self.config.latent_channels)
         mean, std = latents.mean(0), latents.std(0)

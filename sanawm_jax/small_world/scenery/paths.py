@@ -181,6 +181,7 @@ def _action_path(rng: np.random.Generator, scene: Scene, num_frames: int):
 
 def _segments(rng, scene, start, steps: int, goes_back: bool) -> str:
     """Segments that fill `steps` frames, or "" if none are free."""
+    goes_back = goes_back and steps >= 24  # too short to stop and turn
     pause = int(rng.integers(4, 13)) if goes_back else 0
     budget = (steps - pause) // 2 if goes_back else steps
     parts: list[tuple[str, int]] = []
