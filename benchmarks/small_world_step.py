@@ -5,8 +5,9 @@
     python -m benchmarks.small_world_step --only base,text64
 
 A step is noise, loss and gradients in bfloat16 over float32 masters, Muon, and the moving average,
-on random latents of 160x96 video. Each line has milliseconds of a step, compilation in seconds, clips
-per second, TFLOP/s and the number of kernels that a step starts, counted in the compiled program.
+on random latents of 160x96 video. Each line has milliseconds of a step, compilation in seconds,
+clips per second, TFLOP/s and the number of kernels that a step starts, counted in the compiled
+program.
 XLA reads its flags once per process: put more of them into `XLA_FLAGS` and compare.
 """
 
@@ -128,7 +129,7 @@ def measure(name: str, tiny: bool, repeats: int) -> dict[str, Any]:
         "compile_s": round(seconds, 1),
         "clips_per_s": round(batch / each, 1),
         "tflops": round(flops / each / 1e12, 2),
-        "kernels": count_kernels(compiled.as_text()),
+        "kernels": count_kernels(compiled.as_text() or ""),
         "device": jax.devices()[0].device_kind,
     }
 

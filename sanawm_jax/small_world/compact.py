@@ -26,8 +26,8 @@ def _is_moment(value: Any) -> bool:
 def save_compact(folder: str | Path, state: dict[str, Any], part_bytes: int = PART_BYTES) -> None:
     """Writes a state: `params`, `average`, `moments` (any pytree) and what else is small.
 
-    Arrays of `moments` with two axes or more are rounded to bfloat16. An array that is larger than a
-    file is cut along its flat order.
+    Arrays of `moments` with two axes or more are rounded to bfloat16. An array that is larger than
+    a file is cut along its flat order.
     """
     from safetensors.numpy import save_file
 

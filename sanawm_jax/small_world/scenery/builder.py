@@ -129,7 +129,9 @@ class Builder:
             for other in self.rects
         )
 
-    def find(self, half_x, half_z, draw, gap: float = 0.15, tries: int = 20):
+    def find(
+        self, half_x, half_z, draw, gap: float = 0.15, tries: int = 20
+    ) -> tuple[float, float, float] | None:
         """Tries `draw() -> (x, z, yaw)` until the rectangle is free; reserves it, or None."""
         for _ in range(tries):
             x, z, yaw = draw()

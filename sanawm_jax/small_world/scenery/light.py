@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from sanawm_jax.small_world.scenery.shapes import _dot, _safe, block_planes
+from sanawm_jax.small_world.scenery.shapes import block_planes, dot, safe
 
 AMBIENT_REACH = 1.2  # world units from a body's core; see `occlusion`
 
@@ -37,8 +37,8 @@ def block_cover(origin, sun, half, taper, size, blur):
     near, far = jnp.full_like(origin[0], -jnp.inf), jnp.full_like(origin[0], jnp.inf)
     v_near = v_far = (jnp.zeros_like(near),) * 3
     for normal, offset in block_planes(half, taper):
-        slope = _safe(jnp, _dot(normal, sun))
-        t = (offset - _dot(normal, origin)) / slope
+        slope = safe(jnp, dot(normal, sun))
+        t = (offset - dot(normal, origin)) / slope
         vector = [n / slope for n in normal]
         is_entry = (slope < 0.0) & (t > near)
         is_exit = (slope > 0.0) & (t < far)
@@ -46,7 +46,7 @@ def block_cover(origin, sun, half, taper, size, blur):
         v_near = [jnp.where(is_entry, v, w) for v, w in zip(vector, v_near, strict=True)]
         v_far = [jnp.where(is_exit, v, w) for v, w in zip(vector, v_far, strict=True)]
     rate = [a - b for a, b in zip(v_near, v_far, strict=True)]
-    depth = (far - near) / jnp.sqrt(_dot(rate, rate) + 1e-6)
+    depth = (far - near) / jnp.sqrt(dot(rate, rate) + 1e-6)
     cover = _step(depth, size * jnp.maximum(near, 0.0) + blur)
     return jnp.where(far > 0.0, cover, 0.0)
 
@@ -75,11 +75,11 @@ def ball_cover(origin, sun, half, taper, size, blur):
     """The same for an ellipsoid."""
     o = [origin[i] / half[i] for i in range(3)]
     d = [sun[i] / half[i] for i in range(3)]
-    closest = -_dot(o, d) / _dot(d, d)
+    closest = -dot(o, d) / dot(d, d)
     miss = [o[i] + closest * d[i] for i in range(3)]
-    length = jnp.sqrt(_dot(miss, miss) + 1e-9)
+    length = jnp.sqrt(dot(miss, miss) + 1e-9)
     world = [miss[i] * half[i] for i in range(3)]
-    scale = jnp.sqrt(_dot(world, world) + 1e-9) / length
+    scale = jnp.sqrt(dot(world, world) + 1e-9) / length
     cover = _step((1.0 - length) * scale, size * jnp.maximum(closest, 0.0) + blur)
     ahead = jnp.clip(closest / (0.4 * half[0]), 0.0, 1.0)
     return cover * ahead * (half[0] > 0.0)
@@ -95,8 +95,8 @@ def occlusion(origin, normal, half):
     """
     core = [jnp.clip(origin[i], -0.6 * half[i], 0.6 * half[i]) for i in range(3)]
     toward = [core[i] - origin[i] for i in range(3)]
-    squared = _dot(toward, toward) + 1e-6
-    facing = jnp.clip(_dot(normal, toward) / jnp.sqrt(squared), 0.0, 1.0)
+    squared = dot(toward, toward) + 1e-6
+    facing = jnp.clip(dot(normal, toward) / jnp.sqrt(squared), 0.0, 1.0)
     reach = 0.8 * jnp.cbrt(jnp.maximum(half[0] * half[1] * half[2], 1e-9)) ** 2
     reach = jnp.minimum(reach, 0.8)
     least = 1.0 / (1.0 + AMBIENT_REACH**2 / reach)

@@ -7,7 +7,7 @@ import numpy as np
 from sanawm_jax.small_world.scenery import scene as world
 from sanawm_jax.small_world.scenery import things
 from sanawm_jax.small_world.scenery.builder import Builder
-from sanawm_jax.small_world.scenery.palette import COLORS, HARMONIES, Material, leaves
+from sanawm_jax.small_world.scenery.palette import COLORS, HARMONIES, Material
 from sanawm_jax.small_world.scenery.rooms import hall, room
 from sanawm_jax.small_world.scenery.skies import sky_light
 
@@ -41,14 +41,14 @@ def _water(c: Builder, name: str = "teal") -> Material:
 
 def _pond(c: Builder) -> bool:
     half = c.rng.uniform((1.3, 1.0), (2.4, 1.6))
-    spot = c.find(*half, c.ring(3.2, 5.0), gap=0.3)
+    spot = c.find(half[0], half[1], c.ring(3.2, 5.0), gap=0.3)
     if spot is None:
         return False
     x, z, yaw = spot
     c.thing("pond", "teal")
     rim = c.mat("stone", c.color(("gray", "tan")), 0.4)
     c.patch(x, z, half[0] + 0.22, half[1] + 0.22, yaw, rim, is_round=True)
-    c.patch(x, z, *half, yaw, _water(c), is_round=True)
+    c.patch(x, z, half[0], half[1], yaw, _water(c), is_round=True)
     c.background()
     return True
 
@@ -240,11 +240,13 @@ def winter(c: Builder):
                 c.lamp(at[0], 0.6, at[1], things.WARM, 0.8, 1.6)
     if rng.random() < 0.5:
         half = rng.uniform((1.2, 0.9), (2.2, 1.5))
-        spot = c.find(*half, c.ring(3.2, 5.0), gap=0.3)
+        spot = c.find(half[0], half[1], c.ring(3.2, 5.0), gap=0.3)
         if spot is not None:
             c.thing("pond", "blue")
             ice = Material("plain", np.array((0.52, 0.66, 0.76)), np.array((0.45, 0.6, 0.72)))
-            c.patch(*spot[:2], *half, spot[2], ice._replace(mirror=0.55, gloss=0.5), True)
+            c.patch(
+                *spot[:2], half[0], half[1], spot[2], ice._replace(mirror=0.55, gloss=0.5), True
+            )
             c.background()
     spot = c.find(0.45, 0.45, c.ring(2.1, 3.4))
     if spot is not None and rng.random() < 0.75:
@@ -416,6 +418,3 @@ def sample_scene(seed: int, place: str | None = None) -> world.Scene:
     faces[3] = ground
     light = sky_light(rng, sky, ground.color_a, ridges)
     return c.finish(faces, floor, floor[1], sky, light)
-
-
-__all__ = ["leaves", "sample_scene"]

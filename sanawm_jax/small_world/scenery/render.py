@@ -18,14 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.small_world.scenery import scene as world
-from sanawm_jax.small_world.scenery.shading import (
-    body_table,
-    bounding_radius,
-    cone_mask,
-    nearest,
-    resolve,
-    shade,
-)
+from sanawm_jax.small_world.scenery.shading import resolve, shade
+from sanawm_jax.small_world.scenery.tiles import body_table, bounding_radius, cone_mask, nearest
 
 HEIGHT, WIDTH = 96, 160
 # Standard deviation of the lens's Gaussian point spread, in pixels. Edges that are sharper than a
@@ -107,7 +101,7 @@ def _blur(image):
         widths = [(2, 2) if i == image.ndim + axis else (0, 0) for i in range(image.ndim)]
         padded = jnp.pad(image, widths, mode="edge")
         parts = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(5)]
-        image = sum(tap * part for tap, part in zip(taps, parts, strict=True))
+        image = functools.reduce(jnp.add, [t * p for t, p in zip(taps, parts, strict=True)])
     return image
 
 

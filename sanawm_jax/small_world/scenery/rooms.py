@@ -20,7 +20,7 @@ def _shell(c: Builder, width, depth, height) -> None:
     c.room_max[:] = (x + width / 2, 0.0, z + depth / 2)
 
 
-def _wall_place(c: Builder, side: int, along: float) -> tuple:
+def _wall_place(c: Builder, side: int, along: float) -> tuple[float, float, float]:
     """Point and yaw at a wall: side 0..3 is -z, -x, +z, +x; along in [-1, 1] of the wall."""
     low, high = c.room_min, c.room_max
     middle, half = (low + high) / 2, (high - low) / 2
@@ -167,7 +167,8 @@ def _ball(c: Builder, x, z, yaw) -> None:
 def room(c: Builder):
     """A living room: windows with sunlight, furniture, pictures and a rug."""
     rng = c.rng
-    _shell(c, *rng.uniform(5.2, 7.6, 2), rng.uniform(2.4, 3.0))
+    width, depth = rng.uniform(5.2, 7.6, 2)
+    _shell(c, width, depth, rng.uniform(2.4, 3.0))
     wall_name = c.color(("cream", "white", "tan", "pink", "turquoise", "yellow"))
     floor = c.color(("brown", "tan", "gray"))
     floor_texture = c.color(("planked", "tiled"))
@@ -188,7 +189,9 @@ def room(c: Builder):
     is_round = bool(rng.random() < 0.4)
     border = c.mat("plain", c.color(), noise=0.10)
     c.patch(0.0, 0.0, half[0] + 0.12, half[1] + 0.12, yaw, border, is_round)
-    c.patch(0.0, 0.0, *half, yaw, c.mat(c.color(("plain", "checkered")), name, 0.4), is_round)
+    c.patch(
+        0.0, 0.0, half[0], half[1], yaw, c.mat(c.color(("plain", "checkered")), name, 0.4), is_round
+    )
     c.background()
     pieces = [
         (_sofa, 0.85, 0.4, (4, 0, 1), True),
@@ -201,8 +204,8 @@ def room(c: Builder):
         (_ball, 0.3, 0.3, (0, 0, 1), False),
         (_stool, 0.24, 0.24, (0, 1), False),
         (_plant, 0.4, 0.4, (0, 1, 2), False),
-        (lambda c, *at: things.crate(c, *at, 0.5), 0.3, 0.3, (1,), False),
-        (lambda c, *at: things.statue(c, *at, c.color()), 0.3, 0.3, (1, 1, 2), False),
+        (lambda c, x, z, yaw: things.crate(c, x, z, yaw, 0.5), 0.3, 0.3, (1,), False),
+        (lambda c, x, z, yaw: things.statue(c, x, z, yaw, c.color()), 0.3, 0.3, (1, 1, 2), False),
     ]
     for index in rng.permutation(len(pieces)):
         make, half_x, half_z, slots, at_wall = pieces[index]

@@ -7,125 +7,24 @@ renderer fast.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.small_world.scenery import scene as world
-from sanawm_jax.small_world.scenery.light import AMBIENT_REACH, COVERS, occlusion
-from sanawm_jax.small_world.scenery.shapes import (
-    INTERVALS,
-    _dot,
-    block_planes,
-    room_exit,
-    to_local,
-    to_world,
-)
+from sanawm_jax.small_world.scenery.light import COVERS, occlusion
+from sanawm_jax.small_world.scenery.shapes import block_planes, dot, to_local, to_world
 from sanawm_jax.small_world.scenery.textures import fractal_noise, pattern_mix
-
-jax.tree_util.register_dataclass(
-    world.Scene, [f.name for f in dataclasses.fields(world.Scene)], meta_fields=[]
+from sanawm_jax.small_world.scenery.tiles import (
+    KIND_STARTS,
+    nearest,
+    over_bodies,
+    shade_mask,
+    unpack_row,
 )
 
-_GROUP = 4  # bodies that one turn of a loop tests; the number of bodies of each kind divides
-_KIND_STARTS = (0, world.NUM_BLOCKS, world.NUM_BLOCKS + world.NUM_ROUNDS)
-_KIND_SIZES = (world.NUM_BLOCKS, world.NUM_ROUNDS, world.NUM_BALLS)
 _LIFT = 4e-3  # how far shadow rays start above the surface, world units
 _FAR = 40.0  # bodies neither throw shadows nor occlude the sky beyond this depth
-
-
-def body_table(scene: world.Scene) -> jax.Array:
-    """Geometry of the bodies, (NUM_BODIES, 10): centre, cos, sin, half extents, tapers."""
-    turn = jnp.stack((jnp.cos(scene.body_yaw), jnp.sin(scene.body_yaw)), -1)
-    return jnp.concatenate((scene.body_center, turn, scene.body_half, scene.body_taper), -1)
-
-
-def bounding_radius(scene: world.Scene) -> jax.Array:
-    """Radius of a sphere around each body, (NUM_BODIES,); negative for unused ones."""
-    # a negative taper widens a body towards its top
-    wide = jnp.maximum(1.0, 1.0 - scene.body_taper)
-    half = scene.body_half * jnp.stack((wide[:, 0], jnp.ones_like(wide[:, 0]), wide[:, 1]), -1)
-    whole = jnp.sqrt((half**2).sum(-1))
-    a, h, b = half[:, 0], half[:, 1], half[:, 2]
-    around = jnp.sqrt(jnp.maximum(a, b) ** 2 + h * h)
-    first, second = _KIND_STARTS[1:]
-    radius = jnp.concatenate((whole[:first], around[first:second], half[second:].max(-1)))
-    return jnp.where(a > 0.0, radius, -1e6)
-
-
-def _over_bodies(table, mask, start, body):
-    """Folds `body(carry, kind, index, row)` over the bodies in `mask`, a few per turn."""
-    carry = start
-    for kind, (first, size) in enumerate(zip(_KIND_STARTS, _KIND_SIZES, strict=True)):
-        chosen = mask[first : first + size]
-        order = jnp.argsort(~chosen, stable=True).astype(jnp.int32)
-        count = chosen.sum().astype(jnp.int32)
-
-        def turn(state, kind=kind, first=first, order=order):
-            at, carry = state
-            for step in range(_GROUP):
-                index = order[at + step] + first
-                carry = body(carry, kind, index, table[index])
-            return at + _GROUP, carry
-
-        def more(state, count=count):
-            return state[0] < count
-
-        _, carry = jax.lax.while_loop(more, turn, (jnp.int32(0), carry))
-    return carry
-
-
-def _unpack(row):
-    cos, sin = row[3], row[4]
-    return (row[0], row[1], row[2]), cos, sin, (row[5], row[6], row[7]), (row[8], row[9])
-
-
-def nearest(scene, table, mask, origin, direction, least=1e-4):
-    """First surface of rays: (t (R,), surface (R,) int32: a body or a face of the room).
-
-    Args:
-      origin: three scalars; direction: three arrays (R,).
-      least: ray parameter below which nothing is hit, () or (R,).
-    """
-    t, face = room_exit(jnp, origin, direction, scene.room_min, scene.room_max)
-    best = (t, face.astype(jnp.int32) + world.FIRST_FACE)
-
-    def test(best, kind, index, row):
-        t, surface = best
-        center, cos, sin, half, taper = _unpack(row)
-        local = to_local([origin[i] - center[i] for i in range(3)], cos, sin)
-        near, far = INTERVALS[kind](jnp, local, to_local(direction, cos, sin), half, taper)
-        is_hit = (near < far) & (near > least) & (near < t)
-        return jnp.where(is_hit, near, t), jnp.where(is_hit, index, surface)
-
-    return _over_bodies(table, mask, best, test)
-
-
-def cone_mask(scene, radius, origin, axis, cos, sin):
-    """Bodies that a cone of rays can meet, (NUM_BODIES,) bool; axis: unit vector (3,)."""
-    toward = scene.body_center - jnp.stack(origin)
-    along = toward @ axis
-    across = jnp.sqrt(jnp.maximum((toward**2).sum(-1) - along**2, 0.0))
-    return across * cos - along * sin <= radius
-
-
-def shade_mask(scene, radius, point, is_solid):
-    """Bodies that can shade some of the points (R,), (NUM_BODIES,) bool."""
-    low = [jnp.where(is_solid, p, 1e9).min() for p in point]
-    high = [jnp.where(is_solid, p, -1e9).max() for p in point]
-    middle = jnp.stack([(a + b) / 2 for a, b in zip(low, high, strict=True)])
-    spread = jnp.sqrt(sum((b - a) ** 2 for a, b in zip(low, high, strict=True))) / 2
-    toward = scene.body_center - middle
-    squared = (toward**2).sum(-1)
-    along = toward @ scene.sun
-    across = jnp.sqrt(jnp.maximum(squared - along**2, 0.0))
-    room = radius + spread
-    edge = scene.sun_size * jnp.maximum(along, 0.0) + 0.05
-    throws = (across <= room + edge) & (along >= -room)
-    is_near = jnp.sqrt(squared) <= room + AMBIENT_REACH
-    return (throws | is_near) & (radius > 0.0) & is_solid.any()
 
 
 def resolve(scene, t, surface, origin, direction):
@@ -165,13 +64,13 @@ def surface_frame(row, surface, point):
       normal: three arrays (R,), unit, world; place: three arrays, position in the body's frame;
       u, v: position along the surface in world units.
     """
-    center, cos, sin, half, taper = _unpack(row)
+    center, cos, sin, half, taper = unpack_row(row)
     local = to_local([point[i] - center[i] for i in range(3)], cos, sin)
     # blocks: the plane that is nearest from inside
     best, normal = jnp.full_like(point[0], -jnp.inf), (jnp.zeros_like(point[0]),) * 3
     for plane, offset in block_planes(half, taper):
         length = jnp.sqrt(1.0 + (0.0 if isinstance(plane[1], float) else plane[1] ** 2))
-        gap = (_dot(plane, local) - offset) / length
+        gap = (dot(plane, local) - offset) / length
         is_best = gap > best
         best = jnp.where(is_best, gap, best)
         normal = [jnp.where(is_best, n, m) for n, m in zip(plane, normal, strict=True)]
@@ -187,8 +86,8 @@ def surface_frame(row, surface, point):
         jnp.where(is_cap, zero, local[2] / (b * b)),
     ]
     ball_normal = [local[i] / (half[i] * half[i]) for i in range(3)]
-    is_round = (surface >= _KIND_STARTS[1]) & (surface < _KIND_STARTS[2])
-    is_ball = (surface >= _KIND_STARTS[2]) & (surface < world.NUM_BODIES)
+    is_round = (surface >= KIND_STARTS[1]) & (surface < KIND_STARTS[2])
+    is_ball = (surface >= KIND_STARTS[2]) & (surface < world.NUM_BODIES)
     is_body = surface < world.NUM_BODIES
     mixed = [
         jnp.where(is_ball, k, jnp.where(is_round, r, n))
@@ -196,7 +95,7 @@ def surface_frame(row, surface, point):
     ]
     is_side = (is_round & ~is_cap) | is_ball
     flat_x = jnp.abs(mixed[0]) > jnp.abs(mixed[2])
-    is_level = ~is_side & (jnp.abs(mixed[1]) > 0.8 * jnp.sqrt(_dot(mixed, mixed)))
+    is_level = ~is_side & (jnp.abs(mixed[1]) > 0.8 * jnp.sqrt(dot(mixed, mixed)))
     angle = _angle(local[0] / a, local[2] / b) * a
     u = jnp.where(flat_x, local[2] + b, local[0] + a)
     u = jnp.where(is_level, local[0] + a, u)
@@ -233,7 +132,7 @@ def shadow_and_sky(scene, table, mask, point, normal, blur):
 
     def test(carry, kind, index, row):
         lit, sky = carry
-        center, cos, sin, half, taper = _unpack(row)
+        center, cos, sin, half, taper = unpack_row(row)
         local = to_local([lifted[i] - center[i] for i in range(3)], cos, sin)
         sun = to_local([scene.sun[i] for i in range(3)], cos, sin)
         cover = COVERS[kind](local, sun, half, taper, scene.sun_size, blur)
@@ -241,7 +140,7 @@ def shadow_and_sky(scene, table, mask, point, normal, blur):
         return lit * (1.0 - cover), sky * (1.0 - taken)
 
     one = jnp.ones_like(blur)
-    return _over_bodies(table, mask, (one, one), test)
+    return over_bodies(table, mask, (one, one), test)
 
 
 def _window_light(scene, point, normal, blur):
@@ -261,8 +160,8 @@ def _window_light(scene, point, normal, blur):
         edge = jnp.clip(0.5 + 0.5 * depth / (scene.sun_size * t + blur), 0.0, 1.0)
         beam = jnp.maximum(beam, edge * (approach > 1e-3) * (half_x > 0.0))
         toward = [window[i] - point[i] for i in range(3)]
-        squared = _dot(toward, toward) + 0.05
-        facing = jnp.clip(_dot(normal, toward), 0.0, None) * jnp.maximum(-distance, 0.0)
+        squared = dot(toward, toward) + 0.05
+        facing = jnp.clip(dot(normal, toward), 0.0, None) * jnp.maximum(-distance, 0.0)
         area = 4.0 * half_x * half_y
         glow = glow + jnp.where(half_x > 0.0, facing * area / (squared * (squared + area)), 0.0)
     return beam, glow
@@ -275,7 +174,7 @@ def sky_color(scene, view, noise):
     slope = up / flat
     above = jnp.clip(up, 0.0, 1.0)
     rise = 1.0 - (1.0 - above) ** 3
-    toward = jnp.clip(_dot(scene.sun, view), 0.0, 1.0)
+    toward = jnp.clip(dot(scene.sun, view), 0.0, 1.0)
     glow = 0.30 * toward**8 + 0.5 * toward**64 + 6.0 * jnp.clip((toward - 0.9985) * 1500, 0, 1)
     cover = jnp.clip(noise * 1.8 + scene.clouds[0] - 0.6, 0.0, 1.0) * jnp.clip(slope * 5, 0, 1)
     # a direction's place around the horizon: a quarter of the circle is a quarter of the table
@@ -318,7 +217,7 @@ def shade(scene, table, radius, masks, origin, direction, focal):
 
     def look(t, surface):
         surface, point, is_sky = resolve(scene, t, surface, origin, direction)
-        length = jnp.sqrt(_dot(direction, direction))
+        length = jnp.sqrt(dot(direction, direction))
         return surface, point, is_sky, length, [d / length for d in direction]
 
     surface, point, is_sky, length, view = _when(always, look, t, surface)
@@ -327,7 +226,7 @@ def shade(scene, table, radius, masks, origin, direction, focal):
     normal, place, u, v = _when(always, surface_frame, row, surface, point)
 
     def texture(u, v, place, normal):
-        facing = jnp.maximum(-_dot(normal, view), 0.08)
+        facing = jnp.maximum(-dot(normal, view), 0.08)
         pixel = t * length / focal / facing
         # One noise serves surfaces, in the body's frame, and clouds, on a plane overhead.
         overhead = scene.clouds[1] / (jnp.abs(view[1]) + 0.12)
@@ -407,7 +306,7 @@ def _when(flag, function, *args):
 
 def _facing(scene, normal, wrap):
     """Cosine to the sun; leaves, with their wrap, also shine from the side."""
-    cosine = _dot(normal, [scene.sun[i] for i in range(3)])
+    cosine = dot(normal, [scene.sun[i] for i in range(3)])
     return jnp.clip((cosine + wrap) / (1.0 + wrap), 0.0, 1.0)
 
 
@@ -428,8 +327,8 @@ def _lamp_light(scene, point, normal):
     for index in range(world.NUM_LAMPS):
         lamp = scene.lamps[index]
         toward = [lamp[i] - point[i] for i in range(3)]
-        squared = _dot(toward, toward)
-        cosine = _dot(normal, toward) / jnp.sqrt(squared + 1e-4)
+        squared = dot(toward, toward)
+        cosine = dot(normal, toward) / jnp.sqrt(squared + 1e-4)
         power = jnp.clip(0.35 + 0.65 * cosine, 0.0, 1.0) / (1.0 + lamp[6] * squared)
         total = [part + lamp[3 + i] * power for i, part in enumerate(total)]
     return total
@@ -437,8 +336,8 @@ def _lamp_light(scene, point, normal):
 
 def _highlight(scene, view, normal):
     half = [scene.sun[i] - view[i] for i in range(3)]
-    norm = jax.lax.rsqrt(_dot(half, half) + 1e-6)
-    return jnp.clip(_dot(normal, half) * norm, 0.0, 1.0) ** 40
+    norm = jax.lax.rsqrt(dot(half, half) + 1e-6)
+    return jnp.clip(dot(normal, half) * norm, 0.0, 1.0) ** 40
 
 
 def _reflection(scene, table, mask, origin, direction, t):
@@ -449,7 +348,7 @@ def _reflection(scene, table, mask, origin, direction, t):
     source = (origin[0], -origin[1], origin[2])
     ray = (direction[0], -direction[1], direction[2])
     reach, surface = nearest(scene, table, mask, source, ray, least=t)
-    length = jnp.sqrt(_dot(ray, ray))
+    length = jnp.sqrt(dot(ray, ray))
     view = [d / length for d in ray]
     is_body = surface < world.NUM_BODIES
     paint = scene.paint[surface].T

@@ -19,7 +19,8 @@ _KINDS = (
 )
 
 
-def _safe(xp, value):
+def safe(xp, value):
+    """`value`, with a tiny number in place of zero, to divide by."""
     return xp.where(xp.abs(value) < _TINY, _TINY, value)
 
 
@@ -50,7 +51,8 @@ def block_planes(half, taper):
     )
 
 
-def _dot(n, v):
+def dot(n, v):
+    """Sum of products of two 3-tuples; numbers that are 0.0 cost nothing."""
     total = 0.0
     for a, b in zip(n, v, strict=True):
         if not (isinstance(a, float) and a == 0.0):
@@ -62,8 +64,8 @@ def block_interval(xp, origin, direction, half, taper):
     """Ray parameters where a ray enters and leaves a block; enter > leave if it misses."""
     near, far = -xp.inf, xp.inf
     for normal, offset in block_planes(half, taper):
-        slope = _safe(xp, _dot(normal, direction))
-        t = (offset - _dot(normal, origin)) / slope
+        slope = safe(xp, dot(normal, direction))
+        t = (offset - dot(normal, origin)) / slope
         near = xp.maximum(near, xp.where(slope < 0.0, t, -xp.inf))
         far = xp.minimum(far, xp.where(slope < 0.0, xp.inf, t))
     return near, far
@@ -75,7 +77,7 @@ def round_interval(xp, origin, direction, half, taper):
     shrink = 0.5 * taper[0] / h
     ox, dx, oz, dz = origin[0] / a, direction[0] / a, origin[2] / b, direction[2] / b
     width, change = 1.0 - 0.5 * taper[0] - shrink * origin[1], -shrink * direction[1]
-    qa = _safe(xp, dx * dx + dz * dz - change * change)
+    qa = safe(xp, dx * dx + dz * dz - change * change)
     qb = ox * dx + oz * dz - width * change
     qc = ox * ox + oz * oz - width * width
     square = qb * qb - qa * qc
@@ -86,7 +88,7 @@ def round_interval(xp, origin, direction, half, taper):
     near = xp.where(is_steep, xp.where(widens, first, -xp.inf), first)
     far = xp.where(is_steep, xp.where(widens, xp.inf, last), last)
     near = xp.where(square > 0.0, near, xp.where(is_steep, -xp.inf, xp.inf))
-    slope = _safe(xp, direction[1])
+    slope = safe(xp, direction[1])
     bottom, top = (-h - origin[1]) / slope, (h - origin[1]) / slope
     near = xp.maximum(near, xp.minimum(bottom, top))
     far = xp.minimum(far, xp.maximum(bottom, top))
@@ -112,9 +114,9 @@ def room_exit(xp, origin, direction, room_min, room_max):
     """(t, face) where a ray from inside leaves the room; faces as in `scene.NUM_FACES`."""
     ends = []
     for axis in range(3):
-        safe = _safe(xp, direction[axis])
-        wall = xp.where(safe > 0.0, room_max[axis], room_min[axis])
-        ends.append((wall - origin[axis]) / safe)
+        slope = safe(xp, direction[axis])
+        wall = xp.where(slope > 0.0, room_max[axis], room_min[axis])
+        ends.append((wall - origin[axis]) / slope)
     t = xp.minimum(xp.minimum(ends[0], ends[1]), ends[2])
     axis = xp.where(t == ends[0], 0, xp.where(t == ends[1], 1, 2))
     along = xp.where(axis == 0, direction[0], xp.where(axis == 1, direction[1], direction[2]))

@@ -14,7 +14,7 @@ from sanawm_jax.small_world.scenery.palette import COLORS, leaves
 WARM = (1.0, 0.80, 0.48)
 
 
-def offset(x, z, yaw, along, across):
+def offset(x, z, yaw, along, across) -> tuple[float, float]:
     """A ground point moved by local x `along` and local z `across`."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     return x + cos * along + sin * across, z - sin * along + cos * across
@@ -51,7 +51,7 @@ def house(c: Builder, x, z, yaw, width, depth, kind: str = "house", lit: float =
         c.block(*_up(at, height + 0.25 * peak), (0.16, 0.72 * peak + 0.1, 0.16), yaw, brick)
 
 
-def _up(at, bottom):
+def _up(at, bottom) -> tuple[float, float, float]:
     """(x, z) and a height -> the arguments x, bottom, z."""
     return at[0], bottom, at[1]
 
