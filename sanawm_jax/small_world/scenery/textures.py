@@ -105,4 +105,6 @@ def pattern_mix(pattern, u, v, shape, footprint_u, footprint_v):
     mix = jnp.where(is_cells, cells, 0.0)
     mix = jnp.where(pattern == code["striped"], stripes, mix)
     mix = jnp.where(pattern == code["checkered"], checks, mix)
-    return mix, jnp.where(is_cells, 1.0 + jitter * (random - 0.5) * fade, 1.0)
+    # the mortar between bricks, and the wall around panes, keep their brightness
+    change = jitter * (random - 0.5) * fade * (1.0 - mix)
+    return mix, jnp.where(is_cells, 1.0 + change, 1.0)
