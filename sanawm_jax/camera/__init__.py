@@ -7,6 +7,7 @@ matrices are camera-to-world, `[R t; 0 0 0 1]`.
 | --- | --- |
 | `actions` | from strings such as "w-40,dw-20" to camera paths |
 | `poses` | `.npy` paths, checks, poses relative to the first frame, frame counts |
+| `track` | `PoseTrack`, the camera of one video |
 | `pose_files`, `reconstructions` | paths in the formats npz, TUM, KITTI, COLMAP and nerfstudio |
 | `intrinsics` | focal lengths and principal point, fields of view, cropping |
 | `rays` | the two camera inputs of stage 1: pose tokens and Plücker maps |

@@ -11,38 +11,17 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from sanawm_jax.camera.intrinsics import parse_intrinsics
 from sanawm_jax.camera.poses import load_c2w
+from sanawm_jax.camera.reconstructions import find_colmap_model, read_colmap, read_nerfstudio
+from sanawm_jax.camera.track import PoseTrack
 from sanawm_jax.runtime.errors import InputError
 
 _QUATERNION_TOLERANCE = 1e-2  # text files often have only three or four digits
-
-
-class PoseTrack(NamedTuple):
-    """The camera of one video. `read_poses` checks the arrays and returns them in float32.
-
-    Attributes:
-      c2w: (f, 4, 4) camera-to-world, OpenCV axes, in any world frame.
-      intrinsics: (f, 4) [fx, fy, cx, cy] in pixels, or None if the format has none.
-      size: (width, height) of the images that the intrinsics belong to; None means the size of the
-        video.
-    """
-
-    c2w: np.ndarray
-    intrinsics: np.ndarray | None = None
-    size: tuple[int, int] | None = None
-
-    def intrinsics_of(self, width: int, height: int) -> Float32[np.ndarray, "f 4"] | None:
-        """Returns the intrinsics [fx, fy, cx, cy] in pixels of a video of this size."""
-        if self.intrinsics is None or self.size is None:
-            return self.intrinsics
-        scale = np.array([width / self.size[0], height / self.size[1]] * 2)
-        return (self.intrinsics * scale).astype(np.float32)
 
 
 def read_poses(path: str | os.PathLike, pose_format: str = "auto") -> PoseTrack:
@@ -81,8 +60,6 @@ def detect_format(path: Path) -> str:
     Raises:
       InputError: the format is unknown.
     """
-    from sanawm_jax.camera.reconstructions import find_colmap_model
-
     if path.is_dir():
         if (path / "transforms.json").is_file():
             return "nerfstudio"
@@ -179,18 +156,6 @@ def read_kitti(path: Path) -> PoseTrack:
     return PoseTrack(c2w)
 
 
-def _read_colmap(path: Path) -> PoseTrack:
-    from sanawm_jax.camera.reconstructions import read_colmap
-
-    return read_colmap(path)
-
-
-def _read_nerfstudio(path: Path) -> PoseTrack:
-    from sanawm_jax.camera.reconstructions import read_nerfstudio
-
-    return read_nerfstudio(path)
-
-
 def _read_columns(path: Path, count: int, meaning: str) -> np.ndarray:
     rows = _read_rows(path)
     if rows.shape[1] != count:
@@ -218,7 +183,7 @@ _READERS: dict[str, Callable[[Path], PoseTrack]] = {
     "npz": read_npz,
     "tum": read_tum,
     "kitti": read_kitti,
-    "colmap": _read_colmap,
-    "nerfstudio": _read_nerfstudio,
+    "colmap": read_colmap,
+    "nerfstudio": read_nerfstudio,
 }
 FORMATS = ("auto", *_READERS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sanawm_jax.camera.pose_files import PoseTrack
+from sanawm_jax.camera.track import PoseTrack
 from sanawm_jax.runtime.errors import InputError
 
 # camera models that are a pinhole with optional lens distortion

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from sanawm_jax.camera.intrinsics import crop_intrinsics, default_intrinsics, parse_intrinsics
-from sanawm_jax.camera.pose_files import PoseTrack, load_npz, read_poses
+from sanawm_jax.camera.pose_files import load_npz, read_poses
 from sanawm_jax.camera.reconstructions import find_colmap_model, natural_key
+from sanawm_jax.camera.track import PoseTrack
 from sanawm_jax.data.zip_sidecars import caption_of, read_records
 from sanawm_jax.media.image import load_image, resize_and_center_crop
 from sanawm_jax.media.video import iterate_frames, video_facts

@@ -24,7 +24,7 @@ from sanawm_jax.small_world.captions import caption
 from sanawm_jax.small_world.clip import HELD_OUT_SEED
 from sanawm_jax.small_world.paths import SINGLE_ACTIONS, sample_intrinsics, sample_start
 from sanawm_jax.small_world.render import render
-from sanawm_jax.small_world.scene import sample_scene
+from sanawm_jax.small_world.sampler import sample_scene
 
 if TYPE_CHECKING:
     from sanawm_jax.sampling.generate import SanaWM, Video

@@ -8,7 +8,8 @@ import numpy as np
 
 from sanawm_jax.small_world.captions import caption
 from sanawm_jax.small_world.paths import sample_intrinsics, sample_path
-from sanawm_jax.small_world.scene import FAMILIES, sample_scene
+from sanawm_jax.small_world.sampler import sample_scene
+from sanawm_jax.small_world.scene import FAMILIES
 
 HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
 

@@ -67,12 +67,3 @@ class Scene:
 def scene_arrays(scene: Scene) -> dict[str, np.ndarray]:
     """Return the scene's arrays by field name."""
     return {f.name: getattr(scene, f.name) for f in fields(scene)}
-
-
-def sample_scene(seed: int) -> Scene:
-    """Draw the scene of a seed; even and odd seeds are as likely indoor as outdoor."""
-    from sanawm_jax.small_world import indoor, outdoor
-
-    rng = np.random.default_rng([int(seed), 0x5CE7E])
-    family = INDOOR if rng.random() < 0.5 else OUTDOOR
-    return (indoor if family == INDOOR else outdoor).compose(rng, int(seed))

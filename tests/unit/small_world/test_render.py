@@ -11,6 +11,7 @@ from sanawm_jax.small_world.composer import Composer
 from sanawm_jax.small_world.palette import Material
 from sanawm_jax.small_world.paths import look_pose, sample_start
 from sanawm_jax.small_world.render import _render, depth, render
+from sanawm_jax.small_world.sampler import sample_scene
 
 INTRINSICS = np.array((60.0, 60.0, 32.0, 32.0), np.float32)
 GRAY, RED = np.full(3, 0.5), np.array((0.9, 0.05, 0.05))
@@ -84,7 +85,7 @@ def test_depth_of_a_sphere_and_edges_of_a_box():
 
 @pytest.mark.parametrize("seed", [0, 4])
 def test_moved_camera_sees_the_reprojected_picture(seed):
-    scene = world.sample_scene(seed)
+    scene = sample_scene(seed)
     start = sample_start(np.random.default_rng(1), scene)
     moved = start @ look_pose((0.25, 0.0, 0.2), 0.12)
     poses, intrinsics = np.stack((start, moved)), np.array((110.0, 110.0, 64.0, 64.0))

@@ -21,7 +21,8 @@ from sanawm_jax.small_world.paths import (
     sample_path,
     sample_start,
 )
-from sanawm_jax.small_world.scene import FAMILIES, INDOOR, OUTDOOR, sample_scene, scene_arrays
+from sanawm_jax.small_world.sampler import sample_scene
+from sanawm_jax.small_world.scene import FAMILIES, INDOOR, OUTDOOR, scene_arrays
 
 SEEDS = (*range(12), HELD_OUT_SEED, HELD_OUT_SEED + 1)
 
