@@ -25,6 +25,7 @@ from kernels_pallas.ucpe import inverse_rms
 from sanawm_jax.core.layers import Conv, Linear, modulation_table
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import DownStage, Strides, UpStage
+from sanawm_jax.vae.state import KERNEL_PAST, Stream
 
 Noise = tuple[Float[Array, "_ _"], Float[Array, "_ _"]]  # two fields (h, w), one per convolution
 
@@ -124,7 +125,8 @@ _pad.defvjp(_pad_forward, _pad_backward)
 class CausalConv(nnx.Module):
     """3x3x3 convolution. Time is padded with edge frames, and space by `padding_mode`.
 
-    The argument `causal` of a call decides whether time is padded only on the left.
+    The argument `causal` of a call decides whether time is padded only on the left. In a causal
+    stream the frames before the call take the place of that padding.
     """
 
     def __init__(
@@ -141,9 +143,11 @@ class CausalConv(nnx.Module):
         self.strides = strides
 
     def __call__(
-        self, x: Float[Array, "B f h w C"], *, causal: bool
+        self, x: Float[Array, "B f h w C"], *, causal: bool, stream: Stream | None = None
     ) -> Float[Array, "B f_out h_out w_out C_out"]:
-        time = (2, 0) if causal else (1, 1)
+        time = (KERNEL_PAST, 0) if causal else (1, 1)
+        if stream is not None:
+            x, time = stream.with_past(x), (0, 0)
         is_padded = self.padding_mode != "zeros"
         x = _pad(x, time, self.padding_mode if is_padded else None)
         space = (0, 0) if is_padded else (1, 1)
@@ -219,6 +223,7 @@ class ResnetBlock(nnx.Module):
         noise: Noise | None = None,
         *,
         causal: bool,
+        stream: Stream | None = None,
     ) -> Float[Array, "B f h w C_out"]:
         """Maps x to C_out channels; temb is 4 vectors of C channels, one after another."""
         modulation = None
@@ -231,13 +236,13 @@ class ResnetBlock(nnx.Module):
         y = pixel_norm(x)
         if modulation is not None:
             y = y * (1 + modulation[1]) + modulation[0]
-        y = self.conv1(jax.nn.silu(y), causal=causal)
+        y = self.conv1(jax.nn.silu(y), causal=causal, stream=stream)
         if self.per_channel_scale1 is not None:
             y = y + self._noise(noise, 0, y) * self.per_channel_scale1[...].astype(y.dtype)
         y = pixel_norm(y)
         if modulation is not None:
             y = y * (1 + modulation[3]) + modulation[2]
-        y = self.conv2(jax.nn.silu(y), causal=causal)
+        y = self.conv2(jax.nn.silu(y), causal=causal, stream=stream)
         if self.per_channel_scale2 is not None:
             y = y + self._noise(noise, 1, y) * self.per_channel_scale2[...].astype(y.dtype)
 
@@ -291,16 +296,15 @@ class Upsampler(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B f h w C"], *, causal: bool
+        self, x: Float[Array, "B f h w C"], *, causal: bool, stream: Stream | None = None
     ) -> Float[Array, "B f_out h_out w_out C_out"]:
-        y = self._unfold(self.conv(x, causal=causal))
+        # frames that would be before the clip are removed
+        excess = self.strides[0] - 1 if stream is None or stream.is_start else 0
+        y = depth_to_space(self.conv(x, causal=causal, stream=stream), self.strides)[:, excess:]
         if not self.repeats:
             return y
-        return y + jnp.tile(self._unfold(x), (1, 1, 1, 1, self.repeats))
-
-    def _unfold(self, x: jax.Array) -> jax.Array:
-        # frames that would be before the clip are removed
-        return depth_to_space(x, self.strides)[:, self.strides[0] - 1 :]
+        unfolded = depth_to_space(x, self.strides)[:, excess:]
+        return y + jnp.tile(unfolded, (1, 1, 1, 1, self.repeats))
 
 
 class DownBlock(nnx.Module):
@@ -369,13 +373,14 @@ class MidBlock(nnx.Module):
         noise: tuple[Noise, ...] | None = None,
         *,
         causal: bool,
+        stream: Stream | None = None,
     ) -> Float[Array, "B f h w C"]:
         temb = None
         if self.time_embedder is not None:
             assert timestep is not None
             temb = self.time_embedder(timestep, x.dtype)
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, temb, noise[i] if noise else None, causal=causal)
+            x = resnet(x, temb, noise[i] if noise else None, causal=causal, stream=stream)
         return x
 
 
@@ -417,9 +422,10 @@ class UpBlock(MidBlock):
         noise: tuple[Noise, ...] | None = None,
         *,
         causal: bool,
+        stream: Stream | None = None,
     ) -> Float[Array, "B f_out h_out w_out C_out"]:
         if self.conv_in is not None:
-            x = self.conv_in(x, causal=causal)
+            x = self.conv_in(x, causal=causal, stream=stream)
         if self.upsample is not None:
-            x = self.upsample(x, causal=causal)
-        return super().__call__(x, timestep, noise, causal=causal)
+            x = self.upsample(x, causal=causal, stream=stream)
+        return super().__call__(x, timestep, noise, causal=causal, stream=stream)

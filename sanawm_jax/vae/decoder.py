@@ -24,6 +24,7 @@ from sanawm_jax.vae.blocks import (
     pixel_norm,
 )
 from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.state import DecoderState, Stream
 
 # one entry per block, the middle block first; None for a block without noise
 DecoderNoise = tuple[tuple[Noise, ...] | None, ...]
@@ -88,6 +89,7 @@ class Decoder(nnx.Module):
         noise: DecoderNoise | None = None,
         causal: bool | None = None,
         remat: bool = False,
+        stream: Stream | None = None,
     ) -> Float[Array, "B f h w 3"]:
         """Decodes latents.
 
@@ -98,6 +100,7 @@ class Decoder(nnx.Module):
           causal: True forces causal time padding. Otherwise the configuration decides: as in the
             reference, False does not make a causal decoder non-causal.
           remat: recompute each block in the backward pass instead of keeping its activations.
+          stream: of a causal decoder, what it knows of the frames before these; see `stream`.
 
         Returns:
           RGB in about [-1, 1], not clipped.
@@ -111,11 +114,11 @@ class Decoder(nnx.Module):
             if temb is None or temb.size != latents.shape[0]:
                 raise InputError("this VAE decodes with one timestep a sample; pass temb of (B,)")
             temb = temb * self.timestep_scale_multiplier[...]
-        x = self.conv_in(latents, causal=causal)
+        x = self.conv_in(latents, causal=causal, stream=stream)
         for i, block in enumerate((self.mid_block, *self.up_blocks)):
 
             def run(x, temb, noise, block=block):
-                return block(x, temb, noise, causal=causal)
+                return block(x, temb, noise, causal=causal, stream=stream)
 
             run = jax.checkpoint(run) if remat else run
             x = run(x, temb, noise[i] if noise is not None else None)
@@ -128,7 +131,37 @@ class Decoder(nnx.Module):
             table = self.scale_shift_table[...].astype(x.dtype)
             shift, scale = shift_scale + table[:, None, None, None, None]
             x = x * (1 + scale) + shift
-        x = self.conv_out(jax.nn.silu(x), causal=causal)
+        x = self.conv_out(jax.nn.silu(x), causal=causal, stream=stream)
         p, t = cfg.patch_size, cfg.patch_size_t
         # within a patch, columns come before rows
         return rearrange(x, "B f h w (C p r q) -> B (f p) (h q) (w r) C", p=t, q=p, r=p)
+
+    def stream(
+        self,
+        latents: Float[Array, "B F H W c"],
+        state: DecoderState | None = None,
+        temb: Float[Array, "B"] | None = None,
+        *,
+        noise: DecoderNoise | None = None,
+    ) -> tuple[Float[Array, "B f h w 3"], DecoderState]:
+        """Decodes the latents that follow a state, of which there may be one.
+
+        Any cut of a clip into calls gives the frames of the whole clip.
+
+        Args:
+          latents: denormalised.
+          state: after the latents before; None at the start, where the first latent frame becomes
+            one frame of video.
+          temb, noise: see `__call__`.
+
+        Returns:
+          RGB in about [-1, 1], not clipped, and the state for the next call.
+
+        Raises:
+          InputError: the decoder is not causal.
+        """
+        if not self.cfg.decoder_causal:
+            raise InputError("this VAE's decoder is not causal, so it cannot decode a stream")
+        stream = Stream(state)
+        video = self(latents, temb, noise=noise, stream=stream)
+        return video, stream.state

@@ -16,6 +16,7 @@ from sanawm_jax.vae import latents as latents_lib
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.decoder import Decoder, DecoderNoise
 from sanawm_jax.vae.encoder import Encoder
+from sanawm_jax.vae.state import DecoderState
 
 
 class VideoVAE(nnx.Module):
@@ -57,6 +58,12 @@ class VideoVAE(nnx.Module):
     ) -> Float[Array, "B f h w 3"]:
         """Decodes to RGB in about [-1, 1]; see `Decoder`."""
         return self.decoder(latents, temb, noise=noise, causal=causal, remat=remat)
+
+    def decode_stream(
+        self, latents: Float[Array, "B F H W c"], state: DecoderState | None = None
+    ) -> tuple[Float[Array, "B f h w 3"], DecoderState]:
+        """Decodes the diffusion model's latents that follow a state; see `Decoder.stream`."""
+        return self.decoder.stream(self.denormalise(latents), state)
 
     def encode_normalised(self, video: Float[Array, "B f h w 3"]) -> Float32[Array, "B F H W c"]:
         """Encodes video to the diffusion model's latents: normalised posterior mode, float32."""
