@@ -287,6 +287,7 @@ class DiT(nnx.Module):
         """
         layout = layout_of(latents.shape[1], None)
         check_carry(layout)
+        self.config.numerics.check_stream()
         expected = window.first if state is None else window.size
         if layout.frames != expected:
             raise InputError(

@@ -1,8 +1,7 @@
 """Where the published implementations of the same DiT compute different numbers.
 
-Three generations of the official code and diffusers disagree in five places, and the weights do
-not say which one they were trained with. A preset names one implementation; the layout of a folder
-chooses it, and `--numerics` overrides it.
+Three generations of the official code and diffusers disagree in several places, and the weights do
+not say which one they were trained with. A preset names one implementation.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _PADDED_SIZES = (32, 64, 128, 256)  # heads that flash attention takes without p
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """The five differences.
+    """Where they differ.
 
     Attributes:
       ucpe_cap: which layers scale a head that its ray transform made longer back to its former
@@ -38,6 +37,15 @@ class Numerics:
     camera_conv: Literal["carried", "isolated"] = "carried"
     softmax_sees: Literal["chunk", "clip"] = "chunk"
     ffn_sees: Literal["chunk", "clip"] = "chunk"
+
+    def check_stream(self) -> None:
+        """Refuses numerics in which a chunk sees later ones.
+
+        Raises:
+          InputError: the softmax layers or the feed-forward see the whole clip.
+        """
+        if "clip" in (self.softmax_sees, self.ffn_sees):
+            raise InputError("these numerics see the whole clip, so they cannot run a stream")
 
     def caps(self, *, softmax: bool) -> bool:
         """Whether layers of a kind bound the length of heads in ray space."""

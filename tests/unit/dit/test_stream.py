@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,23 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanawm_jax.core.params import apply
+from sanawm_jax.core.params import apply, build
+from sanawm_jax.dit.model import DiT
+from sanawm_jax.dit.numerics import PRESETS
 from sanawm_jax.dit.state import DiTState, Window
 from sanawm_jax.runtime.errors import InputError
-from tests.tiny_dit import GRAPHDEF, random_inputs, random_params
+from tests.tiny_dit import CONFIG, GRAPHDEF, random_inputs, random_params
 
 PER_FRAME = ("latents", "timesteps", "camera", "plucker")
 PARAMS = random_params()
 
 
-@jax.jit(static_argnames=("starts", "cached", "sink"))
-def whole(params, inputs, starts, cached=None, sink=True):
-    return apply(GRAPHDEF, params, **inputs, chunk_starts=starts, cached_chunks=cached, sink=sink)
+@jax.jit(static_argnames=("starts", "cached", "sink", "graphdef"))
+def whole(params, inputs, starts, cached=None, sink=True, graphdef=GRAPHDEF):
+    return apply(graphdef, params, **inputs, chunk_starts=starts, cached_chunks=cached, sink=sink)
 
 
-@jax.jit(static_argnames="window")
-def chunk(params, inputs, window, state=None):
-    return apply(GRAPHDEF, params, **inputs, window=window, state=state, method="stream")
+@jax.jit(static_argnames=("window", "graphdef"))
+def chunk(params, inputs, window, state=None, graphdef=GRAPHDEF):
+    return apply(graphdef, params, **inputs, window=window, state=state, method="stream")
 
 
 def cut(inputs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
@@ -38,12 +41,14 @@ def starts_of(window: Window, chunks: int) -> tuple[int, ...]:
     return (0, *(window.first + i * window.size for i in range(chunks - 1)))
 
 
-def stream(inputs: dict[str, Any], window: Window, state: DiTState | None = None) -> Any:
+def stream(
+    inputs: dict[str, Any], window: Window, state: DiTState | None = None, graphdef: Any = GRAPHDEF
+) -> Any:
     """Returns the velocities of all frames after a state, and the last state."""
     frames, at, out = inputs["latents"].shape[1], 0 if state is None else int(state.frame), []
     while at < frames:
         end = at + (window.first if state is None else window.size)
-        velocity, state = chunk(PARAMS, cut(inputs, at, end), window, state)
+        velocity, state = chunk(PARAMS, cut(inputs, at, end), window, state, graphdef)
         assert state is not None and int(state.frame) == end
         out.append(velocity)
         at = end
@@ -97,6 +102,19 @@ def test_with_all_chunks_cached_it_is_the_chunk_causal_model():
     assert relative(whole(PARAMS, inputs, (0, 4, 7, 10), 2), expected) > 1e-3  # the window matters
     shapes = jax.tree.map(jnp.shape, chunk(PARAMS, cut(inputs, 0, 4), window)[1])
     assert jax.tree.map(jnp.shape, state) == shapes  # a state does not grow
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_in_every_numerics_preset(name: str) -> None:
+    """A preset whose layers see the whole clip is for whole clips alone, and says so."""
+    graphdef, _ = build(DiT, dataclasses.replace(CONFIG, numerics=PRESETS[name]))
+    window, inputs = Window(4, 3, 2), random_inputs(1, 10)
+    if name == "chunk_causal":
+        with pytest.raises(InputError, match="whole clip"):
+            stream(cut(inputs, 0, 4), window, graphdef=graphdef)
+        return
+    expected = whole(PARAMS, inputs, (0, 4, 7), 2, graphdef=graphdef)
+    assert relative(stream(inputs, window, graphdef=graphdef)[0], expected) < 1e-5
 
 
 def test_one_program_serves_every_chunk_but_the_first():
