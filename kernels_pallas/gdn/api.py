@@ -10,6 +10,7 @@ backward).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -237,7 +238,7 @@ def _maps(
     v: jax.Array | None,
     beta: jax.Array,
     decay: jax.Array,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     if v is not None and _is_hopper("maps", tiles, interpret, k):
         return list(gpu_maps_hopper.maps(k, v, beta, decay))
     batch, frames, _, heads, size = k.shape
@@ -249,7 +250,7 @@ def _maps(
     return gpu.run("rows" if v is None else "maps", inputs, outputs, tiles, interpret=interpret)
 
 
-def _maps_forward(tiles: Tiles, interpret: bool, *args: Any) -> tuple[list[jax.Array], Any]:
+def _maps_forward(tiles: Tiles, interpret: bool, *args: Any) -> tuple[Sequence[jax.Array], Any]:
     return _maps(tiles, interpret, *args), args
 
 
