@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.vae.config import VAEConfig
@@ -69,7 +69,7 @@ class _Axis:
 
 def tiled_encode(
     encode_tile: EncodeTile,
-    video: Float[Array | np.ndarray, "B f h w C"],
+    video: Num[Array | np.ndarray, "B f h w C"],
     cfg: VAEConfig,
     tiling: Tiling,
 ) -> tuple[Float[Array, "B F H W c"], Float[Array, "B F H W c"]]:
