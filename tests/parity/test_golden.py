@@ -143,7 +143,7 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return run
 
-    for name in ("attention", "attention_to_both"):
+    for name in ("_attend", "attention_to_both"):  # of the self-attention layers alone
         monkeypatch.setattr(frames, name, rounds(getattr(frames, name)))
     jax.clear_caches()
     yield
