@@ -73,6 +73,7 @@ def test_figure_has_a_curve_a_side(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_train_step(capsys: pytest.CaptureFixture) -> None:
     """There is a line per length, and rematerialisation and adapters reduce the memory."""
     five, nine = run("train_step", "--repeats=1", "--latent_frames", "9", "5")

@@ -29,6 +29,7 @@ def test_only_the_scale_by_tokens_bounds_a_frame(name: str, bounded: bool) -> No
     assert norm <= 1 + 1e-5 if bounded else norm > 2
 
 
+@pytest.mark.slow
 def test_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = ("1/sqrt(D*S)", "none")
     out = tmp_path / "curves.png"
