@@ -7,6 +7,7 @@ model_index.json  tokenizer/  text_encoder/  transformer/  vae/  scheduler/
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from sanawm_jax.core.params import Params, build
 from sanawm_jax.dit import keys as dit_keys
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
+from sanawm_jax.dit.numerics import preset
 from sanawm_jax.memory.streaming import Runner, call
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.shipped import SHIPPED, find_shipped
@@ -140,8 +142,18 @@ class Stage1Folder(ModelFolder):
     """
 
     kind = "stage-1"
+    numerics: str | None = None  # a preset of `dit.numerics`; None: the layout's
+
+    def layout_numerics(self) -> str:
+        """The preset that weights in this layout run with unless another one is asked for."""
+        return "diffusers"
 
     def dit_config(self) -> DiTConfig:
+        """The DiT's configuration, with the numerics of `numerics` or of the layout."""
+        numerics = preset(self.numerics or self.layout_numerics())
+        return dataclasses.replace(self._published_config(), numerics=numerics)
+
+    def _published_config(self) -> DiTConfig:
         return DiTConfig.from_json(read_config(self.part("transformer")))
 
     def vae_config(self) -> VAEConfig:

@@ -22,6 +22,7 @@ from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.torch_file import TorchFile
 from sanawm_jax.dit import keys as dit_keys
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.numerics import preset
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import Schedule
 
@@ -53,7 +54,8 @@ _MODEL_FIELDS: dict[str, Any] = {
     "mixed_precision": "bf16",
 }
 # they have the same parameters but run in chunks, or with a cache of chunks
-_FFN_TYPES = dict.fromkeys(("GLUMBConvTemp", "ChunkGLUMBConvTemp", "CachedGLUMBConvTemp"))
+_CHUNKED_FFN, _CACHED_FFN = "ChunkGLUMBConvTemp", "CachedGLUMBConvTemp"
+_FFN_TYPES = ("GLUMBConvTemp", _CHUNKED_FFN, _CACHED_FFN)
 _ROPES = ("wan_rope", "casual_wan_rope")
 
 
@@ -64,20 +66,28 @@ def is_upstream(folder: Path) -> bool:
     )
 
 
-def open_stage1(name: str | Path, *, allow_pickle: bool = False) -> Stage1Folder:
+def open_stage1(
+    name: str | Path, *, allow_pickle: bool = False, numerics: str | None = None
+) -> Stage1Folder:
     """Opens a stage-1 folder in either layout, `small_world`, or a hub name.
 
     Args:
       name: see `folder.find_weights`.
       allow_pickle: also read upstream's `model.pt`; see `checkpoints.torch_file`.
+      numerics: a preset of `dit.numerics`; None takes that of the layout.
 
     Raises:
       InputError: it cannot be found or is no stage-1 folder.
     """
+    if numerics is not None:
+        preset(numerics)
     path = find_weights(name, stage=1, allow_pickle=allow_pickle)
     if is_upstream(path):
-        return UpstreamFolder(path, allow_pickle=allow_pickle)
-    return Stage1Folder(path)
+        folder = UpstreamFolder(path, allow_pickle=allow_pickle)
+    else:
+        folder = Stage1Folder(path)
+    folder.numerics = numerics
+    return folder
 
 
 def open_refiner(name: str | Path) -> RefinerFolder:
@@ -119,7 +129,7 @@ class UpstreamFolder(Stage1Folder):
         super().__init__(folder)
         self.yaml = _read_yaml(self.path)
         model = self._section("model")
-        is_chunked = str(model.get("ffn_type")) in ("ChunkGLUMBConvTemp", "CachedGLUMBConvTemp")
+        is_chunked = model.get("ffn_type") in (_CHUNKED_FFN, _CACHED_FFN)
         if is_chunked or "Streaming" in str(model.get("model")):
             warnings.warn(
                 f"{self.path} was trained to see chunks of frames in order; here every frame sees "
@@ -198,7 +208,14 @@ class UpstreamFolder(Stage1Folder):
             table, source, what, lambda key: upstream.is_ignored(key.removeprefix(prefix))
         )
 
-    def dit_config(self) -> DiTConfig:
+    def layout_numerics(self) -> str:
+        """The official code that these weights were released with; see `dit.numerics`."""
+        model = self._section("model")
+        if "Streaming" in str(model.get("model")) or model.get("ffn_type") == _CACHED_FFN:
+            return "streaming"
+        return "chunk_causal" if model.get("ffn_type") == _CHUNKED_FFN else "release"
+
+    def _published_config(self) -> DiTConfig:
         """Sizes from the tensors' shapes, all else from config.yaml.
 
         Raises:

@@ -59,6 +59,7 @@ def sample(options: SampleOptions) -> Path:
             devices=o.devices,
             precision=o.precision,
             allow_pickle=o.allow_pickle,
+            numerics=o.numerics,
         )
     request = noise = kept = None
     if o.stage1_latents:

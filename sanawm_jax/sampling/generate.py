@@ -85,18 +85,23 @@ class SanaWM:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, allow_pickle: bool = False, **options: Any
+        cls,
+        name: str | Path,
+        *,
+        allow_pickle: bool = False,
+        numerics: str | None = None,
+        **options: Any,
     ) -> SanaWM:
         """Opens a folder in diffusers or upstream's layout, `small_world`, or a hub name.
 
         Args:
-          allow_pickle: see `checkpoints.upstream_folder.open_stage1`.
+          allow_pickle, numerics: see `checkpoints.upstream_folder.open_stage1`.
           options: arguments of the class.
 
         Raises:
           InputError: it cannot be found or is not a stage-1 folder.
         """
-        return cls(open_stage1(name, allow_pickle=allow_pickle), **options)
+        return cls(open_stage1(name, allow_pickle=allow_pickle, numerics=numerics), **options)
 
     def check(self, *parts: str) -> None:
         """Compares tensor names and shapes of `parts` with the file headers, once per part.

@@ -113,6 +113,11 @@ class SampleOptions:
     precision: str = option(
         "stage 1's large matrix products: bf16 (that is, --dtype) or fp8", "bf16"
     )
+    numerics: str | None = option(
+        "which implementation's numbers stage 1 computes: diffusers, release, streaming, "
+        "chunk_causal or trainer; by default that of the folder's layout",
+        None,
+    )
     offload: str = option(
         "what is moved off the accelerator: none, model (idle networks) or block (idle layers)",
         "none",

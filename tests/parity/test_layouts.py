@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import SanaWMPipeline, SanaWMTransformer3DModel
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +20,7 @@ from sanawm_jax.checkpoints.upstream import is_ignored, to_diffusers, upstream_t
 from sanawm_jax.checkpoints.upstream_folder import open_refiner, open_stage1
 from sanawm_jax.dit.config import SANA_WM_2B
 from sanawm_jax.dit.keys import extra_tensors, key_table
+from sanawm_jax.dit.numerics import PRESETS
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.generate import SanaWM
 from sanawm_jax.weights.export import main
@@ -35,7 +37,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_equal_networks(a: Path, b: Path, *, allow_pickle: bool = False) -> None:
-    first, second = open_stage1(a), open_stage1(b, allow_pickle=allow_pickle)
+    first = open_stage1(a, numerics="diffusers")
+    second = open_stage1(b, allow_pickle=allow_pickle, numerics="diffusers")
     assert first.schedule() == second.schedule()
     for method in ("load_dit", "load_encoder", "load_decoder"):
         config, graph, params = getattr(first, method)(None)
@@ -77,14 +80,40 @@ def test_upstream_folder_makes_a_video(whole: Path) -> None:
 
     image = Image.new("RGB", (64, 64), (200, 30, 30))
     videos = [
-        SanaWM.from_pretrained(whole / name, dtype="float32")(
+        SanaWM.from_pretrained(whole / name, dtype="float32", numerics=numerics)(
             image, "a red room", action="w-8", intrinsics="60,60,32,32", num_frames=9,
             height=64, width=64, steps=2, cfg_scale=1.0, text_length=12, decode=False,
             progress=False,
         )
-        for name in ("model", "up")
+        for name, numerics in (("model", None), ("up", "diffusers"), ("up", None))
     ]  # fmt: skip
     np.testing.assert_array_equal(videos[0].latents, videos[1].latents)
+    # unasked, upstream's layout runs as upstream's first release did
+    assert np.abs(videos[0].latents - videos[2].latents).max() > 1e-6  # the camera moves little
+
+
+@pytest.mark.parametrize(
+    ("model", "ffn", "expected"),
+    [
+        ("SanaMSVideoCamCtrl_1600M_P1_D20", "GLUMBConvTemp", "release"),
+        ("SanaMSVideoCamCtrl_1600M_P1_D20", "ChunkGLUMBConvTemp", "chunk_causal"),
+        ("SanaMSVideoCamCtrlStreaming_1600M_P1_D20", "CachedGLUMBConvTemp", "streaming"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*chunks of frames in order")
+def test_the_layout_chooses_the_numerics(
+    whole: Path, tmp_path: Path, model: str, ffn: str, expected: str
+) -> None:
+    folder = tmp_path / "up"
+    shutil.copytree(whole / "up", folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"] |= {"model": model, "ffn_type": ffn}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert open_stage1(folder).dit_config().numerics == PRESETS[expected]
+    assert open_stage1(folder, numerics="trainer").dit_config().numerics == PRESETS["trainer"]
+    assert open_stage1(whole / "model").dit_config().numerics == PRESETS["diffusers"]
+    with pytest.raises(InputError, match="use one of diffusers"):
+        open_stage1(folder, numerics="july")
 
 
 @pytest.fixture
