@@ -57,6 +57,30 @@ class Window:
         if self.cached < 1:
             raise InputError(f"num_cached_blocks={self.cached} must be at least 1")
 
+    @classmethod
+    def of_clip(cls, frames: int, size: int = 3, cached: int = 2, *, sink: bool = True) -> Window:
+        """The window of a clip of known length, as upstream's sampler cuts it.
+
+        What is left of the division into chunks joins the first one.
+
+        Args:
+          frames: latent frames of the clip, more than `size`.
+          size: latent frames per chunk.
+          cached: see the class; -1 keeps all chunks.
+          sink: see the class.
+
+        Raises:
+          InputError: the clip is too short for a chunk and the given frame.
+        """
+        if size < 1 or frames <= size:
+            raise InputError(
+                f"{frames} latent frames are too few for chunks of {size}; give more frames or a "
+                "smaller --num_frame_per_block"
+            )
+        if cached == -1:
+            cached = max(frames // size - 1, 1)
+        return cls(size + frames % size, size, cached, sink)
+
     @property
     def sink_frames(self) -> int:
         """Frames at the start of a cache that are never replaced."""

@@ -59,6 +59,25 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.parametrize(
+    ("frames", "size", "first", "all_cached"),
+    [
+        (31, 3, 4, 9),
+        (13, 3, 4, 3),
+        (12, 3, 3, 3),
+        (11, 3, 5, 2),
+        (4, 1, 1, 3),
+        (4, 2, 2, 1),
+        (4, 3, 4, 1),
+    ],
+)
+def test_the_chunks_of_a_clip(frames: int, size: int, first: int, all_cached: int) -> None:
+    assert Window.of_clip(frames, size) == Window(first, size, 2)
+    every = Window.of_clip(frames, size, -1, sink=False)
+    assert (every.first, every.cached, every.sink) == (first, all_cached, False)
+    assert every.slots == max(frames - size, first)  # all that the last chunk can see before itself
+
+
 def check(window: Window, chunks: int) -> None:
     starts = starts_of(window, chunks)
     inputs = random_inputs(1, starts[-1] + (window.size if chunks > 1 else window.first))
@@ -159,6 +178,8 @@ def test_gradients_through_a_chunk_are_those_of_the_whole_clip():
         (lambda: Window(1, 2, 1), "no shorter"),
         (lambda: Window(0, 0, 1), "at least one frame"),
         (lambda: Window(2, 2, 0), "num_cached_blocks=0"),
+        (lambda: Window.of_clip(3, 3), "too few for chunks of 3"),
+        (lambda: Window.of_clip(5, 0), "too few for chunks of 0"),
         (lambda: chunk(PARAMS, random_inputs(1, 3), Window(4, 3, 1)), "window takes 4"),
     ],
 )
