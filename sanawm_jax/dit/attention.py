@@ -152,9 +152,7 @@ class SelfAttention(nnx.Module):
         gates = None if self.softmax else self._gates(x, ctx)
         seen = x if mask is None else x * mask
         before = carry.inputs if isinstance(carry, RecurrentCarry) else {}
-        inputs: dict[
-            str, jax.Array
-        ] = {}  # what the next chunk's short convolutions see of this one
+        inputs: dict[str, jax.Array] = {}  # what the next chunk's convolutions see of this one
         q, k, v = jnp.split(self.qkv(seen), 3, -1)
         heads = self._prepare(q, k, v, mask, ctx, suffix="", before=before, inputs=inputs)
         main: Any = None

@@ -13,32 +13,10 @@ from sanawm_jax.small_world.palette import (
     Material,
     pattern_row,
 )
+from sanawm_jax.small_world.scenery.builder import rect_distance, rect_points
 
 CLEAR_RADIUS = 1.5  # a 48-frame walk of 1.2 units in any direction plus the camera's clearance
 _BURIED = (0.0, 100.0, 0.0)
-
-
-def _rect_distance(points: np.ndarray, rect: tuple) -> np.ndarray:
-    """Distance from ground points (..., 2) to a rectangle (x, z, half_x, half_z, yaw)."""
-    x, z, half_x, half_z, yaw = rect
-    dx, dz = points[..., 0] - x, points[..., 1] - z
-    along, across = (
-        np.cos(yaw) * dx - np.sin(yaw) * dz,
-        np.sin(yaw) * dx + np.cos(yaw) * dz,
-    )
-    gap = np.stack((np.abs(along) - half_x, np.abs(across) - half_z), -1)
-    return np.linalg.norm(np.maximum(gap, 0.0), axis=-1) + np.minimum(gap.max(-1), 0.0)
-
-
-def _rect_points(rect: tuple, steps: int = 5) -> np.ndarray:
-    """Sample a ground rectangle's area, (steps * steps, 2)."""
-    x, z, half_x, half_z, yaw = rect
-    grid = np.linspace(-1.0, 1.0, steps)
-    a, b = (g.ravel() for g in np.meshgrid(grid * half_x, grid * half_z))
-    return np.stack(
-        (x + np.cos(yaw) * a + np.sin(yaw) * b, z - np.sin(yaw) * a + np.cos(yaw) * b),
-        -1,
-    )
 
 
 class Composer:
@@ -86,15 +64,15 @@ class Composer:
 
     def is_free(self, rect: tuple, gap: float = 0.1) -> bool:
         """Whether a ground rectangle avoids the clear disc, all placed ones and the walls."""
-        points = _rect_points(rect)
-        if _rect_distance(self.clear[:2], rect) < self.clear[2] + 0.02:
+        points = rect_points(rect)
+        if rect_distance(self.clear[:2], rect) < self.clear[2] + 0.02:
             return False
         inside = (points > self.room_min[[0, 2]]) & (points < self.room_max[[0, 2]])
         if not inside.all():
             return False
         return all(
-            _rect_distance(points, other).min() > gap
-            and _rect_distance(_rect_points(other), rect).min() > gap
+            rect_distance(points, other).min() > gap
+            and rect_distance(rect_points(other), rect).min() > gap
             for other in self.rects
         )
 

@@ -24,7 +24,8 @@ from sanawm_jax.small_world.geometry import (
     sphere_interval,
     to_local,
 )
-from sanawm_jax.small_world.textures import mix_factor, value_noise
+from sanawm_jax.small_world.scenery.textures import value_noise
+from sanawm_jax.small_world.textures import mix_factor
 
 jax.tree_util.register_dataclass(
     world.Scene, [f.name for f in dataclasses.fields(world.Scene)], meta_fields=[]

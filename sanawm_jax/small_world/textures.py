@@ -9,44 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from sanawm_jax.small_world.palette import TEXTURE_CODE
-
-
-def _hash(x, y, z):
-    """Hash integer lattice points to floats in [0, 1)."""
-    h = x.astype(jnp.uint32) * jnp.uint32(374761393)
-    h = h + y.astype(jnp.uint32) * jnp.uint32(668265263)
-    h = h + z.astype(jnp.uint32) * jnp.uint32(2246822519)
-    h = (h ^ (h >> 13)) * jnp.uint32(1274126177)
-    h = h ^ (h >> 16)
-    return (h & jnp.uint32(0xFFFF)).astype(jnp.float32) * (1.0 / 65536.0)
-
-
-def value_noise(x, y, z):
-    """Smooth noise of period-free lattice values, in [-1, 1]; one feature a unit."""
-    cells = [jnp.floor(v) for v in (x, y, z)]
-    fx, fy, fz = (v - c for v, c in zip((x, y, z), cells, strict=True))
-    ix, iy, iz = (c.astype(jnp.int32) for c in cells)
-    fx, fy, fz = (f * f * (3.0 - 2.0 * f) for f in (fx, fy, fz))
-
-    def edge(j, k):
-        a, b = _hash(ix, iy + j, iz + k), _hash(ix + 1, iy + j, iz + k)
-        return a + (b - a) * fx
-
-    def face(k):
-        a, b = edge(0, k), edge(1, k)
-        return a + (b - a) * fy
-
-    low, high = face(0), face(1)
-    return 2.0 * (low + (high - low) * fz) - 1.0
-
-
-def _wave(x, width):
-    """Square wave of period 2 with edges softened to `width`, in [-1, 1]."""
-    # Distance to the nearest integer edge, signed by the parity of the cell.
-    cell = jnp.floor(x)
-    edge = 0.5 - jnp.abs(x - cell - 0.5)
-    parity = 1.0 - 2.0 * jnp.abs(cell - 2.0 * jnp.floor(cell * 0.5))
-    return parity * jnp.clip(edge / width, 0.0, 1.0)
+from sanawm_jax.small_world.scenery.textures import lattice_hash, square_wave
 
 
 def _bordered(u, v, pattern, width):
@@ -58,7 +21,9 @@ def _bordered(u, v, pattern, width):
     inside_u = 0.5 - jnp.abs(u - column - 0.5) - 0.5 * border_u
     inside_v = 0.5 - jnp.abs(v - row - 0.5) - 0.5 * border_v
     mask = jnp.clip(inside_u / width + 0.5, 0.0, 1.0) * jnp.clip(inside_v / width + 0.5, 0.0, 1.0)
-    random = _hash(column.astype(jnp.int32), row.astype(jnp.int32), jnp.zeros_like(row, jnp.int32))
+    random = lattice_hash(
+        column.astype(jnp.int32), row.astype(jnp.int32), jnp.zeros_like(row, jnp.int32)
+    )
     # A border that is absent must not darken cell edges through the softened mask.
     mask = jnp.where((border_u + border_v) > 0.0, mask, 1.0)
     return 1.0 - mask, 1.0 + jitter * (random - 0.5) * 1.6
@@ -87,8 +52,8 @@ def mix_factor(texture, u, v, pattern, noise, footprint):
     """
     code = TEXTURE_CODE
     width = jnp.clip(footprint, 0.02, 1.0)
-    checks = 0.5 - 0.5 * _wave(u, width) * _wave(v, width)
-    stripes = 0.5 - 0.5 * _wave(u, width)
+    checks = 0.5 - 0.5 * square_wave(u, width) * square_wave(v, width)
+    stripes = 0.5 - 0.5 * square_wave(u, width)
     border, brightness = _bordered(u, v, pattern, width)
     fade = jnp.clip(1.6 - 1.6 * footprint, 0.0, 1.0)
     border_mean = 1.0 - (1.0 - pattern[1]) * (1.0 - pattern[2])

@@ -9,6 +9,7 @@ on from it), DIR/log.jsonl and DIR/report.json with the figures on held-out clip
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -17,15 +18,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sanawm_jax.core.params import Params, apply, build, init
+from sanawm_jax.data.latent_cache import to_signed
 from sanawm_jax.small_world.compact import load_compact, save_compact
 from sanawm_jax.small_world.scenery.clip import HELD_OUT_SEED
 from sanawm_jax.small_world.scenery.pool import render_pool
 from sanawm_jax.small_world.scenery.render import HEIGHT, WIDTH
-from sanawm_jax.training.engine.optimizer import ema_decay, learning_rate, make_optimizer
+from sanawm_jax.training.engine.learner import Learner, UpdateRule
+from sanawm_jax.training.engine.optimizer import learning_rate, make_optimizer
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, vae_loss
+from sanawm_jax.training.recipes.clips import crop_clips
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import load_vae
 from sanawm_jax.vae.latents import sample_posterior
@@ -64,17 +67,7 @@ def unpack(packed: jax.Array) -> jax.Array:
     """(..., H, W * 3 / 4) uint32 -> (..., H, W, 3) float32 in [-1, 1]."""
     pixels = jax.lax.bitcast_convert_type(packed, jnp.uint8)
     pixels = pixels.reshape(*packed.shape[:-1], -1, 3)
-    return pixels.astype(jnp.float32) / 127.5 - 1.0
-
-
-def crop(packed: jax.Array, rows: jax.Array, starts: jax.Array, frames: int) -> jax.Array:
-    """Runs of `frames` frames of some clips, (B, frames, H, W, 3) in [-1, 1]."""
-
-    def one(row, start):
-        size = (1, frames, *packed.shape[2:])
-        return jax.lax.dynamic_slice(packed, (row, start, 0, 0), size)[0]
-
-    return unpack(jax.vmap(one)(rows, starts))
+    return to_signed(pixels)
 
 
 def gradient_energy(video: jax.Array) -> jax.Array:
@@ -110,7 +103,15 @@ class Trainer:
         self.graphdef, _ = build(VideoVAE, config)
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.float32 if on_cpu else jnp.bfloat16
-        self.rule = make_optimizer(name="muon", betas=(0.9, 0.99))
+        rate = functools.partial(
+            learning_rate,
+            peak=options.rate,
+            warmup_steps=200,
+            num_steps=10**9,  # the clock alone ends a run
+            final_fraction=0.02,
+        )
+        optimizer = make_optimizer(name="muon", betas=(0.9, 0.99))
+        self.rule = UpdateRule(optimizer, rate, options.ema)
         self.weights = VAELossWeights(
             charbonnier=0.5, squared=2.0, edges=options.edges, kl=options.kl, scales=1
         )
@@ -122,7 +123,7 @@ class Trainer:
         return {
             "params": params,
             "average": jax.tree.map(jnp.copy, params),
-            "moments": self.rule.init(params),
+            "moments": self.rule.optimizer.init(params),
             "step": jnp.int32(0),
         }
 
@@ -153,23 +154,15 @@ class Trainer:
             rows_key, starts_key, noise_key = jax.random.split(key, 3)
             rows = jax.random.randint(rows_key, (batch,), 0, len(pool))
             starts = jax.random.randint(starts_key, (batch,), 0, pool.shape[1] - frames + 1)
-            video = crop(pool, rows, starts, frames)
+            video = to_signed(crop_clips(pool, rows, starts, frames))
             grads, terms = jax.grad(self._loss, has_aux=True)(state["params"], video, noise_key)
-            updates, moments = self.rule.update(grads, state["moments"], state["params"])
-            rate = learning_rate(
-                state["step"],
-                fraction,
-                peak=self.options.rate,
-                warmup_steps=200,
-                num_steps=10**9,
-                final_fraction=0.02,
-            )
-            params = optax.apply_updates(state["params"], jax.tree.map(lambda u: rate * u, updates))
-            keep = ema_decay(state["step"], self.options.ema)
-            average = jax.tree.map(
-                lambda a, p: a + (1.0 - keep) * (p - a), state["average"], params
-            )
-            new = {"params": params, "average": average, "moments": moments}
+            learner = Learner(state["params"], state["moments"], state["average"])
+            learner, _ = self.rule.update(learner, grads, state["step"], fraction)
+            new = {
+                "params": learner.params,
+                "average": learner.average,
+                "moments": learner.moments,
+            }
             return {**new, "step": state["step"] + 1}, terms
 
         state, terms = jax.lax.scan(step, state, length=STEPS_PER_CALL)

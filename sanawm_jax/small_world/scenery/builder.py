@@ -19,7 +19,7 @@ _BURIED = (0.0, 100.0, 0.0)
 _OPEN = 900.0
 
 
-def _rect_distance(points: np.ndarray, rect: tuple) -> np.ndarray:
+def rect_distance(points: np.ndarray, rect: tuple) -> np.ndarray:
     """Distance from ground points (..., 2) to a rectangle (x, z, half_x, half_z, yaw)."""
     x, z, half_x, half_z, yaw = rect
     dx, dz = points[..., 0] - x, points[..., 1] - z
@@ -29,7 +29,7 @@ def _rect_distance(points: np.ndarray, rect: tuple) -> np.ndarray:
     return np.linalg.norm(np.maximum(gap, 0.0), axis=-1) + np.minimum(gap.max(-1), 0.0)
 
 
-def _rect_points(rect: tuple, steps: int = 5) -> np.ndarray:
+def rect_points(rect: tuple, steps: int = 5) -> np.ndarray:
     """Points of a ground rectangle, (steps * steps, 2)."""
     x, z, half_x, half_z, yaw = rect
     grid = np.linspace(-1.0, 1.0, steps)
@@ -117,15 +117,15 @@ class Builder:
 
     def is_free(self, rect: tuple, gap: float) -> bool:
         """Whether a ground rectangle avoids the clear disc, all placed ones and the walls."""
-        points = _rect_points(rect)
-        if _rect_distance(np.zeros(2), rect) < CLEAR_RADIUS + 0.02:
+        points = rect_points(rect)
+        if rect_distance(np.zeros(2), rect) < CLEAR_RADIUS + 0.02:
             return False
         low, high = self.room_min[[0, 2]], self.room_max[[0, 2]]
         if not ((points > low) & (points < high)).all():
             return False
         return all(
-            _rect_distance(points, other).min() > gap
-            and _rect_distance(_rect_points(other), rect).min() > gap
+            rect_distance(points, other).min() > gap
+            and rect_distance(rect_points(other), rect).min() > gap
             for other in self.rects
         )
 

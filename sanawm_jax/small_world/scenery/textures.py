@@ -15,7 +15,7 @@ LACUNARITY = 2.6  # each octave's cells are finer by this factor; with 0.62 of t
 _GAIN = 0.62
 
 
-def _hash(x, y, z):
+def lattice_hash(x, y, z):
     """Integer lattice points -> floats in [0, 1)."""
     h = x.astype(jnp.uint32) * jnp.uint32(374761393)
     h = h + y.astype(jnp.uint32) * jnp.uint32(668265263)
@@ -33,7 +33,7 @@ def value_noise(x, y, z):
     fx, fy, fz = (f * f * (3.0 - 2.0 * f) for f in (fx, fy, fz))
 
     def edge(j, k):
-        a, b = _hash(ix, iy + j, iz + k), _hash(ix + 1, iy + j, iz + k)
+        a, b = lattice_hash(ix, iy + j, iz + k), lattice_hash(ix + 1, iy + j, iz + k)
         return a + (b - a) * fx
 
     def face(k):
@@ -63,7 +63,7 @@ def fractal_noise(position, footprint):
     return total
 
 
-def _wave(x, width):
+def square_wave(x, width):
     """Square wave of period 2 with edges softened to `width`, in [-1, 1]."""
     cell = jnp.floor(x)
     edge = 0.5 - jnp.abs(x - cell - 0.5)
@@ -89,8 +89,8 @@ def pattern_mix(pattern, u, v, shape, footprint_u, footprint_v):
     fade = jnp.clip(2.0 - 4.0 * footprint, 0.0, 1.0)
     fade_u = jnp.clip(2.0 - 4.0 * footprint_u, 0.0, 1.0)
     width_u, width_v = jnp.clip(footprint_u, 0.03, 1.0), jnp.clip(footprint_v, 0.03, 1.0)
-    stripes = 0.5 - 0.5 * _wave(u, width_u) * fade_u
-    checks = 0.5 - 0.5 * _wave(u, width_u) * _wave(v, width_v) * fade
+    stripes = 0.5 - 0.5 * square_wave(u, width_u) * fade_u
+    checks = 0.5 - 0.5 * square_wave(u, width_u) * square_wave(v, width_v) * fade
     row = jnp.floor(v)
     shifted = u + offset * row
     column = jnp.floor(shifted)
@@ -98,7 +98,9 @@ def pattern_mix(pattern, u, v, shape, footprint_u, footprint_v):
     inside_v = 0.5 - jnp.abs(v - row - 0.5) - 0.5 * border_v
     mask = jnp.clip(inside_u / width_u + 0.5, 0.0, 1.0)
     mask = mask * jnp.clip(inside_v / width_v + 0.5, 0.0, 1.0)
-    random = _hash(column.astype(jnp.int32), row.astype(jnp.int32), jnp.zeros_like(row, jnp.int32))
+    random = lattice_hash(
+        column.astype(jnp.int32), row.astype(jnp.int32), jnp.zeros_like(row, jnp.int32)
+    )
     mean = 1.0 - (1.0 - border_u) * (1.0 - border_v)
     cells = mean + (1.0 - mask - mean) * fade
     is_cells = pattern == code["cells"]
