@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -94,39 +95,88 @@ def write_mp4(
       InputError: fps, crf or the file name is invalid, or PyAV is missing.
       ValueError: there are no frames, or a frame has another type or size than the first.
     """
+    with atomic_write(_mp4_path(path)) as partial:
+        with Mp4Writer(partial, fps, crf=crf, options={"movflags": "+faststart"}) as writer:
+            for frame in _each_frame(frames):
+                writer.add(frame)
+    return Path(path)
+
+
+class Mp4Writer:
+    """Writes H.264 video (yuv420p, BT.709) frame by frame; a context manager.
+
+    Args:
+      path: the file to write.
+      fps: frames per second.
+      crf: quality, see `write_mp4`.
+      options: of the container.
+      codec: further options of the encoder.
+
+    Raises:
+      InputError: see `write_mp4`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: float,
+        *,
+        crf: int = 18,
+        options: dict[str, str] | None = None,
+        codec: dict[str, str] | None = None,
+    ):
+        if not 0 <= crf <= 51:
+            raise InputError(f"crf={crf} is outside 0..51")
+        self._rate = _frame_rate(fps)
+        self._av = require_av()
+        self._container = self._av.open(os.fspath(path), "w", format="mp4", options=options or {})
+        self._codec = {"crf": str(crf), **(codec or {})}
+        self._stream: Any = None
+        self._count = 0
+
+    def add(self, frame: np.ndarray, *, is_key: bool = False) -> None:
+        """Encodes one frame (H, W, 3) uint8; with `is_key` a player can start there."""
+        if self._stream is None:
+            self._stream = self._open(*(size + size % 2 for size in frame.shape[:2]))
+        pad = [(0, size % 2) for size in frame.shape[:2]]
+        even = np.ascontiguousarray(np.pad(frame, [*pad, (0, 0)], mode="edge"))
+        picture = self._av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+        )
+        picture.pts, picture.time_base = self._count, 1 / self._rate
+        if is_key:
+            picture.pict_type = self._av.video.frame.PictureType.I
+        self._container.mux(self._stream.encode(picture))
+        self._count += 1
+
+    def _open(self, height: int, width: int) -> Any:
+        stream = self._container.add_stream("libx264", rate=self._rate, options=self._codec)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / self._rate
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        return stream
+
+    def close(self) -> None:
+        """Encodes what waits and ends the file."""
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+            self._stream = None
+        self._container.close()
+
+    def __enter__(self) -> Mp4Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _mp4_path(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"the video's name must end in .mp4, not {path.name}")
-    if not 0 <= crf <= 51:
-        raise InputError(f"crf={crf} is outside 0..51")
-    rate = _frame_rate(fps)
-    av = require_av()
-    with atomic_write(path) as partial:
-        _encode(av, partial, _each_frame(frames), rate, crf)
     return path
-
-
-def _encode(
-    av: ModuleType, path: Path, frames: Iterator[np.ndarray], rate: Fraction, crf: int
-) -> None:
-    first = next(frames)
-    height, width = (size + size % 2 for size in first.shape[:2])
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.time_base = 1 / rate
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _LIMITED_RANGE
-        for i, frame in enumerate(_prepend(first, frames)):
-            pad = [(0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)]
-            even = np.ascontiguousarray(np.pad(frame, pad, mode="edge"))
-            picture = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-            )
-            picture.pts, picture.time_base = i, 1 / rate
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
 
 
 def read_mp4(path: str | os.PathLike) -> np.ndarray:
@@ -234,8 +284,3 @@ def _each_frame(frames: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarra
             yield frame
     if shape is None:
         raise ValueError("there are no frames to write")
-
-
-def _prepend(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest

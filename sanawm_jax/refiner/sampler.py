@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Key, Shaped
+from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.streaming import Runner, call
@@ -63,7 +63,7 @@ def _text_keys(
 
 
 def block_noise(
-    key: Key[Array, ""], first: int, frames: int, shape: tuple[int, ...]
+    key: Key[Array, ""], first: int | Int[Array, ""], frames: int, shape: tuple[int, ...]
 ) -> Float32[Array, "B F H W c"]:
     """Draws standard normal noise of the frames first..first+F-1.
 
@@ -74,6 +74,14 @@ def block_noise(
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(frames))
     return jnp.moveaxis(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), 0, 1)
+
+
+@jax.jit(static_argnames=("frames", "shape"))
+def frame_noise(
+    seed: Any, first: Any, frames: int, shape: tuple[int, ...]
+) -> Float32[Array, "B F H W c"]:
+    """`block_noise` of a seed, in one program for every block of one length."""
+    return block_noise(jax.random.key(seed), first, frames, shape)
 
 
 @jax.jit(static_argnames=("graphdef", "history_slots", "dtype"))

@@ -38,7 +38,9 @@ def main() -> None:
 
 def define_options(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Defines the flags of a command line; see `define_config`."""
-    default = "sample_sana_wm" if is_released(argv) else "sample_small_world"
+    default = "sample_small_world"
+    if is_released(argv):
+        default = "sample_streaming" if "streaming" in flag_values_in(argv) else "sample_sana_wm"
     argv = define_config(CONFIGS / f"{default}.py", "sampling defaults", argv, values)
     for field in _fields():
         text = field.metadata["help"]

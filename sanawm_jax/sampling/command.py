@@ -11,10 +11,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
 from sanawm_jax.memory.plan import Need, check_fits
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling import streaming
 from sanawm_jax.sampling.generate import SanaWM
 from sanawm_jax.sampling.latents import channels_last, read_latents, write_npy
 from sanawm_jax.sampling.options import SampleOptions
@@ -39,7 +39,11 @@ def sample(options: SampleOptions) -> Path:
     if not o.weights and needs_stage1:
         raise InputError("no weights: give --weights with a folder or a hub name")
     folder = None if o.latents_only else check_writable(o.output_dir)
-    for file in (o.save_latents, o.save_frames):
+    if o.streaming:
+        assert o.stream  # raises if its options do not fit
+    elif o.chunk_prompts or o.benchmark_json:
+        raise InputError("--chunk_prompts and --benchmark_json belong to --streaming")
+    for file in (o.save_latents, o.save_frames, o.benchmark_json):
         if file:
             check_writable(Path(file).parent)
     prompt = read_prompt(o.prompt) if o.prompt else None
@@ -61,16 +65,17 @@ def sample(options: SampleOptions) -> Path:
             allow_pickle=o.allow_pickle,
             numerics=o.numerics,
         )
-    request = noise = kept = None
+    request = noise = kept = given = None
     if o.stage1_latents:
-        final = read_latents(o.stage1_latents, None)
+        given = read_latents(o.stage1_latents, None)
         if model:
-            _check_channels(model, final, o.stage1_latents)
+            _check_channels(model, given, o.stage1_latents)
             model.check("decoder")
         if refiner:
-            noise = refiner.check(final.shape, prompt, o.refiner_latents)
+            noise = refiner.check(given.shape, prompt, o.refiner_latents)
         decoded = None if o.latents_only else model
-        check_fits(lambda: _later_needs(refiner, decoded, final.shape), o.offload)
+        shape = given.shape
+        check_fits(lambda: _later_needs(refiner, decoded, shape), o.offload)
     else:
         assert model is not None
         if not o.image:
@@ -86,12 +91,25 @@ def sample(options: SampleOptions) -> Path:
             num_frames=o.num_frames,
             height=o.height,
             width=o.width,
+            chunk=o.num_frame_per_block if o.streaming else 1,
         )
         if refiner:
             noise = refiner.check(model.latent_shape(request), prompt, o.refiner_latents)
         if not o.latents_only:
             model.check("decoder")
         check_fits(lambda: _needs(model, refiner, request, o), o.offload)
+    video = None if folder is None else folder / f"{o.name}_generated.mp4"
+    if o.streaming:
+        final, frames = streaming.stream(o, model, refiner, request, prompt, given, noise, video)
+        if o.save_latents:
+            write_npy(o.save_latents, final)
+        if o.save_frames and frames is not None:
+            write_npy(o.save_frames, frames)
+        return video or Path(str(o.save_latents))
+    if given is not None:
+        final = given
+    else:
+        assert model is not None and request is not None and prompt is not None
         final = model(
             request,
             prompt,
@@ -114,7 +132,7 @@ def sample(options: SampleOptions) -> Path:
             final = refiner(final, str(prompt), fps=o.fps, noise=noise)
         if o.save_latents:
             write_npy(o.save_latents, final)
-        if folder is None or model is None:
+        if video is None or model is None:
             return Path(str(o.save_latents))
         # the sink stays unrefined: it steers the refiner and is not part of the video
         windows = model.decode_stream(jnp.asarray(channels_last(final)))
@@ -126,17 +144,9 @@ def sample(options: SampleOptions) -> Path:
         # from here on frame by frame: the whole video is never in memory
         pictures = itertools.chain.from_iterable(map(to_uint8, windows))
         if request and not o.no_action_overlay:
-            pictures = _painted(pictures, request, dropped, o.action_mapping)
-        return write_mp4(folder / f"{o.name}_generated.mp4", pictures, o.fps)
-
-
-def _painted(
-    pictures: Iterable[np.ndarray], request: Request, dropped: int, mapping: str
-) -> Iterator[np.ndarray]:
-    """The pictures with keys and camera path drawn on them."""
-    held = request.held_keys[dropped:] if request.held_keys else request.held_keys
-    painter = OverlayPainter(request.c2w[dropped:], held, request.height, request.width, mapping)
-    return painter.paint_all(pictures)
+            painter = request.painter(dropped, o.action_mapping)
+            pictures = painter.paint_all(pictures)
+        return write_mp4(video, pictures, o.fps)
 
 
 def _needs(

@@ -6,6 +6,7 @@ Axis letters: N pixel frames, F latent frames, H W rows and columns, C channels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from sanawm_jax.core.params import Params, apply
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.precision import matmul_precision
 from sanawm_jax.vae.config import VAEConfig
+from sanawm_jax.vae.state import DecoderState
 from sanawm_jax.vae.tiling import LONG_VIDEO, Tiling, decode_windows
 
 
@@ -81,6 +83,26 @@ def decode_latents(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -
     """Normalised latents (1, F, H, W, C) to a video in [-1, 1], in one program."""
     plain = apply(graphdef, params, latents, method="denormalise")
     return apply(graphdef, params, plain, method="decode")
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"), donate_argnames=("state",))
+def decode_chunk(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    latents: jax.Array,
+    state: DecoderState | None,
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, DecoderState]:
+    """The frames (n, H, W, 3) in [0, 1] of the latents (1, F, h, w, C) that follow a state.
+
+    Args:
+      graphdef, params: the `VideoDecoder`.
+      state: donated; None at the start of the stream.
+      dtype: compute dtype.
+    """
+    video, new = apply(graphdef, params, latents.astype(dtype), state, method="decode_stream")
+    return to_unit(video), new
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ from sanawm_jax.sampling.stage1 import Conditions, denoise
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
 from sanawm_jax.vae.tiling import Tiling
+
+if TYPE_CHECKING:
+    from sanawm_jax.sampling.world import World
 
 
 @dataclasses.dataclass
@@ -123,6 +126,17 @@ class SanaWM:
                 self._parts.clear()  # one network at a time
             self._parts[name] = load(self.dtype, *how)
         return self._parts[name]
+
+    def network(self, name: str) -> tuple[nnx.GraphDef, Params]:
+        """Graph definition and parameters of `transformer`, `encoder` or `decoder`."""
+        if name == "transformer":
+            place = None if self.mesh is None else on_all_devices(self.mesh)
+            return self._part(name, self.folder.load_dit, place, self.precision)[1:]
+        return self._part(name, getattr(self.folder, f"load_{name}"))[1:]
+
+    def drop(self, name: str) -> None:
+        """Drops a network, so that its memory is free; it is read again when it is needed."""
+        self._parts.pop(name, None)
 
     def release(self) -> None:
         """Drops the networks, so that the device's memory is free for another stage."""
@@ -224,7 +238,7 @@ class SanaWM:
             noise = jax.device_put(channels_last(noise))
         has_guidance = cfg_scale > 1
         conditions = self._conditions(request, prompt, negative_prompt, has_guidance, text_length)
-        first_latent = self._first_latent(request)
+        first_latent = self.encode_image(request.pixels)
         place, run = streaming_of(self.offload)
         if self.mesh is not None:
             place = on_all_devices(self.mesh)
@@ -250,18 +264,16 @@ class SanaWM:
         out = np.asarray(channels_first(sampled), np.float32)
         return Video(out, frames, request)
 
+    def open_world(self, image: Any, prompt: str, **options: Any) -> World:
+        """Opens a world that goes on chunk by chunk; see `open_world` for the options."""
+        from sanawm_jax.sampling.open_world import open_world
+
+        return open_world(self, image, prompt, **options)
+
     def _conditions(
         self, request: Request, prompt: str, negative: str, has_guidance: bool, length: int
     ) -> Conditions:
-        how = streaming_of(self.offload, stays=False)
-        tower, tokenizer = self._part("text", self.folder.load_text, *how)
-        with matmul_precision(self.dtype):
-            cond, cond_mask, neg, neg_mask = encode_prompt(
-                tower, tokenizer, prompt, negative, max_length=length
-            )
-        if has_guidance:
-            cond = jnp.concatenate([neg, cond])
-            cond_mask = jnp.concatenate([neg_mask, cond_mask])
+        text = self.read_prompt(prompt, negative if has_guidance else None, length)
         camera, plucker = camera_conditions(
             request.c2w,
             request.intrinsics,
@@ -270,15 +282,35 @@ class SanaWM:
             self.vae_config.temporal_ratio,
             self.vae_config.spatial_ratio,
         )
-        return Conditions(cond, cond_mask, *jax.device_put((camera[None], plucker[None])))
+        return Conditions(*text, *jax.device_put((camera[None], plucker[None])))
 
-    def _first_latent(self, request: Request) -> jax.Array:
-        """(1, 1, h, w, C) normalised latent of the image."""
-        return self.encode(jax.device_put(request.pixels[None, None]))
+    def read_prompt(
+        self, prompt: str, negative: str | None, length: int = MAX_LENGTH
+    ) -> tuple[jax.Array, jax.Array]:
+        """The text (B, L, C) and its mask (B, L) as `Conditions` takes them.
+
+        Args:
+          prompt: what is in the scene.
+          negative: what to steer away from, for guidance; None: no guidance.
+          length: text tokens L.
+        """
+        how = streaming_of(self.offload, stays=False)
+        tower, tokenizer = self._part("text", self.folder.load_text, *how)
+        with matmul_precision(self.dtype):
+            cond, cond_mask, neg, neg_mask = encode_prompt(
+                tower, tokenizer, prompt, negative or "", max_length=length
+            )
+        if negative is None:
+            return cond, cond_mask
+        return jnp.concatenate([neg, cond]), jnp.concatenate([neg_mask, cond_mask])
+
+    def encode_image(self, pixels: np.ndarray) -> jax.Array:
+        """An image (H, W, 3) in [-1, 1] to its normalised latent (1, 1, h, w, C) float32."""
+        return self.encode(jax.device_put(pixels[None, None]))
 
     def encode(self, video: jax.Array) -> jax.Array:
         """Video (1, N, H, W, 3) in [-1, 1] to normalised latents (1, F, h, w, C) float32."""
-        _, graphdef, params = self._part("encoder", self.folder.load_encoder)
+        graphdef, params = self.network("encoder")
         with matmul_precision(self.dtype):
             return encode_pixels(graphdef, params, video.astype(self.dtype))
 
@@ -295,7 +327,7 @@ class SanaWM:
 
     def decode_stream(self, latents: jax.Array) -> Iterator[np.ndarray]:
         """Yields the frames of `decode` window by window; see `decode.decode_stream`."""
-        _, graphdef, params = self._part("decoder", self.folder.load_decoder)
+        graphdef, params = self.network("decoder")
         return decode_stream(graphdef, params, latents, self.vae_config, self.tiling, self.dtype)
 
 

@@ -6,6 +6,7 @@ Nothing here imports JAX, so that a command line is checked before the slow impo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -55,8 +56,56 @@ class RefineOptions:
             )
 
 
-def _of_refiner(name: str) -> Any:
-    field = RefineOptions.__dataclass_fields__[name]
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is cut into chunks, and how a chunk is denoised.
+
+    Raises:
+      InputError: chunks without frames, a cache without chunks, or noise levels that do not fall
+        from at most 1000 to 0.
+    """
+
+    denoising_step_list: str = option(
+        "timesteps of a chunk, falling to 0, from which --streaming takes its Euler steps",
+        "1000,960,889,727,0",
+    )
+    num_frame_per_block: int = option("latent frames of a chunk; the first has one more", 3)
+    num_cached_blocks: int = option(
+        "earlier chunks that the softmax layers see, the sink included; -1: all of the clip", 2
+    )
+    no_sink_token: bool = option("do not keep the first chunk in sight for good", False)
+
+    def __post_init__(self) -> None:
+        size, cached = self.num_frame_per_block, self.num_cached_blocks
+        if size < 1:
+            raise InputError(f"--num_frame_per_block={size} must be at least 1")
+        if cached != -1 and cached < 1:
+            raise InputError(
+                f"--num_cached_blocks={cached} must be at least 1, or -1 for all chunks"
+            )
+        if cached == 1 and not self.no_sink_token:
+            raise InputError(
+                "--num_cached_blocks=1 holds the first chunk alone and never the last one; use 2 "
+                "or more, or --no_sink_token"
+            )
+        assert self.sigmas
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Falling noise levels down to 0, one more than there are steps."""
+        what = f"--denoising_step_list={self.denoising_step_list}"
+        try:
+            levels = [float(word) / 1000 for word in self.denoising_step_list.split(",")]
+        except ValueError:
+            raise InputError(f"{what} must be numbers with commas between them") from None
+        falls = all(a > b for a, b in itertools.pairwise(levels))
+        if len(levels) < 2 or not falls or levels[0] > 1 or levels[-1] != 0:
+            raise InputError(f"{what} must fall from at most 1000 and end in 0")
+        return tuple(levels)
+
+
+def _of(options: type, name: str) -> Any:
+    field = options.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
@@ -104,10 +153,23 @@ class SampleOptions:
     refiner_latents: str | None = option(
         "the refiner's noise (1, C, T - sink, h, w) in a .npy file", None
     )
-    sink_size: int = _of_refiner("sink_size")
-    refiner_block_size: int = _of_refiner("refiner_block_size")
-    refiner_kv_max_frames: int = _of_refiner("refiner_kv_max_frames")
-    refiner_seed: int = _of_refiner("refiner_seed")
+    sink_size: int = _of(RefineOptions, "sink_size")
+    refiner_block_size: int = _of(RefineOptions, "refiner_block_size")
+    refiner_kv_max_frames: int = _of(RefineOptions, "refiner_kv_max_frames")
+    refiner_seed: int = _of(RefineOptions, "refiner_seed")
+
+    streaming: bool = option(
+        "sample, refine, decode and write chunk by chunk with a distilled model; the video can be "
+        "watched while it grows",
+        False,
+    )
+    denoising_step_list: str = _of(StreamOptions, "denoising_step_list")
+    num_frame_per_block: int = _of(StreamOptions, "num_frame_per_block")
+    num_cached_blocks: int = _of(StreamOptions, "num_cached_blocks")
+    no_sink_token: bool = _of(StreamOptions, "no_sink_token")
+    chunk_prompts: str | None = option(
+        "a UTF-8 file with the prompt of each chunk of a stream, one per line", None
+    )
 
     dtype: str = option("bfloat16 or float32")
     precision: str = option(
@@ -133,6 +195,9 @@ class SampleOptions:
     output_dir: str = option("folder of the video", "outputs")
     name: str = option("the video is NAME_generated.mp4", "sample")
     no_action_overlay: bool = option("do not draw keys and camera path on the video", False)
+    benchmark_json: str | None = option(
+        "write seconds, gaps between chunks and peak memory of a stream to this file", None
+    )
 
     @property
     def refine(self) -> RefineOptions:
@@ -141,8 +206,20 @@ class SampleOptions:
         Raises:
           InputError: see `RefineOptions`.
         """
-        names = [field.name for field in dataclasses.fields(RefineOptions)]
-        return RefineOptions(**{name: getattr(self, name) for name in names})
+        return self._part(RefineOptions)
+
+    @property
+    def stream(self) -> StreamOptions:
+        """The stream's part.
+
+        Raises:
+          InputError: see `StreamOptions`.
+        """
+        return self._part(StreamOptions)
+
+    def _part(self, options: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(options)]
+        return options(**{name: getattr(self, name) for name in names})
 
 
 KINDS: dict[str, type] = {  # str, int, float or bool; None is "not given" and no type

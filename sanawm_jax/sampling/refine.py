@@ -9,6 +9,7 @@ Reference: diffusers `SanaWMLTX2Refiner`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import numpy as np
 
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import open_refiner
+from sanawm_jax.core.params import Params
 from sanawm_jax.memory.offload import check_offload, streaming_of
 from sanawm_jax.memory.plan import Need, refiner_need, text_need
 from sanawm_jax.refiner.connectors import encode_texts
 from sanawm_jax.refiner.rope import video_rope
 from sanawm_jax.refiner.sampler import RefinerText, read_text, refine
+from sanawm_jax.refiner.state import RefinerStream
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.latents import channels_first, channels_last, read_latents
 from sanawm_jax.sampling.options import RefineOptions
@@ -181,6 +184,54 @@ class LTX2Refiner:
                 run=run,
             )
         return np.asarray(channels_first(refined), np.float32)
+
+    def open_stream(
+        self, prompt: str, *, fps: float = 16.0, noise: np.ndarray | None = None, changes: bool
+    ) -> tuple[RefinerStream, Callable[[str], RefinerText] | None]:
+        """Loads the refiner for latents that come chunk by chunk.
+
+        Args:
+          prompt: what is in the scene.
+          fps: see `__call__`.
+          noise: (1, C, F - sink, h, w), as `check` returns it.
+          changes: whether the prompt may change later. If not, the layers that read it are dropped.
+
+        Returns:
+          The stream, and the function that reads another prompt for it, None if it cannot change.
+
+        Raises:
+          InputError: offload, or a refiner that takes a whole clip at once.
+        """
+        options = self.options
+        if self.offload == "block":
+            raise InputError("--streaming keeps all layers on the device; use --offload=none")
+        if not options.refiner_block_size:
+            raise InputError("--refiner_block_size=0 refines a whole clip; a stream needs blocks")
+        text = self.encode_prompt(prompt)
+        graphdef, params = self._part("transformer", streaming_of("none", separate=True)[0])
+
+        def with_keys(text: RefinerText) -> tuple[Params, RefinerText]:
+            with matmul_precision(self.dtype):
+                return read_text(graphdef, params, text, dtype=self.dtype)
+
+        kept, text = with_keys(text)
+        stream = RefinerStream(
+            graphdef,
+            kept,
+            self.folder.config,
+            text,
+            self.folder.sigmas,
+            fps,
+            options.sink_size,
+            options.refiner_block_size,
+            options.refiner_kv_max_frames,
+            options.refiner_seed,
+            self.dtype,
+            None if noise is None else jnp.asarray(channels_last(noise), jnp.float32),
+        )
+        if not changes:
+            return stream, None
+        return stream, lambda prompt: with_keys(self.encode_prompt(prompt))[1]
 
     def encode_prompt(self, prompt: str) -> RefinerText:
         """The prompt as the transformer reads it; each network is dropped after it has run."""

@@ -20,6 +20,7 @@ from sanawm_jax.camera.intrinsics import (
 )
 from sanawm_jax.camera.poses import load_c2w, snap_num_frames
 from sanawm_jax.media.image import load_image, resize_and_center_crop, to_array
+from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.runtime.errors import InputError
 
 Held = list[frozenset[str]]
@@ -43,6 +44,11 @@ class Request:
     def num_frames(self) -> int:
         return len(self.c2w)
 
+    def painter(self, dropped: int, mapping: str) -> OverlayPainter:
+        """Draws keys and camera path on a video that lacks the first `dropped` frames."""
+        held = self.held_keys[dropped:] if self.held_keys else self.held_keys
+        return OverlayPainter(self.c2w[dropped:], held, self.height, self.width, mapping)
+
 
 def make_request(
     image: Any,
@@ -56,6 +62,7 @@ def make_request(
     width: int = 1280,
     temporal: int = 8,
     spatial: int = 32,
+    chunk: int = 1,
 ) -> Request:
     """Checks a user's inputs and prepares them.
 
@@ -66,18 +73,17 @@ def make_request(
       action_mapping: meaning of the keys, `sana` or `diffusers`.
       intrinsics: see `camera.intrinsics.parse_intrinsics`, in pixels of the given image; None
         assumes a horizontal field of view of 70 degrees and warns.
-      num_frames: upper bound; the video has temporal * k + 1 frames, at most one per pose.
+      num_frames: upper bound; the video has temporal * chunk * k + 1 frames, at most one per pose.
       height, width: output size in pixels, multiples of `spatial`.
       temporal, spatial: pixel frames and pixels per latent of the VAE.
+      chunk: latent frames of a stream's chunk; 1 for a video that is made as a whole.
 
     Raises:
       InputError: one line on the first thing that is wrong.
     """
     if (camera is None) == (action is None):
         raise InputError("give exactly one of --camera and --action")
-    for name, size in (("height", height), ("width", width)):
-        if size <= 0 or size % spatial:
-            raise InputError(f"{name}={size} must be a positive multiple of {spatial}")
+    check_size(height, width, spatial)
     held_keys = None
     if action is not None:
         held_keys = parse_actions(action)
@@ -85,6 +91,7 @@ def make_request(
     else:
         assert camera is not None
         c2w = load_c2w(camera)
+    temporal *= chunk
     frames = snap_num_frames(min(num_frames, len(c2w)), temporal, upper_bound=len(c2w))
     if num_frames < 1 or frames <= 1:
         raise InputError(
@@ -97,6 +104,40 @@ def make_request(
             f"length must be {temporal}k+1",
             stacklevel=2,
         )
+    pixels, rows = read_picture(image, intrinsics, frames, height, width)
+    return Request(pixels, c2w[:frames], rows, held_keys, height, width)
+
+
+def check_size(height: int, width: int, spatial: int) -> None:
+    """Refuses a frame size in pixels that is no multiple of `spatial`.
+
+    Raises:
+      InputError: a size that the VAE cannot divide.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size <= 0 or size % spatial:
+            raise InputError(f"{name}={size} must be a positive multiple of {spatial}")
+
+
+def read_picture(
+    image: Any,
+    intrinsics: str | os.PathLike | np.ndarray | None,
+    frames: int,
+    height: int,
+    width: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first frame and the intrinsics of all frames, at the size of the video.
+
+    Args:
+      image, intrinsics, height, width: see `make_request`.
+      frames: N, pixel frames of the video.
+
+    Returns:
+      (H, W, 3) float32 in [-1, 1], and (N, 4) float32 in pixels of the output frame.
+
+    Raises:
+      InputError: the image or the intrinsics cannot be used.
+    """
     picture = load_image(image) if isinstance(image, (str, Path)) else image.convert("RGB")
     cropped, source, resized, offset = resize_and_center_crop(picture, height, width)
     if intrinsics is None:
@@ -104,10 +145,10 @@ def make_request(
         warnings.warn(
             f"no intrinsics given: taking a horizontal field of view of {DEFAULT_FOV_DEG:g} "
             "degrees; pass --intrinsics fx,fy,cx,cy if you know the camera",
-            stacklevel=2,
+            stacklevel=3,
         )
     else:
         rows = parse_intrinsics(intrinsics, frames)
     rows = crop_intrinsics(rows, source, resized, offset)
     check_field_of_view(rows, width, height, is_given=intrinsics is not None)
-    return Request(to_array(cropped), c2w[:frames], rows, held_keys, height, width)
+    return to_array(cropped), rows
