@@ -1,40 +1,53 @@
 """Trains the small world's video autoencoder on clips that the accelerator renders itself.
 
-    python -m sanawm_jax.small_world.train_vae --out DIR --minutes 6 --clips 6400 --workers 16
+    python -m sanawm_jax.small_world.train_vae --out DIR --minutes 8 --workers 15
 
-Writes DIR/vae (diffusers layout), DIR/state (a compact state; the same command with --resume goes
-on from it), DIR/log.jsonl and DIR/report.json with the figures on held-out clips.
+Writes DIR/state (a compact state; the same command with --resume goes on from it), DIR/vae
+(diffusers layout), DIR/log.jsonl, and DIR/report.json with the figures on held-out clips.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
-import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from sanawm_jax.core.params import Params, apply, build, init
+from sanawm_jax.checkpoints.export import export_vae
+from sanawm_jax.core.params import Params, apply, build, count, init
+from sanawm_jax.core.sharding import logical_spec, place, shardings
 from sanawm_jax.data.latent_cache import to_signed
-from sanawm_jax.small_world.compact import load_compact, save_compact
+from sanawm_jax.runtime.command_line import fail
+from sanawm_jax.runtime.compilation_cache import use_compilation_cache
+from sanawm_jax.runtime.compiler_flags import use_compiler_flags
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.small_world.scenery.clip import HELD_OUT_SEED
 from sanawm_jax.small_world.scenery.pool import render_pool
 from sanawm_jax.small_world.scenery.render import HEIGHT, WIDTH
-from sanawm_jax.training.engine.learner import Learner, UpdateRule
+from sanawm_jax.small_world.timed_run import (
+    Call,
+    TimedRun,
+    add_run_arguments,
+    load_state,
+    save_sheet,
+)
+from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.optimizer import learning_rate, make_optimizer
+from sanawm_jax.training.engine.precision import compute_dtype
+from sanawm_jax.training.engine.state import TrainState, create_state
+from sanawm_jax.training.engine.step import GradientUpdate, Update
 from sanawm_jax.training.objectives.vae_loss import VAELossWeights, vae_loss
 from sanawm_jax.training.recipes.clips import crop_clips
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.keys import load_vae
 from sanawm_jax.vae.latents import sample_posterior
 from sanawm_jax.vae.model import VideoVAE
-
-STEPS_PER_CALL = 20
 
 
 def vae_config(channels: int = 64, width: int = 96) -> VAEConfig:
@@ -96,13 +109,12 @@ def sharpness_loss(decoded: jax.Array, video: jax.Array, window: int = 16) -> ja
 
 
 class Trainer:
-    """One autoencoder's training: a jitted run of steps over a pool of packed clips."""
+    """One autoencoder's objective, and its measures."""
 
     def __init__(self, config: VAEConfig, options: argparse.Namespace):
         self.config, self.options = config, options
-        self.graphdef, _ = build(VideoVAE, config)
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = jnp.float32 if on_cpu else jnp.bfloat16
+        self.graphdef, self.abstract = build(VideoVAE, config)
+        self.dtype = compute_dtype("auto")
         rate = functools.partial(
             learning_rate,
             peak=options.rate,
@@ -115,17 +127,16 @@ class Trainer:
         self.weights = VAELossWeights(
             charbonnier=0.5, squared=2.0, edges=options.edges, kl=options.kl, scales=1
         )
-        self.run = jax.jit(self._run, donate_argnums=0)
 
-    def start(self) -> dict[str, Any]:
-        """A new state."""
-        params = init(VideoVAE, self.config, jax.random.key(self.options.seed))
-        return {
-            "params": params,
-            "average": jax.tree.map(jnp.copy, params),
-            "moments": self.rule.optimizer.init(params),
-            "step": jnp.int32(0),
-        }
+    def start(self, mesh: Mesh) -> TrainState:
+        """A new state, or one that begins with the weights of `--init`."""
+        places = shardings(self.abstract, mesh)
+        if self.options.init:
+            params = place(load_vae(self.options.init, dtype=np.float32)[1], places)
+        else:
+            key = jax.random.key(self.options.seed)
+            params = init(VideoVAE, self.config, key, shardings=places)
+        return create_state({MODEL: params}, {MODEL: self.rule}, mesh, guarded=True)
 
     def encode(self, params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance, float32."""
@@ -137,39 +148,30 @@ class Trainer:
         video = apply(self.graphdef, params, latents.astype(self.dtype), method="decode")
         return video.astype(jnp.float32)
 
-    def _loss(self, params, video, key):
-        mean, logvar = self.encode(params, video)
-        latents = sample_posterior(mean, logvar, jax.random.normal(key, mean.shape))
-        decoded = self.decode(params, latents)
-        loss, terms = vae_loss(decoded, video, mean, logvar, self.weights)
-        sharp = sharpness_loss(decoded, video, min(16, *video.shape[2:4]))
-        loss = loss + self.options.sharpness * sharp
-        return loss, {"loss": loss, "sharpness": sharp, **terms}
+    def update(self, frames: int, sharpness: float) -> Update:
+        """A training step on examples of so many frames, with this weight of `sharpness_loss`."""
 
-    def _run(self, state, pool, fraction):
-        frames, batch = self.options.frames, self.options.batch
+        def crop(pool: jax.Array, rows: jax.Array) -> jax.Array:
+            return to_signed(crop_clips(pool[0], rows[:, 0], rows[:, 1], frames))
 
-        def step(state, _):
-            key = jax.random.fold_in(jax.random.key(self.options.seed + 1), state["step"])
-            rows_key, starts_key, noise_key = jax.random.split(key, 3)
-            rows = jax.random.randint(rows_key, (batch,), 0, len(pool))
-            starts = jax.random.randint(starts_key, (batch,), 0, pool.shape[1] - frames + 1)
-            video = to_signed(crop_clips(pool, rows, starts, frames))
-            grads, terms = jax.grad(self._loss, has_aux=True)(state["params"], video, noise_key)
-            learner = Learner(state["params"], state["moments"], state["average"])
-            learner, _ = self.rule.update(learner, grads, state["step"], fraction)
-            new = {
-                "params": learner.params,
-                "average": learner.average,
-                "moments": learner.moments,
-            }
-            return {**new, "step": state["step"] + 1}, terms
+        def prepare(resident: jax.Array, batch: jax.Array, key: jax.Array) -> Any:
+            rows = logical_spec("B")  # every rank crops clips of its own part of the pool
+            video = jax.shard_map(crop, in_specs=(rows, rows), out_specs=rows)(resident, batch)
+            latent = jax.eval_shape(self.encode, self.abstract, video)[0].shape
+            return video, jax.random.normal(key, latent)
 
-        state, terms = jax.lax.scan(step, state, length=STEPS_PER_CALL)
-        return state, jax.tree.map(jnp.mean, terms)
+        def loss(params: Params, examples: Any) -> tuple[jax.Array, dict[str, Any]]:
+            video, noise = examples
+            mean, logvar = self.encode(params, video)
+            decoded = self.decode(params, sample_posterior(mean, logvar, noise))
+            loss, terms = vae_loss(decoded, video, mean, logvar, self.weights)
+            sharp = sharpness_loss(decoded, video, min(16, *video.shape[2:4]))
+            return loss + sharpness * sharp, {"sharpness": sharp, **terms}
+
+        return GradientUpdate(self.rule, prepare, loss)
 
     def statistics(self, params: Params, pool: jax.Array, clips: int = 512) -> Params:
-        """`params` with the latents' mean and deviation, (C,), of clips of the pool."""
+        """`params` with the latents' mean and deviation, (C,), of clips (n, F, H, W * 3 / 4)."""
         encode = jax.jit(lambda p, v: self.encode(p, unpack(v))[0])
         frames = (pool.shape[1] - 1) // 8 * 8 + 1
         size, count = min(16, len(pool)), min(clips, len(pool))
@@ -185,7 +187,7 @@ class Trainer:
             "latents_std": jnp.asarray(np.maximum(std, 1e-4), jnp.float32),
         }
 
-    def measure(self, params: Params, held_out: jax.Array) -> dict[str, Any]:
+    def measure(self, params: Params, held_out: np.ndarray) -> dict[str, Any]:
         """PSNR in dB and gradient-energy ratio on held-out clips, and the latents' spread."""
 
         @jax.jit
@@ -205,7 +207,7 @@ class Trainer:
             psnr.append(np.asarray(values[0]))
             ratio.append(np.asarray(values[1]))
             if start < 16:
-                both = np.stack([np.asarray(unpack(part)), np.asarray(values[2])], 1)
+                both = np.stack([np.asarray(unpack(jnp.asarray(part))), np.asarray(values[2])], 1)
                 shown.append(both[:, :, :: max(both.shape[2] // 4, 1)][:, :, :5])
         psnr, ratio = np.concatenate(psnr), np.concatenate(ratio)
         return {
@@ -220,112 +222,134 @@ class Trainer:
         }
 
 
-def save_sheet(path: Path, shown: np.ndarray) -> None:
-    """Contact sheet: of each clip the truth above what the autoencoder makes of it."""
-    from PIL import Image
-
-    rows = [np.concatenate(list(strip), 1) for pair in shown for strip in pair]
-    sheet = np.clip((np.concatenate(rows) + 1.0) * 127.5, 0, 255).astype(np.uint8)
-    Image.fromarray(sheet).save(path)
-
-
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", required=True, help="folder of the run")
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
-    parser.add_argument("--clips", type=int, default=6400, help="training scenes")
+    add_run_arguments(parser, minutes=8.0)
+    parser.add_argument(
+        "--clips", type=int, default=3584, help="training scenes of each device; 49 frames: 8 GB"
+    )
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--pool_frames", type=int, default=49, help="frames of each clip")
-    parser.add_argument(
-        "--held_out", type=int, default=64, help="held-out clips, a multiple of --render"
-    )
+    parser.add_argument("--held_out", type=int, default=64, help="held-out clips")
     parser.add_argument("--render", type=int, default=32, help="clips rendered at once")
-    parser.add_argument("--workers", type=int, default=0, help="processes that plan scenes")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="examples of each device")
     parser.add_argument(
         "--frames",
         type=int,
-        default=41,
-        help="of each example; a decoder that saw 17 fails beyond them",
+        nargs="+",
+        default=(17, 41),
+        help="of each example, in equal parts of the schedule; a decoder that saw only 17 frames "
+        "fails beyond them",
+    )
+    parser.add_argument(
+        "--sharpness", type=float, nargs="+", default=(0.0, 0.5), help="of `sharpness_loss`"
     )
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--edges", type=float, default=0.35)
-    parser.add_argument("--sharpness", type=float, default=0.5, help="of `sharpness_loss`")
     parser.add_argument("--kl", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, nargs=2, default=(HEIGHT, WIDTH))
     parser.add_argument("--init", help="vae/ folder whose weights the run begins with")
-    parser.add_argument("--resume", help="folder of a compact state to go on from")
-    options = parser.parse_args(argv)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    height, width = options.size
-    clock = time.time()
-    log = (out / "log.jsonl").open("a")
+    parser.add_argument("--export", help="write vae/ of this state/ folder, and train nothing")
+    return parser
 
-    def note(**facts):
-        line = json.dumps({"seconds": round(time.time() - clock, 1), **facts})
-        log.write(line + "\n")
-        log.flush()
-        print(line, flush=True)
 
-    seeds = range(options.first_seed, options.first_seed + options.clips)
-    pool, _ = render_pool(
-        seeds, options.pool_frames, height, width, workers=options.workers, batch=options.render
-    )
-    jax.block_until_ready(pool)
-    note(event="pool", clips=len(pool), gib=pool.nbytes / 2**30)
-    held = range(HELD_OUT_SEED, HELD_OUT_SEED + options.held_out)
-    # the same shapes as above, so that one compiled renderer serves
-    held_out, _ = render_pool(
-        held, options.pool_frames, height, width, workers=options.workers, batch=options.render
-    )
-    note(event="held out", clips=len(held_out))
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command line."""
+    options = make_parser().parse_args(argv)
+    try:
+        run(options)
+    except InputError as error:
+        fail(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Renders, trains, measures and saves.
+
+    Raises:
+      InputError: options that do not go together.
+    """
+    if len(options.frames) != len(options.sharpness):
+        raise InputError("--frames and --sharpness need the same number of values")
+    if max(options.frames) > options.pool_frames:
+        raise InputError(f"--frames={max(options.frames)} is above --pool_frames")
+    use_compiler_flags()
+    use_compilation_cache()
+    timed = TimedRun(options)
+    mesh, (height, width) = timed.mesh, options.size
     trainer = Trainer(vae_config(options.channels, options.width), options)
-    state = trainer.start()
-    if options.init:
-        params = load_vae(options.init, dtype=np.float32)[1]
-        params = jax.tree.map(jnp.asarray, params)
-        state.update(params=params, average=jax.tree.map(jnp.copy, params))
-    if options.resume:
-        state = load_compact(options.resume, state)
-    count = sum(x.size for x in jax.tree.leaves(state["params"]))
-    began = time.time()
-    fraction, calls = 0.0, 0
-    while fraction < 1.0:
-        state, terms = trainer.run(state, pool, jnp.float32(fraction))
-        calls += 1
-        if calls == 1:  # compilation does not count
-            jax.block_until_ready(state)
-            note(event="compiled", parameters=count)
-            began = time.time()
-        fraction = min((time.time() - began) / 60 / options.minutes, 1.0)
-        if calls % 25 == 1:
-            note(step=int(state["step"]), **{k: round(float(v), 5) for k, v in terms.items()})
-    finish(out, trainer, state, pool, held_out, note)
+    with jax.set_mesh(mesh):
+        state = trainer.start(mesh)
+        if options.export:
+            average = load_state(options.export, state).model.best
+            export_vae(trainer.config, average, timed.out / "vae", "bfloat16")
+            return
+        if options.resume:
+            state = load_state(options.resume, state)
+        packed = (mesh.size, options.clips, options.pool_frames, height, width * 3 // 4)
+        shape = jax.ShapeDtypeStruct(packed, jnp.uint32, sharding=timed.rows)
+        rng = np.random.default_rng([options.seed, int(state.step)])
+
+        def rows(frames: int) -> np.ndarray:
+            size = (options.steps_per_call, options.batch * mesh.size)
+            starts = rng.integers(0, options.pool_frames - frames + 1, size)
+            return np.stack([rng.integers(0, options.clips, size), starts], -1).astype(np.int32)
+
+        stages = list(zip(options.frames, options.sharpness, strict=True))
+        programs = [
+            timed.compile(f"{frames} frames", trainer.update(frames, sharp), state, shape, rows(1))
+            for frames, sharp in stages
+        ]
+
+        def render(seeds: range) -> jax.Array:
+            # all pools have the same shapes, so that one compiled renderer serves
+            return render_pool(
+                seeds,
+                options.pool_frames,
+                height,
+                width,
+                mesh,
+                workers=options.workers,
+                batch=options.render,
+            )
+
+        first = options.first_seed
+        pool = jax.block_until_ready(render(range(first, first + options.clips * mesh.size)))
+        timed.note(event="pool", clips=options.clips * mesh.size, gib=pool.nbytes / 2**30)
+        held_out = np.asarray(render(range(HELD_OUT_SEED, HELD_OUT_SEED + options.held_out)))
+        held_out = held_out.reshape(-1, *held_out.shape[2:])
+        timed.note(event="held out", clips=len(held_out), parameters=count(trainer.abstract))
+
+        def next_call(fraction: float) -> Call:
+            stage = min(int(fraction * len(stages)), len(stages) - 1)
+            return Call(programs[stage].result(), pool, rows(stages[stage][0]))
+
+        state = timed.train(state, next_call)
+    finish(timed, trainer, state, pool, held_out)
 
 
-def finish(out: Path, trainer: Trainer, state, pool, held_out, note) -> None:
-    """Measures, exports and saves the run."""
-    from sanawm_jax.checkpoints.export import export_vae
-
-    average = trainer.statistics(state["average"], pool)
+def finish(
+    timed: TimedRun, trainer: Trainer, state: TrainState, pool: jax.Array, held_out: np.ndarray
+) -> None:
+    """Saves, exports and measures: what a run must leave comes first."""
+    first = jax.devices()[0]
+    part = next(s.data[0] for s in pool.addressable_shards if s.device == first)
+    average = trainer.statistics(jax.device_put(state.model.best, first), part)
+    learner = dataclasses.replace(state.model, average=average)
+    timed.save(dataclasses.replace(state, learners={MODEL: learner}))
+    export_vae(trainer.config, average, timed.out / "vae", "bfloat16")
     report = trainer.measure(average, held_out)
-    save_sheet(out / "held_out.png", report.pop("shown"))
+    save_sheet(timed.out / "held_out.png", report.pop("shown"))
     spread = np.asarray(average["latents_std"])
     report.update(
-        steps=int(state["step"]),
-        parameters=sum(x.size for x in jax.tree.leaves(average)),
+        steps=int(state.step),
+        parameters=count(average),
         latents_std=[float(spread.min()), float(np.median(spread)), float(spread.max())],
         latents_mean_largest=float(np.abs(np.asarray(average["latents_mean"])).max()),
     )
-    note(**report)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    export_vae(trainer.config, average, out / "vae", "bfloat16")
-    save_compact(out / "state", state)
+    timed.note(**report)
+    (timed.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from sanawm_jax.core.sharding import logical_spec
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.small_world.scenery.clip import describe
 from sanawm_jax.small_world.scenery.scene import Scene, stack_scenes
 
@@ -48,45 +52,76 @@ def _batches(clips, batch: int) -> Iterator[tuple[Scene, list[dict[str, Any]]]]:
         yield stack_scenes(scenes), facts
 
 
-def render_pool(
-    seeds: Sequence[int],
-    num_frames: int,
-    height: int,
-    width: int,
-    *,
-    workers: int = 0,
-    batch: int = 32,
-) -> tuple[jax.Array, list[dict[str, Any]]]:
-    """Clips of many seeds, on the device.
-
-    Args:
-      seeds: a multiple of `batch` of them.
-      workers: processes that plan.
-      batch: clips per call of the renderer.
+def clip_renderer(mesh: Mesh, height: int, width: int) -> Callable[[Scene, Any, Any], jax.Array]:
+    """A compiled renderer of batches of clips, which the ranks of a mesh share.
 
     Returns:
-      video (n, F, H, W * 3 / 4) uint32, four bytes per number as in `training.recipes` (so that
-      2^31 elements hold more clips), and the descriptions of `clip.describe`.
+      (scenes, c2w (B, F, 4, 4), intrinsics (B, 4)) -> video (ranks, B / ranks, F, H, W * 3 / 4)
+      uint32, four bytes per number as in `training.recipes`, so that 2^31 elements hold more clips.
     """
     import jax
     import jax.numpy as jnp
 
     from sanawm_jax.small_world.scenery.render import render_batch
 
-    pack = jax.jit(
-        lambda v: jax.lax.bitcast_convert_type(v.reshape(*v.shape[:3], -1, 4), jnp.uint32)
-    )
+    def one(scenes: Scene, c2w: jax.Array, intrinsics: jax.Array) -> jax.Array:
+        video = render_batch(scenes, c2w, intrinsics, height, width)
+        packed = video.reshape(*video.shape[:3], -1, 4)
+        return jax.lax.bitcast_convert_type(packed, jnp.uint32)[None]
+
+    rows = logical_spec("B")
+    # each rank renders on its own: a loop over all clips would wait for the slowest one
+    shared = jax.shard_map(one, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    return jax.jit(shared)
+
+
+def render_pool(
+    seeds: Sequence[int],
+    num_frames: int,
+    height: int,
+    width: int,
+    mesh: Mesh,
+    *,
+    workers: int = 0,
+    batch: int = 32,
+) -> jax.Array:
+    """Clips of many seeds on the devices of a mesh.
+
+    Args:
+      seeds: a multiple of `batch` of them.
+      workers: processes that plan.
+      batch: clips per call of the renderer, a multiple of the ranks.
+
+    Returns:
+      video (ranks, n / ranks, F, H, W * 3 / 4) uint32, see `clip_renderer`.
+
+    Raises:
+      InputError: the numbers do not divide.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    ranks = mesh.size
+    if len(seeds) % batch or batch % ranks:
+        raise InputError(
+            f"{len(seeds)} clips must be a multiple of --render={batch}, which must be a multiple "
+            f"of {ranks} devices"
+        )
+    rows = logical_spec("B")
+
+    def write(whole: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(whole, part, (0, at, 0, 0, 0))
+
     put = jax.jit(
-        lambda whole, part, at: jax.lax.dynamic_update_slice(whole, part, (at, 0, 0, 0)),
+        jax.shard_map(write, mesh=mesh, in_specs=(rows, rows, P()), out_specs=rows),
         donate_argnums=0,
     )
-    whole = jnp.zeros((len(seeds), num_frames, height, width * 3 // 4), jnp.uint32)
-    done, facts = 0, []
-    for scenes, clips in plan_clips(seeds, num_frames, height, width, workers, batch):
+    render = clip_renderer(mesh, height, width)
+    shape = (ranks, len(seeds) // ranks, num_frames, height, width * 3 // 4)
+    whole = jnp.zeros(shape, jnp.uint32, device=NamedSharding(mesh, rows))
+    plans = plan_clips(seeds, num_frames, height, width, workers, batch)
+    for index, (scenes, clips) in enumerate(plans):
         c2w = np.stack([c["c2w"] for c in clips])
         intrinsics = np.stack([c["intrinsics"] for c in clips])
-        video = pack(render_batch(scenes, c2w, intrinsics, height, width))
-        whole = put(whole, video, done)
-        done += len(clips)
-        facts += clips
-    return whole, facts
+        whole = put(whole, render(scenes, c2w, intrinsics), index * batch // ranks)
+    return whole
