@@ -229,4 +229,4 @@ def save_sheet(path: Path, shown: np.ndarray) -> None:
 
     rows = [np.concatenate(list(strip), 1) for clip in shown for strip in clip]
     sheet = np.clip((np.concatenate(rows) + 1.0) * 127.5, 0, 255).astype(np.uint8)
-    Image.fromarray(sheet).save(path)
+    Image.fromarray(sheet).save(path, quality=92)

@@ -340,7 +340,7 @@ def finish(
     timed.save(dataclasses.replace(state, learners={MODEL: learner}))
     export_vae(trainer.config, average, timed.out / "vae", "bfloat16")
     report = trainer.measure(average, held_out)
-    save_sheet(timed.out / "held_out.png", report.pop("shown"))
+    save_sheet(timed.out / "held_out.jpg", report.pop("shown"))
     spread = np.asarray(average["latents_std"])
     report.update(
         steps=int(state.step),

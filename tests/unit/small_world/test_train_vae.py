@@ -29,7 +29,7 @@ def test_a_run_leaves_weights_report_and_sheet(run):
     assert report["steps"] == 4 and report["clips"] == 2
     assert 3 < report["psnr"] < 60
     assert report["gradient_ratio"] > 0
-    assert (out / "held_out.png").stat().st_size > 0
+    assert (out / "held_out.jpg").stat().st_size > 0
     config, params = load_vae(out / "vae", dtype=np.float32)
     assert config.decoder_causal and config.latent_channels == 8
     assert np.asarray(params["latents_std"]).min() > 0
