@@ -39,6 +39,7 @@ from sanawm_jax.checkpoints.layouts import (
 )
 from sanawm_jax.checkpoints.refiner_folder import RefinerFolder
 from sanawm_jax.checkpoints.upstream_folder import (
+    CAUSAL_VAE,
     UpstreamFolder,
     UpstreamRefiner,
     find_refiner,
@@ -172,7 +173,9 @@ def _to_diffusers(folder: Stage1Folder, out: Path) -> None:
     copy_folder(folder.part("vae"), out / "vae")
     _copy_text(folder.part("text_encoder"), folder.part("tokenizer"), out)
     kept = {name: folder.index[name] for name in STAGE1_INDEX if name in folder.index}
-    write_index(out, folder.schedule(), **kept)
+    if folder.layout_numerics() != "diffusers":
+        kept["numerics"] = folder.layout_numerics()
+    write_index(out, folder.schedule(), **kept, **folder.stream_options())
 
 
 def _copy_text(text_encoder: Path, tokenizer: Path, out: Path) -> None:
@@ -200,14 +203,16 @@ def _to_upstream(folder: Stage1Folder, out: Path) -> None:
 
     (out / "dit").mkdir()
     write_file(out / "dit" / DIT_FILE, specs, read_all)
-    copy_folder(folder.part("vae"), out / "vae")
+    vae = folder.part("vae")
+    copy_folder(vae, out / (vae.name if vae.name == CAUSAL_VAE else "vae"))
     for part in ("text_encoder", "tokenizer"):
         if (folder.path / part).is_dir():
             copy_folder(folder.path / part, out / part)
     if isinstance(folder, UpstreamFolder):
         write_yaml(out / "config.yaml", folder.yaml)
     else:
-        write_yaml(out / "config.yaml", upstream_config(config, folder.schedule()))
+        options = folder.stream_options()
+        write_yaml(out / "config.yaml", upstream_config(config, folder.schedule(), options))
 
 
 def _convert_refiner(folder: RefinerFolder, out: Path, layout: str) -> None:

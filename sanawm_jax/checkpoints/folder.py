@@ -36,6 +36,8 @@ from sanawm_jax.vae import keys as vae_keys
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
 
+# fields of model_index.json and of `options.StreamOptions`
+STREAM_FIELDS = ("num_frame_per_block", "num_cached_blocks", "denoising_step_list")
 Place = Callable[[str, np.ndarray], Any]  # see `keymap.load`
 _VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 
@@ -145,8 +147,17 @@ class Stage1Folder(ModelFolder):
     numerics: str | None = None  # a preset of `dit.numerics`; None: the layout's
 
     def layout_numerics(self) -> str:
-        """The preset that weights in this layout run with unless another one is asked for."""
-        return "diffusers"
+        """The preset that these weights run with unless another one is asked for."""
+        return str(self.index.get("numerics", "diffusers"))
+
+    def stream_options(self) -> dict[str, Any]:
+        """Those of `options.StreamOptions` that these weights were trained with.
+
+        They are fields of model_index.json that are our own; diffusers does not read them.
+        `num_frame_per_block` marks weights whose chunks see only earlier ones, and
+        `denoising_step_list` those that were distilled.
+        """
+        return {name: self.index[name] for name in STREAM_FIELDS if name in self.index}
 
     def dit_config(self) -> DiTConfig:
         """The DiT's configuration, with the numerics of `numerics` or of the layout."""

@@ -4,22 +4,40 @@ diffusers   model_index.json  transformer/  text_encoder/  tokenizer/  scheduler
             and vae/ in stage 1, connectors/ in the refiner
 upstream    config.yaml  dit/  vae/  [text_encoder/  tokenizer/]  [refiner/]
             refiner/: transformer/  connectors/  text_encoder/, which holds the tokenizer too
+            The streaming release calls vae/ ltx2_causal_vae/, refiner/ refiner_diffusers/, and
+            keeps the refiner's text encoder in gemma3_12b/.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sanawm_jax.checkpoints.files import published_fields, read_config
-from sanawm_jax.checkpoints.upstream_folder import RELEASED_MODEL
+from sanawm_jax.checkpoints.upstream_folder import (
+    CACHED_FFN,
+    CHUNKED_FFN,
+    RELEASED_LEVELS,
+    RELEASED_MODEL,
+    STREAMING_MODEL,
+)
 from sanawm_jax.checkpoints.writer import write_json
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.refiner.sampler import SIGMAS
 from sanawm_jax.sampling.schedule import Schedule
 
 LAYOUTS = ("diffusers", "upstream")
+# what upstream also releases in its layout, with the `Stage1Folder.stream_options` of each
+RELEASES: dict[str, dict[str, Any]] = {
+    "chunk_causal": {"num_frame_per_block": 3},
+    "streaming": {
+        "num_frame_per_block": 3,
+        "num_cached_blocks": 2,
+        "denoising_step_list": RELEASED_LEVELS,
+    },
+}
 DIT_CLASS = "SanaWMTransformer3DModel"
 VAE_CLASS = "AutoencoderKLLTX2Video"
 REFINER_CLASS = "SanaWMLTX2RefinerTransformer3DModel"
@@ -98,8 +116,14 @@ def write_config(folder: Path, name: str, config: Any) -> None:
     write_json(folder / "config.json", {"_class_name": name, **published_fields(config)})
 
 
-def upstream_config(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
-    """Upstream's config.yaml of a network; a size that upstream has no name for adds num_heads."""
+def upstream_config(
+    config: DiTConfig, schedule: Schedule, stream: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Upstream's config.yaml of a network; a size that upstream has no name for adds num_heads.
+
+    Args:
+      stream: `Stage1Folder.stream_options`; none is the bidirectional model.
+    """
     model: dict[str, Any] = {
         "model": RELEASED_MODEL,
         "attn_type": "BidirectionalGDNTriton",
@@ -117,9 +141,22 @@ def upstream_config(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
     ):
         model[name] = fields[name]
     model["mlp_acts"] = list(config.mlp_acts)
+    is_distilled = bool(stream and "denoising_step_list" in stream)
+    if stream:
+        model["chunk_size"] = stream["num_frame_per_block"]
+        model["chunk_split_strategy"] = "first_chunk_plus_one"
+        model["ffn_type"] = CACHED_FFN if is_distilled else CHUNKED_FFN
+    if stream and is_distilled:
+        if model["model"] == RELEASED_MODEL:
+            model["model"] = STREAMING_MODEL
+        model |= {"num_cached_blocks": stream["num_cached_blocks"], "sink_token": True}
+        model["pos_embed_type"] = "casual_wan_rope"  # as upstream spells it
     return {
         "model": model,
-        "vae": {"vae_type": "LTX2VAE_diffusers", "vae_latent_dim": config.in_channels},
+        "vae": {
+            "vae_type": "LTX2VAE_diffusers_causal" if is_distilled else "LTX2VAE_diffusers",
+            "vae_latent_dim": config.in_channels,
+        },
         "text_encoder": {
             "text_encoder_name": "gemma-2-2b-it",
             "y_norm": config.y_norm,

@@ -7,6 +7,7 @@ depth.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zlib
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from sanawm_jax.checkpoints.layouts import (
     LATENT_STATISTICS,
     LTX2_CLASS,
     REFINER_CLASS,
+    RELEASES,
     TEXT_TOKENS,
     VAE_CLASS,
     upstream_config,
@@ -36,6 +38,7 @@ from sanawm_jax.checkpoints.layouts import (
 )
 from sanawm_jax.checkpoints.sizes import RELEASED, Sizes
 from sanawm_jax.checkpoints.unread import audio_connector_shapes, audio_shapes
+from sanawm_jax.checkpoints.upstream_folder import CAUSAL_VAE
 from sanawm_jax.checkpoints.writer import Spec, write_file, write_folder, write_json
 from sanawm_jax.core.params import Params, build, leaves
 from sanawm_jax.dit import keys as dit_keys
@@ -168,7 +171,8 @@ def _write_text(config: GemmaConfig, folder: Path, tokenizer: Path, seed: int) -
 
 
 def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
-    specs, schedule = dit_specs(sizes.dit), Schedule(shift=9.8)
+    specs = dit_specs(sizes.dit)
+    schedule = Schedule(shift=8.0 if layout == "streaming" else 9.8)
     if layout == "diffusers":
         write_folder(out / "transformer", specs, _reader(specs, seed), workers=_WORKERS)
         write_config(out / "transformer", DIT_CLASS, sizes.dit)
@@ -188,10 +192,13 @@ def _write_stage1(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
             ),
             workers=_WORKERS,
         )
-        write_yaml(out / "config.yaml", upstream_config(sizes.dit, schedule))
-    vae = vae_specs(sizes.vae)
-    write_folder(out / "vae", vae, _reader(vae, seed), workers=_WORKERS)
-    write_config(out / "vae", VAE_CLASS, sizes.vae)
+        write_yaml(out / "config.yaml", upstream_config(sizes.dit, schedule, RELEASES.get(layout)))
+    vae, config = vae_specs(sizes.vae), sizes.vae
+    folder = out / "vae"
+    if layout == "streaming":
+        folder, config = out / CAUSAL_VAE, dataclasses.replace(config, decoder_causal=True)
+    write_folder(folder, vae, _reader(vae, seed), workers=_WORKERS)
+    write_config(folder, VAE_CLASS, config)
     _write_text(sizes.text, out / "text_encoder", out / "tokenizer", seed)
     if layout == "diffusers":
         write_index(out, schedule)
@@ -206,8 +213,8 @@ def _write_refiner(sizes: Sizes, out: Path, layout: str, seed: int) -> None:
     ):
         write_folder(out / part, specs, _reader(specs, seed), workers=_WORKERS)
         write_config(out / part, cls, config)
-    tokenizer = out / ("tokenizer" if is_diffusers else "text_encoder")
-    _write_text(sizes.refiner_text, out / "text_encoder", tokenizer, seed)
+    text = out.parent / "gemma3_12b" if layout == "streaming" else out / "text_encoder"
+    _write_text(sizes.refiner_text, text, out / "tokenizer" if is_diffusers else text, seed)
     if is_diffusers:
         write_refiner_index(out, sizes.text_length)
 
@@ -224,8 +231,8 @@ def write_random(
 
     Args:
       out: a new folder. With `all` in diffusers layout the refiner goes to `OUT-refiner`, in
-        upstream's to `OUT/refiner`.
-      layout: `diffusers` or `upstream`.
+        upstream's to `OUT/refiner`, or `OUT/refiner_diffusers` of the streaming release.
+      layout: `diffusers`, `upstream`, or one of `RELEASES`, which are in upstream's layout.
       part: `stage1`, `refiner` or `all`.
       sizes: of the networks.
       seed: of the values.
@@ -239,14 +246,16 @@ def write_random(
     out = Path(out)
     written = []
     has_stage1, has_refiner = part in ("stage1", "all"), part in ("refiner", "all")
-    if has_stage1 or layout == "upstream":
+    is_upstream = layout != "diffusers"
+    refiner = "refiner_diffusers" if layout == "streaming" else "refiner"
+    if has_stage1 or is_upstream:
         with complete_folder(out) as partial:
             if has_stage1:
                 _write_stage1(sizes, partial, layout, seed)
-            if has_refiner and layout == "upstream":
-                _write_refiner(sizes, partial / "refiner", layout, seed)
+            if has_refiner and is_upstream:
+                _write_refiner(sizes, partial / refiner, layout, seed)
         written.append(out)
-    if has_refiner and layout == "diffusers":
+    if has_refiner and not is_upstream:
         target = out.with_name(f"{out.name}-refiner") if has_stage1 else out
         with complete_folder(target) as partial:
             _write_refiner(sizes, partial, layout, seed)

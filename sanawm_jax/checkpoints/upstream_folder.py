@@ -10,7 +10,6 @@ A release does not hold the text encoder of stage 1; its config.yaml names one. 
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,12 @@ from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import Schedule
 
 RELEASED_MODEL = "SanaMSVideoCamCtrl_1600M_P1_D20"
+STREAMING_MODEL = "SanaMSVideoCamCtrlStreaming_1600M_P1_D20"
 HUB_OWNER = "Efficient-Large-Model"
 _DIT_FOLDERS = ("dit", "sana_dit")
 _REFINER_FOLDERS = ("refiner", "refiner_diffusers")
 # cross-attention heads by the name in `model.model`; no tensor's shape gives them
-_HEADS = {RELEASED_MODEL: 20, "SanaMSVideoCamCtrlStreaming_1600M_P1_D20": 20}
+_HEADS = {RELEASED_MODEL: 20, STREAMING_MODEL: 20}
 # fields of config.yaml's `model` that diffusers' configuration has too, with upstream's defaults
 _MODEL_FIELDS: dict[str, Any] = {
     "softmax_every_n": 4,
@@ -54,8 +54,10 @@ _MODEL_FIELDS: dict[str, Any] = {
     "mixed_precision": "bf16",
 }
 # they have the same parameters but run in chunks, or with a cache of chunks
-_CHUNKED_FFN, _CACHED_FFN = "ChunkGLUMBConvTemp", "CachedGLUMBConvTemp"
-_FFN_TYPES = ("GLUMBConvTemp", _CHUNKED_FFN, _CACHED_FFN)
+CHUNKED_FFN, CACHED_FFN = "ChunkGLUMBConvTemp", "CachedGLUMBConvTemp"
+CAUSAL_VAE = "ltx2_causal_vae"
+RELEASED_LEVELS = "1000,960,889,727,0"
+_FFN_TYPES = ("GLUMBConvTemp", CHUNKED_FFN, CACHED_FFN)
 _ROPES = ("wan_rope", "casual_wan_rope")
 
 
@@ -128,14 +130,6 @@ class UpstreamFolder(Stage1Folder):
         self._source: TensorSource | None = None
         super().__init__(folder)
         self.yaml = _read_yaml(self.path)
-        model = self._section("model")
-        is_chunked = model.get("ffn_type") in (_CHUNKED_FFN, _CACHED_FFN)
-        if is_chunked or "Streaming" in str(model.get("model")):
-            warnings.warn(
-                f"{self.path} was trained to see chunks of frames in order; here every frame sees "
-                "all others",
-                stacklevel=2,
-            )
 
     def _read_index(self) -> dict[str, Any]:
         return {}
@@ -157,8 +151,9 @@ class UpstreamFolder(Stage1Folder):
             if found:
                 return found[0]
             raise InputError(f"{self.path} has no dit/; is it a stage-1 folder?")
-        if (self.path / name).is_dir():
-            return self.path / name
+        for folder in (CAUSAL_VAE, name) if name == "vae" else (name,):
+            if (self.path / folder).is_dir():
+                return self.path / folder
         if name == "vae":
             hub = str(self._section("vae").get("vae_pretrained") or "").removeprefix("hf://")
             return self._from_hub(hub, "vae") / "vae"
@@ -210,10 +205,26 @@ class UpstreamFolder(Stage1Folder):
 
     def layout_numerics(self) -> str:
         """The official code that these weights were released with; see `dit.numerics`."""
-        model = self._section("model")
-        if "Streaming" in str(model.get("model")) or model.get("ffn_type") == _CACHED_FFN:
+        if self._is_streaming:
             return "streaming"
-        return "chunk_causal" if model.get("ffn_type") == _CHUNKED_FFN else "release"
+        is_chunked = self._section("model").get("ffn_type") == CHUNKED_FFN
+        return "chunk_causal" if is_chunked else "release"
+
+    @property
+    def _is_streaming(self) -> bool:
+        model = self._section("model")
+        return "Streaming" in str(model.get("model")) or model.get("ffn_type") == CACHED_FFN
+
+    def stream_options(self) -> dict[str, Any]:
+        """See `Stage1Folder.stream_options`; config.yaml says the same in upstream's words."""
+        model = self._section("model")
+        if self.layout_numerics() == "release":
+            return {}
+        found = {"num_frame_per_block": int(model.get("chunk_size") or 3)}
+        if not self._is_streaming:
+            return found
+        cached = int(model.get("num_cached_blocks") or 2)
+        return {**found, "num_cached_blocks": cached, "denoising_step_list": RELEASED_LEVELS}
 
     def _published_config(self) -> DiTConfig:
         """Sizes from the tensors' shapes, all else from config.yaml.

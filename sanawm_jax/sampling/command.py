@@ -40,7 +40,7 @@ def sample(options: SampleOptions) -> Path:
         raise InputError("no weights: give --weights with a folder or a hub name")
     folder = None if o.latents_only else check_writable(o.output_dir)
     if o.streaming:
-        assert o.stream  # raises if its options do not fit
+        o.stream()  # raises if its options do not fit
     elif o.chunk_prompts or o.benchmark_json:
         raise InputError("--chunk_prompts and --benchmark_json belong to --streaming")
     for file in (o.save_latents, o.save_frames, o.benchmark_json):
@@ -65,6 +65,7 @@ def sample(options: SampleOptions) -> Path:
             allow_pickle=o.allow_pickle,
             numerics=o.numerics,
         )
+    chunks = o.stream(model.folder.stream_options() if model else None)
     request = noise = kept = given = None
     if o.stage1_latents:
         given = read_latents(o.stage1_latents, None)
@@ -91,7 +92,7 @@ def sample(options: SampleOptions) -> Path:
             num_frames=o.num_frames,
             height=o.height,
             width=o.width,
-            chunk=o.num_frame_per_block if o.streaming else 1,
+            chunk=chunks.num_frame_per_block if o.streaming else 1,
         )
         if refiner:
             noise = refiner.check(model.latent_shape(request), prompt, o.refiner_latents)
@@ -100,7 +101,9 @@ def sample(options: SampleOptions) -> Path:
         check_fits(lambda: _needs(model, refiner, request, o), o.offload)
     video = None if folder is None else folder / f"{o.name}_generated.mp4"
     if o.streaming:
-        final, frames = streaming.stream(o, model, refiner, request, prompt, given, noise, video)
+        final, frames = streaming.stream(
+            o, chunks, model, refiner, request, prompt, given, noise, video
+        )
         if o.save_latents:
             write_npy(o.save_latents, final)
         if o.save_frames and frames is not None:

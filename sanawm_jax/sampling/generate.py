@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.checkpoints.files import read_config
 from sanawm_jax.checkpoints.folder import Stage1Folder
 from sanawm_jax.checkpoints.upstream_folder import open_stage1
+from sanawm_jax.core.frames import chunk_starts
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.memory.offload import check_offload, frame_mesh, on_all_devices, streaming_of
 from sanawm_jax.memory.plan import Need, dit_need, text_need, vae_need
@@ -26,6 +28,7 @@ from sanawm_jax.sampling.latents import channels_first, channels_last, draw_nois
 from sanawm_jax.sampling.precision import check_precision, matmul_precision, resolve_dtype
 from sanawm_jax.sampling.request import Request, make_request
 from sanawm_jax.sampling.stage1 import Conditions, denoise
+from sanawm_jax.sampling.staggered import denoise_staggered
 from sanawm_jax.text.config import GemmaConfig
 from sanawm_jax.text.prompts import MAX_LENGTH, encode_prompt
 from sanawm_jax.vae.tiling import Tiling
@@ -230,6 +233,7 @@ class SanaWM:
                 raise InputError(f"flow_shift={flow_shift} must be positive")
             schedule = dataclasses.replace(schedule, shift=flow_shift)
         sigmas = schedule.sigmas(steps)
+        chunk = self._staggered_chunk()
         self.check("transformer", "text_encoder", "encoder", *(["decoder"] if decode else []))
 
         if noise is None:
@@ -243,26 +247,42 @@ class SanaWM:
         if self.mesh is not None:
             place = on_all_devices(self.mesh)
         _, graphdef, params = self._part("transformer", self.folder.load_dit, place, self.precision)
+        inputs = (graphdef, params, noise, first_latent, conditions, sigmas)
+        how: dict[str, Any] = dict(guidance=cfg_scale, dtype=self.dtype, progress=progress)
         with matmul_precision(self.dtype):
-            sampled = denoise(
-                graphdef,
-                params,
-                noise,
-                first_latent,
-                conditions,
-                sigmas,
-                guidance=cfg_scale,
-                dtype=self.dtype,
-                progress=progress,
-                run=run,
-                mesh=self.mesh,
-            )
+            if chunk is None:
+                sampled = denoise(*inputs, **how, run=run, mesh=self.mesh)
+            else:
+                starts = chunk_starts(shape[2], chunk)
+                sampled = denoise_staggered(*inputs, starts, **how)
         if self.offload != "none":
             del params, run  # they may hold layers on the device
             self.release()
         frames = self.decode(sampled) if decode else None
         out = np.asarray(channels_first(sampled), np.float32)
         return Video(out, frames, request)
+
+    def _staggered_chunk(self) -> int | None:
+        """Latent frames of a chunk, if these weights are sampled chunk after chunk.
+
+        Raises:
+          InputError: an option that this sampler does not have.
+        """
+        published = self.folder.stream_options()
+        if "denoising_step_list" in published:
+            warnings.warn(
+                f"the weights of {self.folder.path} were distilled for --streaming; without it "
+                "every frame sees all others, which they were not trained for",
+                stacklevel=3,
+            )
+            return None
+        chunk = published.get("num_frame_per_block")
+        if chunk is not None and (self.offload == "block" or self.mesh is not None):
+            raise InputError(
+                "these weights are sampled chunk after chunk, on one device with all layers: use "
+                "--devices=1 and --offload=none or model"
+            )
+        return chunk
 
     def open_world(self, image: Any, prompt: str, **options: Any) -> World:
         """Opens a world that goes on chunk by chunk; see `open_world` for the options."""

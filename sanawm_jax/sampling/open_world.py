@@ -51,7 +51,7 @@ def open_world(
       image: path or PIL image of the first frame, or a `Request` with a size and intrinsics.
       prompt: what is in the scene.
       height, width, intrinsics: see `request.make_request`; not read with a `Request`.
-      options: chunks and noise levels.
+      options: chunks and noise levels; None takes what the weights say.
       frames: latent frames, if the length is known; needed to cache all chunks.
       action_mapping: what the keys do, see `camera.actions`.
       cfg_scale, negative_prompt: classifier-free guidance, switched off by a scale of 1.
@@ -67,7 +67,7 @@ def open_world(
     Raises:
       InputError: one line on what is wrong, before anything is compiled.
     """
-    options = options or StreamOptions()
+    options = options or StreamOptions(**model.folder.stream_options())
     config = model.vae_config
     if model.offload != "none" or model.devices > 1:
         raise InputError("a stream runs on one device that holds all layers: use --offload=none")

@@ -109,6 +109,13 @@ def _of(options: type, name: str) -> Any:
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
+def _unset(options: type, name: str) -> Any:
+    """The same option, whose default depends on the weights."""
+    field = options.__dataclass_fields__[name]
+    text = f"{field.metadata['help']} (default: what the weights say, else {field.default})"
+    return dataclasses.field(default=None, metadata={**field.metadata, "help": text})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """One run of `sample.py`; the names of the fields are those of the flags.
@@ -163,9 +170,9 @@ class SampleOptions:
         "watched while it grows",
         False,
     )
-    denoising_step_list: str = _of(StreamOptions, "denoising_step_list")
-    num_frame_per_block: int = _of(StreamOptions, "num_frame_per_block")
-    num_cached_blocks: int = _of(StreamOptions, "num_cached_blocks")
+    denoising_step_list: str | None = _unset(StreamOptions, "denoising_step_list")
+    num_frame_per_block: int | None = _unset(StreamOptions, "num_frame_per_block")
+    num_cached_blocks: int | None = _unset(StreamOptions, "num_cached_blocks")
     no_sink_token: bool = _of(StreamOptions, "no_sink_token")
     chunk_prompts: str | None = option(
         "a UTF-8 file with the prompt of each chunk of a stream, one per line", None
@@ -206,20 +213,22 @@ class SampleOptions:
         Raises:
           InputError: see `RefineOptions`.
         """
-        return self._part(RefineOptions)
+        return RefineOptions(**self._part(RefineOptions))
 
-    @property
-    def stream(self) -> StreamOptions:
+    def stream(self, published: Mapping[str, Any] | None = None) -> StreamOptions:
         """The stream's part.
+
+        Args:
+          published: what the weights say, see `Stage1Folder.stream_options`.
 
         Raises:
           InputError: see `StreamOptions`.
         """
-        return self._part(StreamOptions)
+        return StreamOptions(**{**(published or {}), **self._part(StreamOptions)})
 
-    def _part(self, options: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(options)]
-        return options(**{name: getattr(self, name) for name in names})
+    def _part(self, options: type) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(options)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 KINDS: dict[str, type] = {  # str, int, float or bool; None is "not given" and no type

@@ -155,7 +155,7 @@ def denoise_batch(
             graphdef, params, x, conditions, sigma, guidance, dtype, chunk_starts
         )
 
-    start = _start(first_latent, noise)
+    start = start_latents(first_latent, noise)
     return euler_rollout(velocity, start, sigmas, nexts, is_condition(start))
 
 
@@ -166,7 +166,7 @@ def widest_elements(params: Params, latents: jax.Array) -> int:
 
 
 @jax.jit
-def _start(first_latent: jax.Array, noise: jax.Array) -> jax.Array:
+def start_latents(first_latent: jax.Array, noise: jax.Array) -> jax.Array:
     """The first frame, then noise (B, F, H, W, C), float32."""
     return jnp.concatenate([first_latent, noise[:, 1:]], 1).astype(jnp.float32)
 
@@ -204,7 +204,7 @@ def denoise(
     """
     from tqdm import tqdm
 
-    latents = _start(first_latent, noise)
+    latents = start_latents(first_latent, noise)
     pairs = list(zip(sigmas[:-1], next_sigmas(sigmas), strict=True))
     if mesh is not None:
         whole = NamedSharding(mesh, PartitionSpec())

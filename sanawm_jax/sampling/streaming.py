@@ -34,7 +34,7 @@ from sanawm_jax.sampling.decode import decode_chunk
 from sanawm_jax.sampling.generate import SanaWM
 from sanawm_jax.sampling.latents import channels_first, channels_last
 from sanawm_jax.sampling.open_world import check_causal, open_world, window_of
-from sanawm_jax.sampling.options import SampleOptions
+from sanawm_jax.sampling.options import SampleOptions, StreamOptions
 from sanawm_jax.sampling.precision import matmul_precision
 from sanawm_jax.sampling.refine import LTX2Refiner
 from sanawm_jax.sampling.request import Request
@@ -279,6 +279,7 @@ def write_stream(
 
 def stream(
     o: SampleOptions,
+    options: StreamOptions,
     model: SanaWM | None,
     refiner: LTX2Refiner | None,
     request: Request | None,
@@ -290,7 +291,8 @@ def stream(
     """One command line with `--streaming`, after `command.sample` has checked the rest of it.
 
     Args:
-      o: the options.
+      o: all options.
+      options: the stream's.
       model: None if latents are given and nothing is decoded.
       request: image and path, unless latents are given.
       given: stage-1 latents (1, C, F, h, w) in place of stage 1.
@@ -303,7 +305,7 @@ def stream(
     Raises:
       InputError: one line on what is wrong, before anything is compiled.
     """
-    clock, options, decodes = Clock(o.fps), o.stream, video is not None
+    clock, decodes = Clock(o.fps), video is not None
     painter = None
     if decodes and model is not None:
         check_causal(model)

@@ -187,8 +187,7 @@ class World:
             self._intrinsics = intrinsics[-1]
         else:
             intrinsics = np.tile(self._intrinsics, (len(poses), 1))
-        conditions = Conditions(*self._text, *self._cameras(poses, intrinsics))
-        frames = self._compute(conditions, self._noise())
+        frames = self._compute(self._conditions(poses, intrinsics), self._noise())
         self._motion = motion
         self._chunks += 1
         return frames
@@ -241,7 +240,7 @@ class World:
             self._model.network(name)  # weights are not read while a function is traced
         poses = np.broadcast_to(np.eye(4), (self._first_frames, 4, 4))
         intrinsics = np.tile(self._intrinsics, (len(poses), 1))
-        conditions = Conditions(*self._text, *self._cameras(poses, intrinsics, is_start=True))
+        conditions = self._conditions(poses, intrinsics, is_start=True)
         noise = jax.eval_shape(lambda: jnp.zeros(self._chunk_shape(self.window.first)))
         latents, dit = jax.eval_shape(self._denoise, None, noise, self._first_latent, conditions)
         decoder = refiner = None
@@ -278,10 +277,10 @@ class World:
         poses, motion = walk(self._motion, held, self._settings.rule)
         return (np.concatenate([self._motion.c2w[None], poses]) if is_start else poses), motion
 
-    def _cameras(
+    def _conditions(
         self, poses: np.ndarray, intrinsics: np.ndarray, *, is_start: bool | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The camera inputs of the chunk's latent frames, with a batch axis."""
+    ) -> Conditions:
+        """The text, and the camera inputs of the chunk's latent frames."""
         settings, vae = self._settings, self._model.vae_config
         is_start = self._chunks == 0 if is_start is None else is_start
         if not is_start:  # poses are relative to the first frame, and a latent frame sees its own
@@ -296,7 +295,7 @@ class World:
             vae.spatial_ratio,
         )
         camera, plucker = (a[None, 0 if is_start else 1 :] for a in found)
-        return jax.device_put((camera, plucker))
+        return Conditions(*self._text, *jax.device_put((camera, plucker)))
 
     def _noise(self) -> jax.Array:
         """Noise (1, F, h, w, C) of the next chunk."""

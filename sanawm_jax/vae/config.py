@@ -88,9 +88,15 @@ class VAEConfig:
     def from_json(cls, raw: dict[str, Any]) -> VAEConfig:
         """Reads a parsed `config.json` without its keys that begin with an underscore.
 
+        Upstream's causal class calls a field by another name, and has one that only training reads.
+
         Raises:
           InputError: a field is unknown, or the combination of fields cannot run.
         """
+        raw = {k: v for k, v in raw.items() if k != "gradient_checkpointing"}
+        if "decoder_upsample_type" in raw:
+            raw["upsample_type"] = raw.pop("decoder_upsample_type")
+        raw = {k: v for k, v in raw.items() if k != "upsample_type" or v is not None}
         return cls(**config_fields(cls, raw, what="the VAE's config.json"))
 
     def __post_init__(self):
