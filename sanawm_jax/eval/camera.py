@@ -105,15 +105,22 @@ def align(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     return moved
 
 
+def rotation_angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Angle between rotations (..., 3, 3), which broadcast, in degrees: (...).
+
+    From |A - B|^2 = 8 sin^2(angle / 2). Unlike the arc cosine of the trace, this form does not turn
+    the rounding of equal rotations into an angle.
+    """
+    gap = a.astype(np.float64) - b.astype(np.float64)
+    half_sine = np.linalg.norm(gap, axis=(-2, -1)) / np.sqrt(8.0)
+    return np.degrees(2.0 * np.arcsin(np.minimum(half_sine, 1.0)))
+
+
 def camera_errors(truth: np.ndarray, aligned: np.ndarray) -> CameraErrors:
     """Errors of aligned poses: two arrays (N, 4, 4), camera to world."""
     gap = aligned[:, :3].astype(np.float64) - truth[:, :3].astype(np.float64)
-    # |A - B|^2 = 8 sin^2(angle / 2) for rotations. Unlike the arc cosine of the trace, this form
-    # does not turn the rounding of equal rotations into an angle.
-    half_sine = np.linalg.norm(gap[:, :, :3], axis=(1, 2)) / np.sqrt(8.0)
-    angle = 2.0 * np.arcsin(np.minimum(half_sine, 1.0))
     return CameraErrors(
-        np.degrees(angle),
+        rotation_angle(aligned[:, :3, :3], truth[:, :3, :3]),
         np.linalg.norm(gap[:, :, 3], axis=-1),
         np.linalg.norm(gap, axis=(1, 2)),
     )

@@ -110,6 +110,11 @@ def test_known_perturbations_give_known_errors() -> None:
     np.testing.assert_allclose(errors.matrix, errors.translation)
 
 
+def test_rotation_angle_of_small_and_large_turns() -> None:
+    turns = Rotation.from_rotvec(np.radians([[0, a, 0] for a in (0, 1e-6, 30, 180)])).as_matrix()
+    np.testing.assert_allclose(camera.rotation_angle(turns, turns[0]), [0, 1e-6, 30, 180])
+
+
 def test_a_still_estimate_has_the_size_of_the_path_as_its_error(truth: np.ndarray) -> None:
     still = np.tile(np.eye(4), (len(truth), 1, 1))
     found = camera.camera_errors(truth, camera.align(truth, still)).means()
