@@ -2,6 +2,7 @@
 
     python -m sanawm_jax.eval small_world --scenes 56 --json table.json
     python -m sanawm_jax.eval refiner --json refiner.json
+    python -m sanawm_jax.eval camera --truth A.npy --estimate B.npy --json camera.json
 
 The arguments after the name are those of `python -m sanawm_jax.eval.NAME`; `--help` lists them.
 """
@@ -13,7 +14,7 @@ import sys
 
 from sanawm_jax.runtime.command_line import fail
 
-EVALUATIONS = ("small_world", "refiner")
+EVALUATIONS = ("small_world", "refiner", "camera")
 
 
 def main(argv: list[str] | None = None) -> None:

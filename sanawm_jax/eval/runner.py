@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sanawm_jax.camera.actions import actions_to_c2w
-from sanawm_jax.eval.metrics import by_quarter, detail, psnr, ssim
+from sanawm_jax.eval.metrics import by_quarter, gradient_ratio, psnr, ssim
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.small_world.captions import caption
 from sanawm_jax.small_world.clip import HELD_OUT_SEED
@@ -54,7 +54,7 @@ class Metric(NamedTuple):
 METRICS = {
     "psnr": Metric(psnr, "PSNR, dB", 3, 2),
     "ssim": Metric(ssim, "SSIM", 4, 4),
-    "detail": Metric(detail, "detail over the truth's", 4, 2),
+    "gradient_ratio": Metric(gradient_ratio, "gradient energy over the truth's", 4, 2),
 }
 
 

@@ -70,6 +70,11 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return out
 
 
+def as_float(frames: np.ndarray) -> np.ndarray:
+    """Returns frames as float64 in [0, 1]: bytes divided by 255, or floating point as it is."""
+    return frames / 255.0 if frames.dtype == np.uint8 else frames.astype(np.float64)
+
+
 def write_mp4(
     path: str | os.PathLike,
     frames: np.ndarray | Iterable[np.ndarray],

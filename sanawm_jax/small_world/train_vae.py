@@ -23,6 +23,7 @@ from sanawm_jax.checkpoints.export import export_vae
 from sanawm_jax.core.params import Params, apply, build, count, init
 from sanawm_jax.core.sharding import logical_spec, place, shardings
 from sanawm_jax.data.latent_cache import to_signed
+from sanawm_jax.eval.metrics import gradient_energy
 from sanawm_jax.runtime.command_line import fail
 from sanawm_jax.runtime.compilation_cache import use_compilation_cache
 from sanawm_jax.runtime.compiler_flags import use_compiler_flags
@@ -81,12 +82,6 @@ def unpack(packed: jax.Array) -> jax.Array:
     pixels = jax.lax.bitcast_convert_type(packed, jnp.uint8)
     pixels = pixels.reshape(*packed.shape[:-1], -1, 3)
     return to_signed(pixels)
-
-
-def gradient_energy(video: jax.Array) -> jax.Array:
-    """Mean squared difference of neighbouring pixels, per frame of (..., H, W, 3)."""
-    across = jnp.square(jnp.diff(video, axis=-2)).mean((-3, -2, -1))
-    return across + jnp.square(jnp.diff(video, axis=-3)).mean((-3, -2, -1))
 
 
 def sharpness_loss(decoded: jax.Array, video: jax.Array, window: int = 16) -> jax.Array:

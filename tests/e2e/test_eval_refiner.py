@@ -85,7 +85,7 @@ def test_drift_is_first_minus_last_quarter() -> None:
         "psnr": quarters,
         "ssim": [q / 100 for q in quarters],
     }
-    found["detail"] = [q / 20 for q in quarters]
+    found["gradient_ratio"] = [q / 20 for q in quarters]
     out = summary(found)
     assert out["psnr_by_quarter"] == [25.0, 24.0, 23.0, 21.0]
     assert out["psnr_drift"] == 4.0 and out["psnr"] == 23.25
