@@ -1,4 +1,4 @@
-"""Writes and reads videos. A file appears under its name only when it is complete."""
+"""Writes videos. A file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -60,12 +60,14 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
       frames: (F, H, W, 3) floating point, or any array with a leading axis.
 
     Raises:
-      ValueError: a value is NaN or infinite.
+      InputError: a value is NaN or infinite.
     """
     out = np.empty(frames.shape, dtype=np.uint8)
     for i, frame in enumerate(frames):
         if not np.isfinite(frame).all():
-            raise ValueError(f"frame {i} holds NaN or infinity")
+            raise InputError(
+                f"frame {i} holds NaN or infinity: a weight is damaged, or --dtype is too narrow"
+            )
         out[i] = np.clip(frame, 0, 1) * np.float32(255)
     return out
 
@@ -177,49 +179,6 @@ def _mp4_path(path: str | os.PathLike) -> Path:
     if path.suffix.lower() != ".mp4":
         raise InputError(f"the video's name must end in .mp4, not {path.name}")
     return path
-
-
-def read_mp4(path: str | os.PathLike) -> np.ndarray:
-    """Reads the first video stream as (F, H, W, 3) uint8 RGB.
-
-    Raises:
-      InputError: the file does not exist, is damaged or holds no video.
-    """
-    return np.stack(list(iterate_frames(path)))
-
-
-def iterate_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
-    """Yields the frames of the first video stream, (H, W, 3) uint8 RGB; at least one frame.
-
-    Raises:
-      InputError: the file does not exist, is damaged or holds no video.
-    """
-    av = require_av()
-    count = 0
-    try:
-        with av.open(os.fspath(path)) as container:
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-                count += 1
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"cannot read {path} as a video") from error
-    if not count:
-        raise InputError(f"{path} holds no video frames")
-
-
-def video_facts(path: str | os.PathLike) -> tuple[int, int, int]:
-    """Returns frame count, width and height from a file's header; 0 frames if it has no count.
-
-    Raises:
-      InputError: the file does not exist, is damaged or holds no video.
-    """
-    av = require_av()
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = container.streams.video[0]
-            return stream.frames, stream.width, stream.height
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"cannot read {path} as a video") from error
 
 
 def write_gif(
