@@ -129,7 +129,7 @@ class Mp4Writer:
     ):
         if not 0 <= crf <= 51:
             raise InputError(f"crf={crf} is outside 0..51")
-        self._rate = _frame_rate(fps)
+        self._rate = frame_rate(fps)
         self._av = require_av()
         self._container = self._av.open(os.fspath(path), "w", format="mp4", options=options or {})
         self._codec = {"crf": str(crf), **(codec or {})}
@@ -202,7 +202,7 @@ def write_gif(
       ValueError: there are no frames, or a frame has another type or size than the first.
     """
     path = Path(path)
-    rate = _frame_rate(fps)
+    rate = frame_rate(fps)
     if rate > 50:
         raise InputError(f"GIF cannot show {float(rate):g} frames a second; give 50 or less")
     pictures = [Image.fromarray(frame).quantize(256) for frame in _each_frame(frames)]
@@ -220,11 +220,13 @@ def write_gif(
     return path
 
 
-def _frame_rate(fps: float) -> Fraction:
-    # This also catches NaN, for which every comparison is false.
-    if not 0 < fps <= 1000:
-        raise InputError(f"fps={fps} must be above 0 and at most 1000")
-    return Fraction(fps).limit_denominator(1001)
+def frame_rate(fps: float) -> Fraction:
+    """Returns a rate that video files can have; raises `InputError` for any other number."""
+    # A comparison with NaN is false, and a number near 0 has no fraction with a small denominator.
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else 0
+    if not rate:
+        raise InputError(f"fps={fps} must be from 0.001 to 1000")
+    return Fraction(rate)
 
 
 def _each_frame(frames: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
