@@ -19,6 +19,7 @@ from sanawm_jax.runtime.errors import InputError
 
 DEFAULT_FOV_DEG = 70.0  # horizontal, as in a wide-angle photograph; 42 degrees high at 1280x704
 FOV_RANGE_DEG = (25.0, 120.0)  # the training range in both directions, without its bounds
+WIDEST_FOV_DEG = 150.0  # of training data; wider ones are intrinsics in another unit than pixels
 _NAME = "intrinsics"
 
 
@@ -97,7 +98,7 @@ def field_of_view(
 
 
 def check_field_of_view(
-    intr: Num[np.ndarray, "*rest 4"], width: int, height: int, *, is_given: bool
+    intr: Num[np.ndarray, "*rest 4"], width: int, height: int, *, is_given: bool, name: str = _NAME
 ) -> None:
     """Checks that both fields of view are strictly inside `FOV_RANGE_DEG` in every frame.
 
@@ -106,6 +107,7 @@ def check_field_of_view(
       width, height: image size in pixels.
       is_given: the user gave these intrinsics, so values outside the range lead to a warning. An
         estimate or a default outside the range is an error.
+      name: what the message begins with.
 
     Raises:
       InputError: a field of view is outside the range and the user did not give it.
@@ -117,7 +119,7 @@ def check_field_of_view(
         return
     horizontal, vertical = fov[np.argmax(bad)]
     message = (
-        f"{_NAME}: a field of view of {horizontal:.1f} x {vertical:.1f} degrees (horizontal x "
+        f"{name}: a field of view of {horizontal:.1f} x {vertical:.1f} degrees (horizontal x "
         f"vertical) is outside ({low:g}, {high:g})"
     )
     if not is_given:

@@ -16,14 +16,19 @@ from sanawm_jax.camera.npy import load_array, to_finite_float32
 from sanawm_jax.runtime.errors import InputError
 
 RIGID_TOLERANCE = 1e-3
+ROUNDED_TOLERANCE = 1e-2  # text files often have only three or four digits
 _NAME = "camera poses"
 
 
-def load_c2w(value: str | os.PathLike | ArrayLike) -> Float32[np.ndarray, "f 4 4"]:
+def load_c2w(
+    value: str | os.PathLike | ArrayLike, *, is_rounded: bool = False
+) -> Float32[np.ndarray, "f 4 4"]:
     """Reads camera-to-world poses and checks that each is a rigid motion.
 
     Args:
       value: a `.npy` file or an array, (f, 4, 4) of any real dtype, f >= 1.
+      is_rounded: the numbers come from text, which may have only three digits. A rotation within
+        `ROUNDED_TOLERANCE` is then replaced by the nearest rotation.
 
     Returns:
       The poses in the given world frame.
@@ -38,21 +43,52 @@ def load_c2w(value: str | os.PathLike | ArrayLike) -> Float32[np.ndarray, "f 4 4
             f"{_NAME}: expected shape (F, 4, 4) with one matrix a frame, got {array.shape}"
         )
     c2w = to_finite_float32(array, _NAME)
-    _check_rigid(c2w.astype(np.float64))
-    return c2w
+    tolerance = ROUNDED_TOLERANCE if is_rounded else RIGID_TOLERANCE
+    rigid = _rigid(c2w.astype(np.float64), tolerance)
+    return c2w if rigid is None else rigid.astype(np.float32)
 
 
-def _check_rigid(c2w: np.ndarray) -> None:
+def to_matrices(value: str | os.PathLike | ArrayLike) -> Num[np.ndarray, "f 4 4"]:
+    """Reads matrices in any usual shape and adds the last row 0 0 0 1 where it is absent.
+
+    Args:
+      value: a `.npy` file or an array of (f, 4, 4) or (f, 3, 4), or of the rows of these matrices
+        one after the other, (f, 16) or (f, 12).
+
+    Raises:
+      InputError: the file cannot be read, or the array has another shape.
+    """
+    array = load_array(value, _NAME)
+    shape = array.shape
+    if array.ndim == 2 and shape[1] in (12, 16):
+        array = array.reshape(len(array), -1, 4)
+    if array.ndim != 3 or array.shape[1:] not in ((4, 4), (3, 4)) or len(array) == 0:
+        raise InputError(
+            f"{_NAME}: expected shape (F, 4, 4) or (F, 3, 4) with one matrix a frame, got {shape}"
+        )
+    if array.shape[1] == 4:
+        return array
+    last = np.broadcast_to(np.array([0, 0, 0, 1], array.dtype), (len(array), 1, 4))
+    return np.concatenate([array, last], axis=1)
+
+
+def _rigid(c2w: np.ndarray, tolerance: float) -> np.ndarray | None:
+    """Returns the poses with the nearest rotations if some are rounded; None if they are exact."""
     rotation = c2w[:, :3, :3]
     with np.errstate(over="ignore", invalid="ignore"):
         gram = np.einsum("Fji,Fjk->Fik", rotation, rotation)
         skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
         bottom = np.abs(c2w[:, 3] - [0.0, 0.0, 0.0, 1.0]).max(axis=1)
         mirrored = np.linalg.det(rotation) <= 0
-    bad_row, bad_rotation = bottom > RIGID_TOLERANCE, skew > RIGID_TOLERANCE
+    bad_row, bad_rotation = bottom > RIGID_TOLERANCE, skew > tolerance
     bad = bad_row | bad_rotation | mirrored
+    rounded = skew > RIGID_TOLERANCE
     if not bad.any():
-        return
+        if not rounded.any():
+            return None
+        u, _, vh = np.linalg.svd(rotation[rounded])
+        c2w[rounded, :3, :3] = u @ vh
+        return c2w
     frame = int(np.argmax(bad))
     if bad_row[frame]:
         reason = "its last row is not 0 0 0 1 (are the matrices transposed?)"

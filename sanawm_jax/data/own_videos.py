@@ -12,19 +12,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sanawm_jax.camera.intrinsics import crop_intrinsics, default_intrinsics, parse_intrinsics
-from sanawm_jax.camera.pose_files import load_npz, read_poses
-from sanawm_jax.camera.reconstructions import find_colmap_model, natural_key
+from sanawm_jax.camera.intrinsics import crop_intrinsics, default_intrinsics
+from sanawm_jax.camera.reconstructions import frame_name, natural_key
 from sanawm_jax.camera.track import PoseTrack
+from sanawm_jax.data.own_cameras import in_frame_order, intrinsics_in_pixels
 from sanawm_jax.data.zip_sidecars import caption_of, read_records
-from sanawm_jax.media.image import load_image, resize_and_center_crop
-from sanawm_jax.media.video import iterate_frames, video_facts
+from sanawm_jax.media.image import load_image, resize_and_center_crop, shown_size
+from sanawm_jax.media.video_reader import VideoFacts, iterate_frames, video_facts
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.file_names import by_name, is_companion, one_form
 from sanawm_jax.text.prompts import read_prompt
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-POSE_ENDINGS = (".npz", ".npy", ".txt", ".tum", ".kitti", ".json")
+VIDEO_ENDINGS = tuple(
+    ".mp4 .mov .mkv .webm .avi .m4v .ts .mts .m2ts .mpg .mpeg .wmv .flv .ogv .3gp".split()
+)
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
+_SAME_RATE = 0.1  # films of 15 frames per second are used like those of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +37,21 @@ class OwnVideo:
     Attributes:
       key: the file's name without its ending.
       path: a video file, or a folder of images.
-      c2w: (N, 4, 4) poses of the frames that are used.
-      intrinsics: (N, 4) in pixels of the video, or None.
+      numbers: (N,) which frames of the video are used, in increasing order.
+      c2w: (N, 4, 4) poses of these frames.
+      intrinsics: (N, 4) in pixels of the frames as shown, or None.
+      origin: where the intrinsics came from, for the report.
+      facts: what the file says of itself.
       caption: its text.
     """
 
     key: str
     path: Path
+    numbers: np.ndarray
     c2w: np.ndarray
     intrinsics: np.ndarray | None
+    origin: str
+    facts: VideoFacts
     caption: str
 
 
@@ -70,13 +79,13 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"--videos {folder} is no folder")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), key=lambda p: natural_key(p.name)):
-        if path.name.startswith("."):
+    for path in sorted(folder.iterdir(), key=lambda p: natural_key(one_form(p.name))):
+        if is_companion(path.name):
             continue
         is_video = path.is_file() and path.suffix.lower() in VIDEO_ENDINGS
-        if not is_video and not (path.is_dir() and _images(path)):
+        if not is_video and not (path.is_dir() and images_of(path)):
             continue
-        key = path.stem if is_video else path.name
+        key = one_form(path.stem if is_video else path.name)
         if key in found:
             raise InputError(f"{found[key]} and {path} have one name; rename one of them")
         found[key] = path
@@ -92,98 +101,77 @@ def read_own_video(
     caption: str,
     *,
     num_frames: int,
-    frame_step: int,
-    intrinsics: np.ndarray | None,
+    frame_step: int = 1,
+    fps: float = 0.0,
+    intrinsics: object = None,
 ) -> OwnVideo:
-    """Combines a video with its camera, and uses `num_frames` frames, every `frame_step`-th one.
+    """Combines a video with its camera, and chooses `num_frames` frames from its start.
 
     Args:
       key, path, caption: see `OwnVideo`.
       track: a pose for every frame of the video.
       num_frames: N.
-      frame_step: 1 uses every frame.
-      intrinsics: (4,) or (F, 4) in pixels of the video, for a track without intrinsics.
+      frame_step: every `frame_step`-th frame is used.
+      fps: with a `frame_step` of 1, the frames that are nearest in time to this rate are used; 0
+        uses every frame. The rate of a folder of images is unknown, and every image is used.
+      intrinsics: see `parse_intrinsics`, in pixels of the video, for a track without intrinsics.
 
     Raises:
-      InputError: the numbers of poses and frames differ, or there are too few of them.
+      InputError: the frames and the poses do not belong together, or there are too few of them, or
+        the intrinsics are not in pixels of the video.
     """
-    frames, width, height = _facts(path)
-    poses = len(track.c2w)
-    if frames and poses != frames:
+    images = images_of(path) if path.is_dir() else None
+    facts = _facts_of_images(images, path) if images else video_facts(path)
+    if images is None and len(track.c2w) != len(facts.times):
+        facts = video_facts(path, decode=True)  # packets may be more than frames
+    track = in_frame_order(track, images, path, len(facts.times))
+    rows, origin = intrinsics_in_pixels(track, facts, intrinsics, path)
+    numbers = _chosen(facts, frame_step, fps, path)
+    if len(numbers) < num_frames:
+        most = max(len(numbers) - 1, 0) // 8 * 8 + 1
+        have = f"{len(facts.times)} frames"
+        if len(numbers) != -(-len(facts.times) // frame_step):
+            have += f" of {facts.fps:.4g} a second, of which {len(numbers)} are used"
         raise InputError(
-            f"{path} has {frames} frames and its camera {poses} poses; give one pose per frame"
+            f"{path} has {have}, too few for {num_frames}; give --num_frames {most} or less"
         )
-    if -(-poses // frame_step) < num_frames:
-        most = max(-(-poses // frame_step) - 1, 0) // 8 * 8 + 1
-        raise InputError(
-            f"{path} has {poses} frames, too few for {num_frames}; give --num_frames {most} or less"
-        )
-    rows = slice(0, (num_frames - 1) * frame_step + 1, frame_step)
-    known = track.intrinsics_of(width, height)
-    if known is None and intrinsics is not None:
-        known = parse_intrinsics(intrinsics, poses)
-    return OwnVideo(key, path, track.c2w[rows], None if known is None else known[rows], caption)
+    numbers = numbers[:num_frames]
+    known = None if rows is None else rows[numbers]
+    return OwnVideo(key, path, numbers, track.c2w[numbers], known, origin, facts, caption)
 
 
-def load_clip(video: OwnVideo, frame_step: int, height: int, width: int) -> Clip:
+def load_clip(video: OwnVideo, height: int, width: int) -> Clip:
     """Reads the frames of a video, and scales and crops them as sampling does with its image.
 
     A video without intrinsics gets the default field of view that sampling uses.
 
     Raises:
-      InputError: the video cannot be read, or it has fewer frames than its camera.
+      InputError: the video cannot be read, it has fewer frames than its camera, or a frame has
+        another size than the first.
     """
-    taken = len(video.c2w)
+    taken = len(video.numbers)
     out = np.empty((taken, height, width, 3), np.uint8)
-    done, crop = 0, None
+    done, first = 0, None
     for number, frame in enumerate(_frames(video.path)):
-        if number % frame_step:
+        if number != video.numbers[done]:
             continue
         picture, *crop = resize_and_center_crop(frame, height, width)
+        first = first or crop
+        if crop != first:
+            raise InputError(_other_size(video.path, str(number), crop[0], first[0]))
         out[done] = np.asarray(picture)
         done += 1
         if done == taken:
             break
-    if done < taken or crop is None:
+    if done < taken or first is None:
         raise InputError(
             f"{video.path} ends after {done} of the {taken} frames that its camera has"
         )
-    source, resized, offset = crop
+    source, resized, offset = first
     intrinsics = video.intrinsics
     if intrinsics is None:
         intrinsics = np.tile(default_intrinsics(*source), (taken, 1))
     return Clip(out, crop_intrinsics(intrinsics, source, resized, offset))
-
-
-def read_tracks(poses: Path, keys: list[str], pose_format: str) -> dict[str, PoseTrack]:
-    """Returns the camera of each video.
-
-    Args:
-      poses: a folder with a file or a folder per key; or the camera of the only video; or a `.npz`
-        with ids, ranges, pose and intrinsics, as in upstream's `_camera.npz`.
-      keys: the names of the videos.
-      pose_format: see `camera.pose_files.read_poses`.
-
-    Raises:
-      InputError: a video has no camera, or its camera cannot be read; the message names it.
-    """
-    is_one = poses.is_file() or (
-        poses.is_dir() and ((poses / "transforms.json").is_file() or find_colmap_model(poses))
-    )
-    if is_one:
-        if poses.suffix == ".npz":
-            arrays = load_npz(poses)
-            if "ids" in arrays:
-                return _tracks_of_sidecar(arrays, keys, poses)
-        if len(keys) > 1:
-            raise InputError(
-                f"--poses {poses} is the camera of one video and there are {len(keys)}; give a "
-                "folder with one for each"
-            )
-        return {keys[0]: read_poses(poses, pose_format)}
-    if not poses.is_dir():
-        raise InputError(f"--poses {poses} is neither a file nor a folder")
-    return {key: read_poses(_find_pose(poses, key), pose_format) for key in keys}
 
 
 def read_captions(file: Path | None, videos: dict[str, Path]) -> dict[str, str]:
@@ -198,8 +186,10 @@ def read_captions(file: Path | None, videos: dict[str, Path]) -> dict[str, str]:
       InputError: the file cannot be read, or has no caption of some video.
     """
     if file is None:
-        beside = {key: path.with_name(f"{key}.txt") for key, path in videos.items()}
-        return {k: read_prompt(str(f)) if f.is_file() else "" for k, f in beside.items()}
+        folders = {path.parent for path in videos.values()}
+        texts = [f for folder in folders for f in folder.glob("*.txt") if not is_companion(f.name)]
+        beside = by_name(((f.stem, f) for f in texts), "the folder of the videos")
+        return {k: read_prompt(str(beside[k])) if k in beside else "" for k in videos}
     captions = {key: caption_of(record) for key, record in read_records(file).items()}
     found = {key: captions.get(key) for key in videos}
     missing = [key for key, text in found.items() if text is None]
@@ -208,44 +198,55 @@ def read_captions(file: Path | None, videos: dict[str, Path]) -> dict[str, str]:
     return {key: text for key, text in found.items() if text is not None}
 
 
-def _find_pose(folder: Path, key: str) -> Path:
-    places = [folder / f"{key}{end}" for end in POSE_ENDINGS] + [folder / key]
-    found = [place for place in places if place.exists()]
-    if len(found) > 1:
-        raise InputError(f"{found[0]} and {found[1]} are both cameras of one video; keep one")
-    if not found:
+def images_of(folder: Path) -> list[Path]:
+    """Returns the images of a folder in the order of the numbers in their names."""
+    files = [
+        f
+        for f in folder.iterdir()
+        if f.suffix.lower() in IMAGE_ENDINGS and not is_companion(f.name)
+    ]
+    return sorted(files, key=lambda f: natural_key(frame_name(f.name)))
+
+
+def _facts_of_images(images: list[Path], folder: Path) -> VideoFacts:
+    by_name(((frame_name(image.name), image) for image in images), folder)
+    sizes = [shown_size(image) for image in images]
+    for image, size in zip(images, sizes, strict=True):
+        if size != sizes[0]:
+            raise InputError(_other_size(folder, image.name, size, sizes[0]))
+    return VideoFacts(np.zeros(len(images)), sizes[0], sizes[0])
+
+
+def _other_size(path: Path, frame: str, size: tuple[int, ...], first: tuple[int, ...]) -> str:
+    return (
+        f"{path}: frame {frame} is {size[0]}x{size[1]} and the frames before it are "
+        f"{first[0]}x{first[1]}; give all frames of a video one size"
+    )
+
+
+def _chosen(facts: VideoFacts, frame_step: int, fps: float, path: Path) -> np.ndarray:
+    """Returns the numbers of the frames to use.
+
+    Raises:
+      InputError: the video has fewer frames per second than `fps`.
+    """
+    every = np.arange(0, len(facts.times), frame_step)
+    if frame_step > 1 or not fps or not facts.fps or abs(facts.fps / fps - 1) <= _SAME_RATE:
+        return every
+    if facts.fps < fps:
         raise InputError(
-            f"{folder} has no camera of video {key}: no {key}/ and no {key} with one of "
-            f"{', '.join(POSE_ENDINGS)}"
+            f"{path} has {facts.fps:.4g} frames a second, fewer than {fps:g}; give --fps 0 to use "
+            "every frame as it is"
         )
-    return found[0]
-
-
-def _tracks_of_sidecar(arrays: dict, keys: list[str], file: Path) -> dict[str, PoseTrack]:
-    try:
-        ranges = {str(k): range(a, a + n) for k, (a, n) in zip(arrays["ids"], arrays["ranges"])}  # noqa: B905
-        rows = {key: np.array(ranges[key]) for key in keys}
-        return {
-            key: PoseTrack(arrays["pose"][r], arrays["intrinsics"][r]) for key, r in rows.items()
-        }
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"{file} lacks {error}; it needs ids, ranges, pose, intrinsics") from error
-
-
-def _images(folder: Path) -> list[Path]:
-    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_ENDINGS]
-    return sorted(files, key=lambda f: natural_key(f.name))
-
-
-def _facts(path: Path) -> tuple[int, int, int]:
-    if not path.is_dir():
-        return video_facts(path)
-    images = _images(path)
-    return len(images), *load_image(images[0]).size
+    times = facts.times - facts.times[0]
+    wanted = np.arange(int(times[-1] * fps + 0.5) + 1) / fps
+    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
+    is_before = wanted - times[after - 1] <= times[after] - wanted
+    return np.unique(after - is_before)
 
 
 def _frames(path: Path) -> Iterator[Image.Image]:
     if path.is_dir():
-        yield from map(load_image, _images(path))
+        yield from map(load_image, images_of(path))
     else:
         yield from map(Image.fromarray, iterate_frames(path))

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from sanawm_jax.data.bad_samples import BadSampleCounter, Problem
+from sanawm_jax.data.zip_members import members
 from sanawm_jax.data.zip_sidecars import caption_of, find_sidecar, read_records, score_of
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.file_names import is_companion, one_form
 
 # Upstream's number: it regards the latents of a smaller file as incomplete.
 MIN_LATENT_FILE_SIZE = 10 * 2**20
@@ -140,7 +142,7 @@ def index_zips(
     filtered = small = 0
     for raw, latents in folders:
         # A name that begins with a dot is a file that a writer did not finish.
-        found = sorted(f for f in raw.glob("*.zip") if not f.name.startswith("."))
+        found = sorted(f for f in raw.glob("*.zip") if not is_companion(f.name))
         if not found:
             raise InputError(f"there are no zips in {raw}")
         for file in found:
@@ -170,9 +172,8 @@ def _index_pack(
 
     try:
         with zipfile.ZipFile(pack.raw) as archive:
-            names = sorted(n for n in archive.namelist() if n.endswith(".json"))
-            keys, about = _read_about(archive, names, pack, skip)
-    except (OSError, zipfile.BadZipFile) as error:
+            keys, about = _read_about(archive, pack, skip)
+    except (OSError, zipfile.BadZipFile, InputError) as error:
         skip(pack.raw, f"it is no zip that can be read ({error})")
         return [], (0, 0)
     try:
@@ -215,19 +216,20 @@ def _index_pack(
 
 
 def _read_about(
-    archive: zipfile.ZipFile, names: list[str], pack: Pack, skip: Any
+    archive: zipfile.ZipFile, pack: Pack, skip: Any
 ) -> tuple[list[str], dict[str, dict[str, Any]]]:
     about = {}
-    for name in names:
-        key = name.removesuffix(".json")
+    for key, info in sorted(members(archive, ".json").items()):
         try:
-            record = json.loads(archive.read(name))
+            record = json.loads(archive.read(info).decode("utf-8-sig"))
             if not (int(record["width"]) > 0 and int(record["height"]) > 0):
                 raise ValueError("width and height must be positive")
             about[key] = record
         # On damaged bytes, zlib and zipfile raise their own errors.
         except Exception as error:
-            skip(pack.raw, f"{name} is damaged or lacks width and height ({error})", key=key)
+            skip(
+                pack.raw, f"{info.filename} is damaged or lacks width and height ({error})", key=key
+            )
     return list(about), about
 
 
@@ -242,14 +244,10 @@ def _side(pack: Pack, suffix: str, value_of: Any) -> dict[str, Any]:
 def _latent_sizes(pack: Pack, skip: Any, samples: int) -> dict[str, int] | None:
     try:
         with zipfile.ZipFile(pack.latents) as archive:
-            return {
-                info.filename.removesuffix(".npz"): info.file_size
-                for info in archive.infolist()
-                if info.filename.endswith(".npz")
-            }
+            return {key: info.file_size for key, info in members(archive, ".npz").items()}
     except FileNotFoundError:
         skip(pack.latents, "there is no such file", samples)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, InputError) as error:
         skip(pack.latents, f"it is no zip that can be read ({error})", samples)
     return None
 
@@ -257,7 +255,7 @@ def _latent_sizes(pack: Pack, skip: Any, samples: int) -> dict[str, int] | None:
 def _camera_ids(pack: Pack, skip: Any, samples: int) -> set[str] | None:
     try:
         with np.load(pack.camera, allow_pickle=False) as file:
-            return {str(key) for key in file["ids"]}
+            return {one_form(str(key)) for key in file["ids"]}
     except FileNotFoundError:
         skip(pack.camera, "there is no such file", samples)
     except Exception as error:  # numpy, zipfile and zlib may raise many kinds of errors

@@ -16,11 +16,13 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from sanawm_jax.camera.intrinsics import WIDEST_FOV_DEG, field_of_view
 from sanawm_jax.camera.npy import to_finite_float32
 from sanawm_jax.camera.poses import load_c2w
 from sanawm_jax.camera.rays import camera_conditions
 from sanawm_jax.data.bad_samples import BadSample, Problem
 from sanawm_jax.data.zip_index import Item, Pack, ZipIndex
+from sanawm_jax.data.zip_members import CameraFile, LatentArchive
 from sanawm_jax.runtime.errors import InputError
 
 _OPEN_ZIPS = 32  # file handles that a process keeps
@@ -62,8 +64,8 @@ class ZipLatents:
 
     def _open_caches(self) -> None:
         self._lock = threading.Lock()
-        self._zips: _Recent[zipfile.ZipFile] = _Recent(_OPEN_ZIPS)
-        self._cameras: _Recent[_Cameras] = _Recent(_OPEN_CAMERAS)
+        self._zips: _Recent[LatentArchive] = _Recent(_OPEN_ZIPS)
+        self._cameras: _Recent[CameraFile] = _Recent(_OPEN_CAMERAS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("_lock", "_zips", "_cameras")}
@@ -132,8 +134,8 @@ class ZipLatents:
 
         try:
             with self._lock:
-                archive = self._zips.take(pack.latents, zipfile.ZipFile)
-                member = archive.open(f"{item.key}.npz")
+                archive = self._zips.take(pack.latents, LatentArchive)
+                member = archive.open_key(item.key)
             with member:  # a read to the end checks the checksum
                 latents = _read_latents(member.read())
         # On damaged bytes, zipfile, zlib and numpy may raise many kinds of errors.
@@ -158,7 +160,7 @@ class ZipLatents:
     ) -> tuple[np.ndarray, np.ndarray]:
         try:
             with self._lock:
-                cameras = self._cameras.take(pack.camera, _Cameras)
+                cameras = self._cameras.take(pack.camera, CameraFile)
             pose, intrinsics = cameras.of(item.key)
             return camera_tensors(
                 pose,
@@ -213,6 +215,9 @@ def camera_tensors(
     on_grid = to_finite_float32(np.asarray(intrinsics[:known]) * to_grid, "intrinsics")
     if (on_grid[:, :2] <= 0).any():
         raise InputError("intrinsics: focal lengths must be positive")
+    widest = field_of_view(on_grid, width, height).max()
+    if widest > WIDEST_FOV_DEG:
+        raise InputError(f"intrinsics: {widest:.1f} degrees of view; the unit must be pixels")
     rows = np.minimum(np.arange(needed), known - 1)
     # The spatial ratio is 1, because the intrinsics are already in units of the latent grid.
     camera, plucker = camera_conditions(c2w[rows], on_grid[rows], height, width, temporal, 1)
@@ -220,29 +225,6 @@ def camera_tensors(
     last = (known - 1) // temporal
     camera[last + 1 :] = camera[last]
     return camera, plucker
-
-
-class _Cameras:
-    """The whole content of a `_camera.npz` file."""
-
-    def __init__(self, file: Path):
-        with np.load(file, allow_pickle=False) as arrays:
-            self._places = {
-                str(key): (int(start), int(count))
-                for key, (start, count) in zip(arrays["ids"], arrays["ranges"], strict=True)
-            }
-            self._pose = np.asarray(arrays["pose"], np.float32)
-            self._intrinsics = np.asarray(arrays["intrinsics"], np.float32)
-
-    def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the poses (N, 4, 4) and intrinsics (N, 4) of a sample."""
-        start, count = self._places[key]
-        if not 0 <= start <= start + count <= min(len(self._pose), len(self._intrinsics)):
-            raise InputError(
-                f"its range {start} + {count} is outside the {len(self._pose)} poses of the file"
-            )
-        rows = slice(start, start + count)
-        return self._pose[rows], self._intrinsics[rows]
 
 
 class _Recent(Generic[_T]):

@@ -5,12 +5,13 @@ Source of the layout: NVlabs/Sana `sana_wm_zip_latent_data.py`. docs/data.md has
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.file_names import by_name
+from sanawm_jax.runtime.json_file import parse_json, read_json
 
 # The fields in which a score is searched, in this order. After them, any number is the score.
 SCORE_NAMES = (
@@ -45,26 +46,32 @@ def read_records(file: Path) -> dict[str, Any]:
     one object with a field `key` per line.
 
     Raises:
-      InputError: the file cannot be read, or an entry has no key.
+      InputError: the file cannot be read, an entry has no key, or two entries have one key.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            content: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            content = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file} as {file.suffix[1:].upper()} ({error})") from error
+    if file.suffix == ".jsonl":
+        content: Any = [parse_json(line, file) for line in _lines(file) if line.strip()]
+    else:
+        content = read_json(file)
     if isinstance(content, dict):
-        return content
+        return by_name(content.items(), file)
     if not isinstance(content, list):
         raise InputError(f"{file} holds neither an object by key nor a list of objects")
-    records = {}
+    records = []
     for number, entry in enumerate(content):
         if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
             raise InputError(f"{file}: entry {number} is no object with a key")
-        records[entry["key"]] = {name: v for name, v in entry.items() if name != "key"}
-    return records
+        records.append((entry["key"], {name: v for name, v in entry.items() if name != "key"}))
+    return by_name(records, file)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        # `splitlines` would also cut at characters that JSON allows inside a string
+        return file.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"cannot open {file}: {error.strerror or 'not readable'}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error})") from error
 
 
 def caption_of(record: Any) -> str | None:

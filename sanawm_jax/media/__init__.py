@@ -3,6 +3,6 @@
 | module | content |
 | --- | --- |
 | `image` | the first frame: it is loaded, resized, cropped and scaled to [-1, 1] |
-| `video` | writers for MP4 and GIF, a reader for MP4 |
+| `video`, `video_reader` | writers for MP4 and GIF; a reader that shows videos as players do |
 | `overlay` | key caps and a map of the path, drawn on the frames |
 """

@@ -1,4 +1,4 @@
-"""Writes and reads videos. A file appears under its name only when it is complete."""
+"""Writes videos. A file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -60,12 +60,14 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
       frames: (F, H, W, 3) floating point, or any array with a leading axis.
 
     Raises:
-      ValueError: a value is NaN or infinite.
+      InputError: a value is NaN or infinite.
     """
     out = np.empty(frames.shape, dtype=np.uint8)
     for i, frame in enumerate(frames):
         if not np.isfinite(frame).all():
-            raise ValueError(f"frame {i} holds NaN or infinity")
+            raise InputError(
+                f"frame {i} holds NaN or infinity: a weight is damaged, or --dtype is too narrow"
+            )
         out[i] = np.clip(frame, 0, 1) * np.float32(255)
     return out
 
@@ -132,7 +134,7 @@ class Mp4Writer:
     ):
         if not 0 <= crf <= 51:
             raise InputError(f"crf={crf} is outside 0..51")
-        self._rate = _frame_rate(fps)
+        self._rate = frame_rate(fps)
         self._av = require_av()
         self._container = self._av.open(os.fspath(path), "w", format="mp4", options=options or {})
         self._codec = {"crf": str(crf), **(codec or {})}
@@ -184,49 +186,6 @@ def _mp4_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def read_mp4(path: str | os.PathLike) -> np.ndarray:
-    """Reads the first video stream as (F, H, W, 3) uint8 RGB.
-
-    Raises:
-      InputError: the file does not exist, is damaged or holds no video.
-    """
-    return np.stack(list(iterate_frames(path)))
-
-
-def iterate_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
-    """Yields the frames of the first video stream, (H, W, 3) uint8 RGB; at least one frame.
-
-    Raises:
-      InputError: the file does not exist, is damaged or holds no video.
-    """
-    av = require_av()
-    count = 0
-    try:
-        with av.open(os.fspath(path)) as container:
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-                count += 1
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"cannot read {path} as a video") from error
-    if not count:
-        raise InputError(f"{path} holds no video frames")
-
-
-def video_facts(path: str | os.PathLike) -> tuple[int, int, int]:
-    """Returns frame count, width and height from a file's header; 0 frames if it has no count.
-
-    Raises:
-      InputError: the file does not exist, is damaged or holds no video.
-    """
-    av = require_av()
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = container.streams.video[0]
-            return stream.frames, stream.width, stream.height
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"cannot read {path} as a video") from error
-
-
 def write_gif(
     path: str | os.PathLike, frames: np.ndarray | Iterable[np.ndarray], fps: float
 ) -> Path:
@@ -248,7 +207,7 @@ def write_gif(
       ValueError: there are no frames, or a frame has another type or size than the first.
     """
     path = Path(path)
-    rate = _frame_rate(fps)
+    rate = frame_rate(fps)
     if rate > 50:
         raise InputError(f"GIF cannot show {float(rate):g} frames a second; give 50 or less")
     pictures = [Image.fromarray(frame).quantize(256) for frame in _each_frame(frames)]
@@ -266,11 +225,13 @@ def write_gif(
     return path
 
 
-def _frame_rate(fps: float) -> Fraction:
-    # This also catches NaN, for which every comparison is false.
-    if not 0 < fps <= 1000:
-        raise InputError(f"fps={fps} must be above 0 and at most 1000")
-    return Fraction(fps).limit_denominator(1001)
+def frame_rate(fps: float) -> Fraction:
+    """Returns a rate that video files can have; raises `InputError` for any other number."""
+    # A comparison with NaN is false, and a number near 0 has no fraction with a small denominator.
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else 0
+    if not rate:
+        raise InputError(f"fps={fps} must be from 0.001 to 1000")
+    return Fraction(rate)
 
 
 def _each_frame(frames: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from sanawm_jax.runtime.errors import InputError
 
 
 @contextlib.contextmanager
@@ -21,9 +24,39 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
       path: the file to write; its folder must exist.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
+    partial = _partial(path)
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Checks, before a long run, that `atomic_write` will be able to write a file at its end.
+
+    Args:
+      path: the file; its folder is made if it does not exist.
+
+    Raises:
+      InputError: the folder cannot be made or does not accept files, `path` is a folder, or the
+        name is too long.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _partial(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", 0) == errno.ENAMETOOLONG:
+            reason = "its name is too long, with the 15 characters that an unfinished file needs"
+        raise InputError(f"cannot write {path}: {reason}") from error
+    return path
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")

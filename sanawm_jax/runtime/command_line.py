@@ -15,6 +15,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from sanawm_jax.runtime.failures import INTERRUPTED, explain
 from sanawm_jax.runtime.shipped import use_shipped_configs, with_config_path
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the script that calls
@@ -24,6 +25,15 @@ def fail(message: str) -> NoReturn:
     """Prints one line and exits with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def end_with(error: BaseException) -> NoReturn:
+    """Ends the program after a failure: with one line if `explain` knows it, else by raising it."""
+    line = explain(error)
+    if line is None:
+        raise error
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from absl import app, flags
 
 from sanawm_jax.runtime.command_line import (
     define_config,
+    end_with,
     fail,
     flag_values_in,
     lasting_imports,
@@ -17,7 +18,6 @@ from sanawm_jax.runtime.command_line import (
     show_notes,
 )
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.runtime.failures import INTERRUPTED, explain
 from sanawm_jax.runtime.shipped import CONFIGS, SHIPPED, SMALL_WORLD, SMALL_WORLD_REFINER
 from sanawm_jax.sampling.options import KINDS, SampleOptions, make_options
 
@@ -113,8 +113,4 @@ def _run(options: Any) -> None:
     except InputError as error:
         fail(str(error))
     except (Exception, KeyboardInterrupt) as error:
-        line = explain(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        end_with(error)

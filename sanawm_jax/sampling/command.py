@@ -11,12 +11,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.media.video import check_writable, to_uint8, write_mp4
+from sanawm_jax.media.video import check_writable, frame_rate, to_uint8, write_mp4
 from sanawm_jax.memory.plan import Need, check_fits
+from sanawm_jax.runtime.atomic import check_output
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling import streaming
 from sanawm_jax.sampling.generate import SanaWM
-from sanawm_jax.sampling.latents import channels_last, read_latents, write_npy
+from sanawm_jax.sampling.latents import channels_last, check_finite, read_latents, write_npy
 from sanawm_jax.sampling.options import SampleOptions
 from sanawm_jax.sampling.refine import LTX2Refiner
 from sanawm_jax.sampling.request import Request
@@ -38,14 +39,11 @@ def sample(options: SampleOptions) -> Path:
     needs_stage1 = not (o.stage1_latents and o.latents_only)
     if not o.weights and needs_stage1:
         raise InputError("no weights: give --weights with a folder or a hub name")
-    folder = None if o.latents_only else check_writable(o.output_dir)
+    video = _check_outputs(o)
     if o.streaming:
         o.stream()  # raises if its options do not fit
     elif o.chunk_prompts or o.benchmark_json:
         raise InputError("--chunk_prompts and --benchmark_json belong to --streaming")
-    for file in (o.save_latents, o.save_frames, o.benchmark_json):
-        if file:
-            check_writable(Path(file).parent)
     prompt = read_prompt(o.prompt) if o.prompt else None
     refiner, dropped = None, 0
     if o.refiner_weights and not o.no_refiner:
@@ -99,7 +97,6 @@ def sample(options: SampleOptions) -> Path:
         if not o.latents_only:
             model.check("decoder")
         check_fits(lambda: _needs(model, refiner, request, o), o.offload)
-    video = None if folder is None else folder / f"{o.name}_generated.mp4"
     if o.streaming:
         final, frames = streaming.stream(
             o, chunks, model, refiner, request, prompt, given, noise, video
@@ -126,13 +123,14 @@ def sample(options: SampleOptions) -> Path:
             decode=False,
         ).latents
         if refiner or not o.latents_only:
-            kept = (folder or Path(str(o.save_latents)).parent) / f"{o.name}_stage1_latents.npy"
-            kept = _keep(kept, final)
+            kept = _keep(_stage1_file(o), final)
+        check_finite(final, "stage 1")
     with _going_on_from(kept):
         if refiner:
             if model:
                 model.release()
             final = refiner(final, str(prompt), fps=o.fps, noise=noise)
+            check_finite(final, "the refiner")
         if o.save_latents:
             write_npy(o.save_latents, final)
         if video is None or model is None:
@@ -150,6 +148,35 @@ def sample(options: SampleOptions) -> Path:
             painter = request.painter(dropped, o.action_mapping)
             pictures = painter.paint_all(pictures)
         return write_mp4(video, pictures, o.fps)
+
+
+def _check_outputs(options: SampleOptions) -> Path | None:
+    """Checks that every file which the run writes at its end can be written.
+
+    Returns:
+      The path of the video, or None if none is made.
+
+    Raises:
+      InputError: the rate or a name cannot be used, or two files have one name.
+    """
+    o = options
+    frame_rate(o.fps)
+    video = None
+    if not o.latents_only:
+        video = check_writable(o.output_dir) / f"{o.name}_generated.mp4"
+    named = [Path(f) for f in (o.save_latents, o.save_frames, o.benchmark_json) if f]
+    files = [*([video] if video else []), *named, *([] if o.streaming else [_stage1_file(o)])]
+    for number, file in enumerate(files):
+        check_output(file)
+        if file.absolute() in [other.absolute() for other in files[:number]]:
+            raise InputError(f"two files of this run are to be written to {file}; rename one")
+    return video
+
+
+def _stage1_file(options: SampleOptions) -> Path:
+    """Where the latents of stage 1 are kept in case that a later stage fails."""
+    where = Path(str(options.save_latents)).parent if options.latents_only else options.output_dir
+    return Path(where) / f"{options.name}_stage1_latents.npy"
 
 
 def _needs(

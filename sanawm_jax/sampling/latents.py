@@ -43,6 +43,15 @@ def read_latents(
     return array
 
 
+def check_finite(latents: np.ndarray, what: str) -> None:
+    """Raises `InputError` if a result holds NaN or infinity, which is seen before it is decoded."""
+    if not np.isfinite(latents).all():
+        raise InputError(
+            f"{what} gave NaN or infinity: its weights or adapters are damaged, or --dtype is too "
+            "narrow for them"
+        )
+
+
 def write_npy(file: str | os.PathLike, array: Any) -> Path:
     """Writes an array whole or not at all."""
     # through a stream, since `np.save` would add .npy to a name without it

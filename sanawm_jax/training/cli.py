@@ -8,6 +8,7 @@ from absl import app, flags, logging
 
 from sanawm_jax.runtime.command_line import (
     define_config,
+    end_with,
     fail,
     parse_flags,
     show_notes,
@@ -61,9 +62,11 @@ def _run(_: list[str]) -> None:
     except Stopped as stopped:
         if is_first():
             print(stopped)
-        return
+        sys.exit(stopped.status)
     except TrainingDiverged as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        end_with(error)
     if is_first():
         print(f"{given.workdir}/export")

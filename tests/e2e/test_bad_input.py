@@ -143,6 +143,14 @@ def test_weight_files(tmp_path: Path) -> None:
         ({"weights": "nowhere/at/all"}, "neither a folder nor a hub name"),
         ({"weights": ".", "latents_only": True}, "--save_latents"),
         ({"weights": ".", "output_dir": "setup.cfg/x"}, r"setup\.cfg"),
+        # what only the end of a run would see
+        ({"weights": ".", "fps": 0.0}, "fps=0"),
+        ({"weights": ".", "fps": float("nan")}, "fps=nan"),
+        ({"weights": ".", "fps": 1e-9}, "fps=1e-09"),
+        ({"weights": ".", "name": "a" * 240}, "its name is too long"),
+        ({"weights": ".", "save_latents": "."}, "it is a folder"),
+        ({"weights": ".", "save_frames": "setup.cfg/a.npy"}, r"cannot write setup\.cfg/a\.npy"),
+        ({"weights": ".", "save_frames": "a.npy", "save_latents": "./a.npy"}, "two files of this"),
     ],
 )
 def test_the_command(

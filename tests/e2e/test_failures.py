@@ -15,7 +15,7 @@ from PIL import Image
 
 from sanawm_jax.checkpoints.random_weights import write_random
 from sanawm_jax.checkpoints.sizes import TINY
-from sanawm_jax.media.video import read_mp4
+from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.failures import explain
 from sanawm_jax.sampling import command
 from tests.sample_tiny import sample

@@ -16,7 +16,7 @@ from sanawm_jax.checkpoints.files import SafetensorsFolder
 from sanawm_jax.checkpoints.random_weights import dit_specs, random_tensor, write_random
 from sanawm_jax.checkpoints.sizes import TINY
 from sanawm_jax.checkpoints.writer import write_folder
-from sanawm_jax.media.video import read_mp4
+from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.errors import InputError
 from tests.sample_tiny import sample
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sanawm_jax.media.video import read_mp4
+from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.errors import InputError
 from tests.parity.stage1_reference import make_folder
 from tests.sample_tiny import sample

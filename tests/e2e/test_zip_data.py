@@ -28,7 +28,8 @@ from sanawm_jax.data.latent_cache import to_signed
 from sanawm_jax.data.zip_index import Selection, index_zips
 from sanawm_jax.data.zip_latents import ZipLatents
 from sanawm_jax.media.image import resize_and_center_crop
-from sanawm_jax.media.video import read_mp4, write_mp4
+from sanawm_jax.media.video import write_mp4
+from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.loop import train
 from sanawm_jax.training.recipes.dry_run import describe

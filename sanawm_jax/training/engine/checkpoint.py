@@ -8,6 +8,7 @@ moment therefore finds only complete checkpoints.
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
         )
         self._clean()
+        self._drop_damaged_losses()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
@@ -106,29 +108,58 @@ class Checkpoints:
         return self._guarded(self._manager.wait_until_finished)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint as `(state, run)`.
+        """The newest checkpoint that can be read, as `(state, run)`.
+
+        A power cut can leave files that are incomplete, although they have their final names. Such
+        a checkpoint is renamed to `STEP.damaged`, with a warning, and the one before it is used.
 
         Args:
           like: a state of the same shapes, dtypes and shardings.
 
         Raises:
-          InputError: the checkpoint is of another model or optimizer.
+          InputError: a checkpoint is of another model or optimizer, or none can be read. Then
+            nothing is renamed.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(like))
-        try:
-            restored = self._manager.restore(
-                self.latest(),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
-                ),
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
+                    ),
+                )
+                state, run = _from_dict(restored["state"]), dict(restored["run"])
+            # Orbax, TensorStore and the JSON parser report damaged files by almost any exception.
+            except Exception as error:
+                misfit = _misfit(self.path(step) / "state", abstract)
+                if misfit:
+                    raise InputError(
+                        f"the checkpoint {self.path(step)} does not fit this configuration "
+                        f"({misfit}); use another --workdir"
+                    ) from error
+                damaged[step] = _reason(error)
+                continue
+            self._set_aside(damaged, step)
+            return state, run
+        raise InputError(
+            f"no checkpoint in {self._folder} can be read ({next(iter(damaged.values()))}); remove "
+            "the folder to begin again, or use another --workdir"
+        )
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        for step, reason in damaged.items():
+            logging.warning(
+                "checkpoint %d is damaged (%s) and is now called %d.damaged; going on from %d",
+                *(step, reason, step, used),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0][:300]
-            raise InputError(
-                f"the checkpoint in {self._folder} does not fit this configuration "
-                f"({reason}); use another --workdir"
-            ) from error
-        return _from_dict(restored["state"]), restored["run"]
+            if is_first():
+                target = self.path(step).with_name(f"{step}.damaged")
+                shutil.rmtree(target, ignore_errors=True)
+                self.path(step).rename(target)
+        if damaged:
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for saving to finish."""
@@ -164,6 +195,17 @@ class Checkpoints:
         for folder in (self._folder / _DELETED, *self._folder.glob(_PARTIAL)):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _drop_damaged_losses(self) -> None:
+        """Removes losses that a power cut has damaged, because Orbax reads all of them at once."""
+        for file in self._folder.glob("[0-9]*/metrics/metrics") if is_first() else ():
+            try:
+                loss = json.loads(file.read_bytes().decode())[LOSS]
+            except (OSError, ValueError, KeyError, TypeError):
+                loss = None
+            if not isinstance(loss, float | int):
+                logging.warning("the loss of checkpoint %s is damaged", file.parents[1].name)
+                shutil.rmtree(file.parent, ignore_errors=True)
+
 
 def _loss_of(metrics: Any) -> float:
     return metrics[LOSS]
@@ -191,6 +233,31 @@ def _from_dict(tree: dict[str, Any]) -> TrainState:
     return TrainState(tree["step"], learners, tree["guard"])
 
 
+def _misfit(folder: Path, abstract: Any) -> str | None:
+    """Says in which array a checkpoint differs from a state; None if in none, or if it is damaged.
+
+    Args:
+      folder: the checkpoint's state.
+      abstract: the tree of shapes that `_as_dict` gives.
+    """
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            found = _shapes(getattr(reader.metadata(folder).item_metadata, "tree", None))
+    except Exception:  # see `restore`
+        return None
+    wanted = _shapes(abstract)
+    for name in sorted(found.keys() | wanted.keys()) if found else ():
+        if found.get(name) != wanted.get(name):
+            have, need = found.get(name, "absent"), wanted.get(name, "absent")
+            return f"{name} is {have} there and {need} here"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): a.shape for path, a in flat}
+
+
 def _is_of_the_disk(error: BaseException | None) -> bool:
     """Whether Python or TensorStore reports that a file could not be written."""
     while error is not None:
@@ -205,4 +272,5 @@ def _reason(error: BaseException) -> str:
     for known in ("No space left on device", "File too large", "Disk quota exceeded"):
         if known in text:
             return known
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+    first = (text.splitlines() or [type(error).__name__])[0]
+    return first.partition(". See full")[0][:200]

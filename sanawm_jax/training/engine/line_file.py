@@ -57,15 +57,19 @@ class LineFile:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Cuts off lines later than `step`, and a last line that was not finished."""
+    """Cuts off lines later than `step`, and everything from the first damaged line on.
+
+    A killed run leaves an unfinished line, and a power cut can leave zeros.
+    """
     if not path.exists():
         return
     kept = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                is_later = json.loads(line)["step"] > step
-            except json.JSONDecodeError:
+                # decoded here: `json.loads` takes bytes with zeros for UTF-16 or UTF-32
+                is_later = json.loads(line.decode())["step"] > step
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
             if is_later or not line.endswith(b"\n"):
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ from sanawm_jax.core.sharding import (
     shardings,
 )
 from sanawm_jax.data.loader import Loader
+from sanawm_jax.media.video import check_writable
+from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.lock import only_run_in
 from sanawm_jax.runtime.processes import is_first, to_first, wait_for_all
 from sanawm_jax.training.engine.checkpoint import Checkpoints
 from sanawm_jax.training.engine.interrupt import (
@@ -58,13 +62,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
       the last state.
 
     Raises:
-      InputError: configuration, data or an old checkpoint do not fit.
+      InputError: configuration, data or an old checkpoint do not fit, or another run is training
+        in this folder.
       TrainingDiverged: the loss is not finite, or `spike` ends the run; the last checkpoint is
         from before that.
-      Stopped: by SIGTERM, after saving.
+      Stopped: by SIGTERM or Ctrl-C, after saving.
     """
     workdir = Path(workdir).expanduser().absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
+    if (workdir / "export").exists() and not (workdir / "export").is_dir():
+        raise InputError(f"{workdir / 'export'} must be a folder: the run writes its weights there")
+    with only_run_in(workdir) if is_first() else contextlib.nullcontext():
+        return _train_in(workdir, config)
+
+
+def _train_in(workdir: Path, config: ml_collections.ConfigDict) -> TrainState:
     mesh = make_mesh(**config.mesh.to_dict())
     check_batch(mesh, config.batch_size, config.accumulation)
     with TerminationSignal() as signal:
@@ -238,5 +250,9 @@ def _run(
         stop = GO_ON
     is_saved = step == first or (save() and checkpoints.wait())
     if stop == TERMINATED:
-        raise Stopped(step, checkpoints.path(step) if step > first and is_saved else None)
+        raise Stopped(
+            step,
+            checkpoints.path(step) if step > first and is_saved else None,
+            is_interrupted=signal.is_interrupted,
+        )
     return state

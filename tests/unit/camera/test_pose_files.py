@@ -177,7 +177,7 @@ def test_bad_files(c2w: np.ndarray, tmp_path: Path) -> None:
         read_poses(tmp_path)
     file = tmp_path / "x.txt"
     for text, message in (
-        ("1 2 3\n", "3 numbers a row; TUM has 8 and KITTI 12"),
+        ("1 2 3\n", "3 numbers a row; known are .*TUM"),
         ("1 2\n1 2 3\n", "not a table of numbers"),
         ("# nothing\n", "holds no poses"),
         ("0 0 0 0 0 0 0 2\n", "quaternion of row 1 has length 2"),

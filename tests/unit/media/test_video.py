@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sanawm_jax.media.video import check_writable, read_mp4, to_uint8, write_gif, write_mp4
+from sanawm_jax.media.video import check_writable, to_uint8, write_gif, write_mp4
+from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.errors import InputError
 
 av = pytest.importorskip("av")

@@ -11,7 +11,8 @@ import pytest
 
 from sanawm_jax.data.latent_cache import _write_progress
 from sanawm_jax.media.video import write_gif, write_mp4
-from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.atomic import atomic_write, check_output
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.latents import write_npy
 
 
@@ -75,3 +76,20 @@ def test_a_good_write_replaces(tmp_path: Path) -> None:
             partial.write_bytes(value)
         assert (tmp_path / "a").read_bytes() == value
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a" * 245, "too long"),
+        ("folder", "is a folder"),
+        ("file/x.mp4", "Not a directory|File exists"),
+    ],
+)
+def test_an_output_that_cannot_be_written(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=says):
+        check_output(tmp_path / name)
+    check_output(tmp_path / "new" / "x.mp4")
+    assert list((tmp_path / "new").iterdir()) == []

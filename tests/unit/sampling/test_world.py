@@ -16,7 +16,8 @@ from PIL import Image
 
 from sanawm_jax.checkpoints.random_weights import write_random
 from sanawm_jax.checkpoints.sizes import TINY
-from sanawm_jax.media.video import Mp4Writer, read_mp4
+from sanawm_jax.media.video import Mp4Writer
+from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.generate import SanaWM
 from sanawm_jax.sampling.open_world import open_world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.checkpoint import Checkpoints
 from sanawm_jax.training.engine.learner import MODEL, Learner, UpdateRule
 from sanawm_jax.training.engine.optimizer import make_optimizer
@@ -130,4 +132,70 @@ def test_what_a_killed_run_left_goes_away(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() == 3
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the steps 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("three")
+    checkpoints = Checkpoints(folder, keep=3, keep_best=1)
+    for step in (1, 2, 3):
+        checkpoints.save(_state(step), {"seed": step}, loss=0.5)
+    checkpoints.close()
+    return folder
+
+
+def _damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    left = {"half": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content))}
+    file.unlink() if how == "gone" else file.write_bytes(left[how])
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "zeros", "gone"])
+@pytest.mark.parametrize("part", ["_METADATA", "manifest.ocdbt", "d/*", "metadata"])
+def test_the_one_before_a_damaged_checkpoint_is_used(
+    part: str, how: str, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    for file in (folder / "3" / ("run" if part == "metadata" else "state")).glob(part):
+        _damage(file, how)
+    checkpoints = Checkpoints(folder, keep=3, keep_best=1)
+    restored, run = checkpoints.restore(_state(0))
+    assert (int(restored.step), run) == (2, {"seed": 2})
+    ours = [line for line in warnings if line.startswith("checkpoint 3 is damaged (")]
+    assert len(ours) == 1 and "\n" not in ours[0]
+    assert checkpoints.save(_state(3), {"seed": 0}, loss=0.5)
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "3.damaged"]
+
+
+def test_damaged_losses_and_no_whole_checkpoint(three: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three, folder)
+    _damage(folder / "3/metrics/metrics", "half")
+    checkpoints = Checkpoints(folder, keep=3, keep_best=1)
+    assert int(checkpoints.restore(_state(0))[0].step) == 3
+    checkpoints.close()
+    for step in (1, 2, 3):
+        shutil.rmtree(folder / str(step) / "state")
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
+        checkpoints.restore(_state(0))
+    checkpoints.close()
+    assert _steps(folder) == [1, 2, 3]  # nothing was renamed
+
+
+def test_another_model_is_one_line_and_no_damage(three: Path) -> None:
+    checkpoints = Checkpoints(three)
+    with pytest.raises(InputError) as caught:
+        checkpoints.restore(_state(0, 16))
+    line = (
+        f"{three}/3 does not fit this configuration (params.a.kernel is (8, 64) there and (16, 64)"
+    )
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert _steps(three) == [1, 2, 3]
     checkpoints.close()

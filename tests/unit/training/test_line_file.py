@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import logging
 
-from sanawm_jax.training.engine.line_file import LineFile
+from sanawm_jax.training.engine.line_file import LineFile, truncate
 
 
 def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +35,26 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     room[0] = 10**6
     lines.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"\0" * 5,
+        b"\0" * 4,
+        b"\0" * 4096,
+        b'{"step": 4',
+        b"\xff\xfe\n",
+        b"7\n",
+        b"{}\n",
+        b"[" * 9999,
+    ],
+)
+def test_what_a_power_cut_leaves_is_cut_off(end: bytes, tmp_path: Path) -> None:
+    whole = b"".join(b'{"step": %d}\n' % step for step in (1, 2, 3))
+    (tmp_path / "a").write_bytes(whole + end)
+    truncate(tmp_path / "a", 3)
+    assert (tmp_path / "a").read_bytes() == whole
+    (tmp_path / "a").write_bytes(whole + end)
+    truncate(tmp_path / "a", 2)
+    assert (tmp_path / "a").read_bytes() == whole[:-12]
