@@ -16,8 +16,10 @@ stream the stages follow each other without waiting.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--no_refiner", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="calls for the median of a stage")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs in seconds")
-    parser.add_argument("--profile", default="", help="folder for a profile of three chunks")
+    parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     given = parser.parse_args()
 
     import jax
@@ -173,9 +175,29 @@ def main() -> None:
         stages = by_stage(model, refiner, world, given.repeats)
         print(json.dumps({"what": "seconds by stage", **stages}), flush=True)
         if given.profile:
-            given.chunks = 3
-            with jax.profiler.trace(given.profile):
-                run(given, open_one(given, model, refiner, size), Path(folder) / "b.mp4")
+            profile(given, open_one(given, model, refiner, size), Path(folder))
+
+
+def profile(given: argparse.Namespace, world: Any, folder: Path) -> None:
+    """Prints the kernels of a few chunks, the longest first."""
+    import jax
+
+    from benchmarks.profile_step import kernels
+
+    given.chunks = 4
+    with jax.profiler.trace(str(folder)):
+        run(given, world, folder / "b.mp4")
+    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
+    for _, kernel, nanoseconds in kernels(folder):
+        entry = found[re.sub(r"[._\d]+$", "", kernel)[:60]]
+        entry[0] += nanoseconds * 1e-6 / given.chunks
+        entry[1] += 1 / given.chunks
+    busy = sum(ms for ms, _ in found.values())
+    count = sum(runs for _, runs in found.values())
+    line = {"what": "profile of a chunk", "busy_ms": round(busy, 1), "kernels": round(count)}
+    print(json.dumps(line), flush=True)
+    for name, (ms, runs) in sorted(found.items(), key=lambda item: -item[1][0])[:40]:
+        print(json.dumps({"kernel": name, "ms": round(ms, 2), "runs": round(runs)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ CONFIG = DiTConfig(
 GRAPHDEF, ABSTRACT = build(DiT, CONFIG)
 
 
-def random_params(seed: int = 0) -> Params:
+def random_params(seed: int = 0, abstract: Params = ABSTRACT) -> Params:
     """Draws every parameter; a parameter that stays zero would hide a branch of the network."""
     rng = np.random.default_rng(seed)
     flat = {}
-    for path, leaf in leaves(ABSTRACT):
+    for path, leaf in leaves(abstract):
         noise = rng.normal(size=leaf.shape)
         if path.endswith("scale"):
             value = 1.0 + 0.1 * noise
