@@ -84,6 +84,12 @@ def stage1() -> ConfigDict:
             chunk_mixture=dict(
                 same_t=0.1, incremental=0.4, last_chunk_anchor=0.4, teacher_forcing_clean=0.1
             ),
+            # True: every frame continues the frames before it, which are a second copy of the clip
+            # with little noise; needs chunk_size=1, and replaces chunk_mixture
+            teacher_forcing=False,
+            history_noise=0.3,  # highest noise level of that copy
+            cached_chunks=0,  # earlier chunks that softmax sees, one of them the first; 0: all
+            loss_weight="velocity",  # or ramp, see sanawm_jax/training/objectives/flow.py
             # sampled videos in workdir/samples, after every `every` training steps; 0: none
             samples=dict(every=0, clips=2, steps=20),
             vae_dir="",  # the VAE that decodes samples, and encodes the clips of the task `dit`

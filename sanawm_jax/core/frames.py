@@ -28,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import gdn
+from sanawm_jax.core import teacher_forcing
 from sanawm_jax.core.attention import attention, attention_to_both
 from sanawm_jax.core.sharding import axis_size, logical_spec
 from sanawm_jax.runtime.errors import InputError
@@ -78,10 +79,11 @@ class FrameLayout:
       cached: earlier chunks whose keys a chunk's softmax attention sees, as in a stream with such
         a cache; None is all of them. The recurrence sees the whole past in any case.
       sink: whether the first chunk is one of `cached`, and the others are the last ones.
+      forced: the frames are a clip twice, see `core.teacher_forcing`; chunks have one frame.
 
     Raises:
-      InputError: starts that do not ascend from 0 below `frames`, or a limited cache on a mesh
-        that shares the frames out.
+      InputError: starts that do not ascend from 0 below `frames`; a limited cache, or teacher
+        forcing, on a mesh that shares the frames out; teacher forcing in longer chunks.
     """
 
     frames: int
@@ -89,8 +91,15 @@ class FrameLayout:
     shards: int = 1
     cached: int | None = None
     sink: bool = True
+    forced: bool = False
 
     def __post_init__(self) -> None:
+        single = self.starts == tuple(range(self.frames))
+        if self.forced and (self.frames % 2 or not single or self.shards > 1):
+            raise InputError(
+                f"teacher forcing of {self.frames} frames with chunk_starts={self.starts} on "
+                f"{self.shards} context ranks: use chunks of one frame, and no context ranks"
+            )
         if self.cached is not None and (self.cached < 1 or self.shards > 1):
             raise InputError(
                 f"cached={self.cached} chunks on {self.shards} context ranks: use at least one "
@@ -137,6 +146,16 @@ class FrameLayout:
         """The same frames as one chunk."""
         return dataclasses.replace(self, starts=(0,))
 
+    def history(self) -> list[list[int]]:
+        """For each frame of a clip in chunks of one frame, the earlier ones that softmax sees."""
+        clip = self.frames // 2 if self.forced else self.frames
+        single = dataclasses.replace(self, frames=clip, starts=tuple(range(clip)), forced=False)
+        runs = [single.key_frames(i) for i in range(clip)]
+        return [
+            [f for start, end in found for f in range(start, end) if f < i]
+            for i, found in enumerate(runs)
+        ]
+
     def is_plain(self) -> bool:
         """One chunk without padding: the ends of the array are the only borders."""
         return len(self.starts) == 1 and self.padded == self.frames
@@ -152,10 +171,14 @@ class KeyValueCache:
 
 
 def layout_of(
-    frames: int, starts: tuple[int, ...] | None, cached: int | None = None, sink: bool = True
+    frames: int,
+    starts: tuple[int, ...] | None,
+    cached: int | None = None,
+    sink: bool = True,
+    forced: bool = False,
 ) -> FrameLayout:
     """The layout of a clip on the mesh that is set; no starts is one chunk."""
-    return FrameLayout(frames, starts or (0,), axis_size(_AXIS), cached, sink)
+    return FrameLayout(frames, starts or (0,), axis_size(_AXIS), cached, sink, forced)
 
 
 def _local(table: np.ndarray, layout: FrameLayout) -> jax.Array:
@@ -228,6 +251,8 @@ def neighbours(
     """
     if before is not None:
         check_carry(layout)
+    if layout.forced:
+        return teacher_forcing.neighbours(x, reach)
     frame = np.arange(layout.padded)
     starts, ends = layout.borders()
 
@@ -290,6 +315,8 @@ def recurrent_states(
     """
     if initial is not None:
         check_carry(layout)
+    if layout.forced:
+        return teacher_forcing.recurrent_states(k, v, beta, decay), None
 
     def ends() -> jax.Array | None:
         if len(layout.starts) == 1:
@@ -339,6 +366,8 @@ def frame_attention(
     if cache is not None and cached is not None:
         check_carry(layout)
         return _attend_cached(q, k, v, cache, cached, scale)
+    if layout.forced:
+        return teacher_forcing.frame_attention(q, k, v, layout.history(), scale)
     attend = functools.partial(_attend_chunks, layout=layout, scale=scale)
     if layout.shards > 1:
         attend = functools.partial(_attend_gathered, layout=layout, scale=scale)

@@ -213,6 +213,7 @@ class DiT(nnx.Module):
         chunk_starts: tuple[int, ...] | None = None,
         cached_chunks: int | None = None,
         sink: bool = True,
+        teacher_forced: bool = False,
         remat: str = "none",
         unroll: bool = False,
     ) -> Float[Array, "B F H W c"]:
@@ -231,6 +232,8 @@ class DiT(nnx.Module):
             `core.frames.chunk_starts`; None is the bidirectional model.
           cached_chunks, sink: which earlier chunks the softmax layers see, by default all; see
             `core.frames.FrameLayout`.
+          teacher_forced: the frames are a clip twice, first the history, then the noisy frames that
+            continue it; see `core.teacher_forcing`. `chunk_starts` names every frame.
           remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
@@ -247,7 +250,7 @@ class DiT(nnx.Module):
             camera,
             plucker,
             frame_mask,
-            layout_of(latents.shape[1], chunk_starts, cached_chunks, sink),
+            layout_of(latents.shape[1], chunk_starts, cached_chunks, sink, teacher_forced),
             remat=remat,
             unroll=unroll,
         )[0]
@@ -334,6 +337,7 @@ class DiT(nnx.Module):
         _, patch_h, patch_w = config.patch_size
         grid = (latents.shape[2] // patch_h, latents.shape[3] // patch_w)
         frames = layout.padded
+        places = (frames // 2 if layout.forced else frames, *grid)
         key_mask = None if frame_mask is None else _padded(frame_mask, layout) > 0
         if frames > layout.frames:
             if frame_mask is None:
@@ -360,8 +364,10 @@ class DiT(nnx.Module):
             modulation=modulation,
             text=text,
             text_mask=text_mask > 0,
-            angles=self._angles((frames, *grid), first_frame, halved=False),
-            rays=None if camera is None else self._rays(camera, (frames, *grid), first_frame),
+            angles=self._angles(places, first_frame, layout.forced, halved=False),
+            rays=(
+                None if camera is None else self._rays(camera, places, first_frame, layout.forced)
+            ),
             plucker=(
                 self.plucker_embed(plucker.astype(dtype))
                 if plucker is not None and config.use_chunk_plucker_post_attn
@@ -401,21 +407,29 @@ class DiT(nnx.Module):
         return velocity, tuple(carries), chunks
 
     def _angles(
-        self, grid: tuple[int, int, int], first_frame: int | jax.Array, *, halved: bool
+        self, grid: tuple[int, int, int], first_frame: int | jax.Array, twice: bool, *, halved: bool
     ) -> jax.Array | None:
-        """(F, P, A) of a whole head, or of the half that the camera branch rotates."""
+        """(F, P, A) of a whole head, or of the half that the camera branch rotates.
+
+        With `twice` they are those of two copies of the frames.
+        """
         if not self.config.use_pe:
             return None
         head = self.config.linear_head_dim
         pairs = pair_split(head // 2) if halved else None
         angles = rope_angles(head, grid, pairs=pairs, first_frame=first_frame)
+        angles = jnp.concatenate([angles, angles]) if twice else angles
         return rearrange(angles, "F H W A -> F (H W) A")
 
     def _rays(
-        self, camera: jax.Array, grid: tuple[int, int, int], first_frame: int | jax.Array
+        self,
+        camera: jax.Array,
+        grid: tuple[int, int, int],
+        first_frame: int | jax.Array,
+        twice: bool,
     ) -> RayTransforms:
         _, patch_h, patch_w = self.config.patch_size
         matrices = ray_matrices(camera, grid[1:], (patch_h, patch_w))
         matrices = rearrange(matrices, "B F H W i j -> B F (H W) i j")
-        angles = self._angles(grid, first_frame, halved=True)
+        angles = self._angles(grid, first_frame, twice, halved=True)
         return RayTransforms(matrices, inverse_rigid(matrices), angles)

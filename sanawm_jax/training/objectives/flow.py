@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sanawm_jax.core.frames import FrameLayout
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import shift_sigma
 from sanawm_jax.training.objectives.timesteps import NUM_STEPS, sample_chunk_steps, sample_steps
+
+LOSS_WEIGHTS = ("velocity", "ramp")
 
 
 @jax.tree_util.register_dataclass
@@ -85,14 +88,78 @@ def noised_example(
     has_image = jax.random.bernoulli(image_key, image_prob, (batch, 1))
     given = has_image & (jnp.arange(frames) == 0)  # B F
     step = jnp.where(given, 0, step)
-    sigma = sigma_table[step][..., None, None, None]
     noise = jax.random.normal(noise_key, latents.shape)
+    return _example(latents, noise, sigma_table[step], timestep_table[step], given)
+
+
+def forced_example(
+    key: jax.Array, latents: jax.Array, *, flow_shift: float, history_noise: float
+) -> FlowExample:
+    """A batch for teacher forcing: the clip as history, and again with noise to predict.
+
+    All frames of a history have one noise level, uniform up to `history_noise`, and a quarter of
+    the histories have none. The model then knows how far it can trust a history, and one that it
+    made itself is no surprise. The other frames draw their levels one by one, since none sees
+    another. The first frame is given.
+
+    Args:
+      latents: (B, F, H, W, c) normalised.
+      flow_shift: see `noised_example`.
+      history_noise: highest noise level of a history, below 1.
+
+    Returns:
+      Examples of 2 F frames, for `core.teacher_forcing`.
+    """
+    batch, frames = latents.shape[:2]
+    latents = jnp.tile(latents.astype(jnp.float32), (1, 2, 1, 1, 1))
+    level_key, step_key, noise_key = jax.random.split(key, 3)
+    level = jax.random.uniform(
+        level_key, (batch, 1), minval=-history_noise / 3, maxval=history_noise
+    )
+    history = jnp.broadcast_to(jnp.maximum(level, 0.0), (batch, frames))
+    sigma_table, timestep_table = (jnp.asarray(a) for a in noise_levels(float(flow_shift)))
+    step = sample_steps(step_key, batch * frames).reshape(batch, frames)
+    first = jnp.tile(jnp.arange(frames) == 0, 2)  # 2 F
+    sigma = jnp.where(first, 0.0, jnp.concatenate([history, sigma_table[step]], 1))
+    timesteps = jnp.concatenate([jnp.floor(NUM_STEPS * history), timestep_table[step]], 1)
+    noise = jax.random.normal(noise_key, latents.shape)
+    return _example(latents, noise, sigma, jnp.where(first, 0.0, timesteps), sigma == 0)
+
+
+def _example(
+    latents: jax.Array, noise: jax.Array, sigma: jax.Array, timesteps: jax.Array, given: jax.Array
+) -> FlowExample:
+    """Of latents (B, F, H, W, c) at noise levels (B, F); the loss leaves `given` frames out."""
+    level = sigma[..., None, None, None]
     return FlowExample(
-        noisy=(1 - sigma) * latents + sigma * noise,
-        timesteps=timestep_table[step],
+        noisy=(1 - level) * latents + level * noise,
+        timesteps=timesteps,
         target=noise - latents,
         mask=1.0 - given.astype(jnp.float32),
     )
+
+
+def level_weights(timesteps: jax.Array, how: str) -> jax.Array:
+    """Weight of a frame's squared velocity error by its noise level sigma = timestep / 1000.
+
+    `velocity` is 1. `ramp` is 8 sigma^2 (1 - 0.9 sigma), whose mean is near 1: the error of the
+    clean latents x - sigma v is sigma times that of the velocity, and a ramp gives frames without
+    signal a tenth of the weight of those without noise (arXiv 2509.24527). At low noise the
+    velocity is mostly noise that nothing can predict, and an unweighted loss spends the network on
+    it.
+
+    Args:
+      timesteps: any shape, 0 to 1000.
+
+    Raises:
+      InputError: another name.
+    """
+    if how not in LOSS_WEIGHTS:
+        raise InputError(f"loss_weight={how!r}; use one of {', '.join(LOSS_WEIGHTS)}")
+    if how == "velocity":
+        return jnp.ones_like(timesteps)
+    sigma = timesteps / NUM_STEPS
+    return 8.0 * jnp.square(sigma) * (1.0 - 0.9 * sigma)
 
 
 def drop_captions(
@@ -119,7 +186,7 @@ def drop_captions(
 
 
 def frame_weights(mask: jax.Array) -> jax.Array:
-    """Weights that make a mean over rows the mean over all frames whose mask is 1: (B, F).
+    """Weights that make a mean over rows the mean over all frames, weighted by the mask: (B, F).
 
     They are fixed for the whole batch, so that its parts add up to it whatever each part masks.
     """

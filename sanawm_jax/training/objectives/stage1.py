@@ -27,8 +27,10 @@ from sanawm_jax.training.engine.step import Loss, Metrics, Share
 from sanawm_jax.training.objectives.adapters import AdaptedLoss, lora_of
 from sanawm_jax.training.objectives.flow import (
     drop_captions,
+    forced_example,
     frame_errors,
     frame_weights,
+    level_weights,
     noised_example,
 )
 from sanawm_jax.training.objectives.timesteps import mixture_probabilities
@@ -49,7 +51,7 @@ class Stage1Objective:
       lora: the adapters, or None.
 
     Raises:
-      InputError: a chunk layout, mixture or adapters that do not exist.
+      InputError: a chunk layout, mixture, weight of the loss or adapters that do not exist.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: DiTConfig, frames: int):
@@ -68,6 +70,9 @@ class Stage1Objective:
             self.starts = chunk_starts(frames, config.chunk_size, config.chunk_split_strategy)
             self.mixture = dict(config.chunk_mixture)
             mixture_probabilities(self.mixture)
+        if config.teacher_forcing and config.chunk_size != 1:
+            raise InputError(f"teacher_forcing needs chunk_size=1, not {config.chunk_size}")
+        level_weights(jnp.zeros(()), config.loss_weight)
 
     def init(self, shardings: Any) -> Params:
         """Random weights, those of `config.init_weights`, or adapters on them, placed.
@@ -100,7 +105,8 @@ class Stage1Objective:
     def flops(self, grid: tuple[int, ...], text: int) -> float:
         """FLOPs that one clip on a grid (H, W), with L = `text` tokens, adds to a training step."""
         config = self._config
-        forward = forward_flops(
+        copies = 2 if config.teacher_forcing else 1
+        forward = copies * forward_flops(
             self._model,
             self._frames,
             grid[0],
@@ -124,14 +130,24 @@ class Stage1Objective:
         """
         config, dtype = self._config, self._dtype
         noise_key, drop_key = jax.random.split(key)
-        example = noised_example(
-            noise_key,
-            rows["latents"],
-            flow_shift=config.flow_shift,
-            image_prob=config.image_prob,
-            chunk_starts=self.starts,
-            chunk_mixture=self.mixture,
-        )
+        if config.teacher_forcing:
+            example = forced_example(
+                noise_key,
+                rows["latents"],
+                flow_shift=config.flow_shift,
+                history_noise=config.history_noise,
+            )
+            names = ("camera", "plucker")
+            rows = {**rows, **{n: jnp.concatenate([rows[n]] * 2, 1) for n in names}}
+        else:
+            example = noised_example(
+                noise_key,
+                rows["latents"],
+                flow_shift=config.flow_shift,
+                image_prob=config.image_prob,
+                chunk_starts=self.starts,
+                chunk_mixture=self.mixture,
+            )
         text, mask = drop_captions(
             drop_key, rows["text"], rows["text_mask"], *null, config.caption_dropout
         )
@@ -147,7 +163,9 @@ class Stage1Objective:
             "text_mask": mask,
             **(cameras if config.use_camera else {}),
             "target": example.target,
-            "weights": frame_weights(example.mask),
+            "weights": frame_weights(
+                example.mask * level_weights(example.timesteps, config.loss_weight)
+            ),
         }
 
     @property
@@ -158,11 +176,16 @@ class Stage1Objective:
     def _loss(self, params: Params, examples: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
         inputs: dict[str, Any] = dict(examples)
         target, weights = inputs.pop("target"), inputs.pop("weights")
+        forced, starts = self._config.teacher_forcing, self.starts
+        if forced:
+            starts = tuple(range(2 * self._frames))
         velocity = apply(
             self.graphdef,
             params,
             **inputs,
-            chunk_starts=self.starts,
+            chunk_starts=starts,
+            cached_chunks=self._config.cached_chunks or None,
+            teacher_forced=forced,
             remat=self._config.remat,
             unroll=self._config.unroll,
         )

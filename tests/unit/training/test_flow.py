@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.objectives.flow import (
     drop_captions,
+    forced_example,
     frame_weights,
+    level_weights,
     noise_levels,
     noised_example,
     velocity_loss,
@@ -101,3 +104,32 @@ def test_masked_loss_is_a_mean_over_what_is_left():
     assert float(velocity_loss(prediction, target, weights)) == pytest.approx(4.0 / 3)
     rows = [velocity_loss(*(a[i : i + 1] for a in (prediction, target, weights))) for i in (0, 1)]
     assert float(sum(rows) / 2) == pytest.approx(4.0 / 3)
+
+
+def test_teacher_forcing_noises_a_history_a_little_and_its_copy_as_training_does():
+    latents = jax.random.normal(jax.random.key(0), (400, 3, 2, 2, 4))
+    example = forced_example(jax.random.key(1), latents, flow_shift=3.0, history_noise=0.3)
+    history, noisy = np.split(np.asarray(example.timesteps), 2, 1)
+    assert (history[:, 0] == 0).all() and (noisy[:, 0] == 0).all()  # the given frame
+    assert (history[:, 1] == history[:, 2]).all() and history.max() < 300
+    assert 0.15 < (history[:, 1] == 0).mean() < 0.35
+    assert 500 < noisy[:, 1:].mean() < 850 and (noisy[:, 1] != noisy[:, 2]).mean() > 0.9
+    np.testing.assert_array_equal(example.noisy[:, [0, 3]], latents[:, [0, 0]])
+    # a history without noise teaches nothing, all other frames count
+    mask = np.asarray(example.mask)
+    clean_history = (example.noisy == jnp.tile(latents, (1, 2, 1, 1, 1)))[:, 1].all((1, 2, 3))
+    np.testing.assert_array_equal(mask[:, 1] == 0, clean_history)
+    assert mask[:, 4:].all() and not mask[:, [0, 3]].any()
+    clean = np.asarray(latents)[:, [0, 1, 2] * 2]
+    level = (np.asarray(example.timesteps) / 1000)[..., None, None, None]
+    np.testing.assert_allclose(example.noisy - level * example.target, clean, atol=8e-3)
+
+
+def test_weights_of_the_levels():
+    levels = jnp.array([0.0, 500.0, 1000.0])
+    np.testing.assert_array_equal(level_weights(levels, "velocity"), 1.0)
+    np.testing.assert_allclose(
+        level_weights(levels, "ramp"), [0.0, 8 * 0.25 * 0.55, 0.8], rtol=1e-6
+    )
+    with pytest.raises(InputError, match="ramp"):
+        level_weights(levels, "none")
