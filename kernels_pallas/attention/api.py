@@ -75,16 +75,47 @@ def flash_attention_to_both(
     *,
     key_count: Int[Array, "B"],
 ) -> Float[Array, "B T N D"]:
-    """Computes attention to two sets of keys as if they were one set, on a GPU.
+    """Computes attention to two sets of keys as if they were one set.
 
-    The result cannot be differentiated.
+    The two sets are concatenated only where the result is differentiated: cuDNN's sums of
+    exponentials have no gradient.
 
     Args:
-      q: bfloat16, of a head size for which `fits_cudnn` is true.
+      q: on a GPU, bfloat16 and of a head size for which `fits_cudnn` is true.
       first, second: keys and values; the two sets can have different lengths.
       key_count: at least 1; keys of the second set at this index and later are hidden.
     """
+    return _to_both(scale, q, first, second, key_count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _to_both(
+    scale: float,
+    q: jax.Array,
+    first: tuple[jax.Array, jax.Array],
+    second: tuple[jax.Array, jax.Array],
+    key_count: jax.Array,
+) -> jax.Array:
     return merged(_with_sums(q, *first, scale), _with_sums(q, *second, scale, key_count))
+
+
+def _to_both_forward(
+    scale: float, q: jax.Array, first: Any, second: Any, key_count: jax.Array
+) -> tuple[jax.Array, Any]:
+    def whole(q: jax.Array, first: Any, second: Any) -> jax.Array:
+        k, v = (jnp.concatenate(pair, 1) for pair in zip(first, second, strict=True))
+        name: Any = "cudnn" if fits_cudnn(q) else "xla"
+        return _library(name, q, k, v, scale, first[0].shape[1] + key_count)
+
+    return jax.vjp(whole, q, first, second)
+
+
+def _to_both_backward(scale: float, vjp: Any, dy: jax.Array) -> Any:
+    del scale
+    return (*vjp(dy), None)
+
+
+_to_both.defvjp(_to_both_forward, _to_both_backward)
 
 
 def merged(
@@ -105,6 +136,9 @@ def merged(
 def _with_sums(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, key_count: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
+    if jax.default_backend() != "gpu":
+        y, sums = _library("xla", q, k, v, scale, key_count, return_residual=True)
+        return y, jnp.swapaxes(sums, 1, 2)
     # The public function rounds the sums to q's dtype. The weight of a set would then be wrong by
     # several percent.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
@@ -124,9 +158,16 @@ def _library(
     v: jax.Array,
     scale: float,
     key_count: jax.Array | None = None,
-) -> jax.Array:
+    **options: Any,
+) -> Any:
     return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, key_value_seq_lengths=key_count, implementation=implementation
+        q,
+        k,
+        v,
+        scale=scale,
+        key_value_seq_lengths=key_count,
+        implementation=implementation,
+        **options,
     )
 
 

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.files import Tensors
+from sanawm_jax.checkpoints.folder import Stage1Folder
 from sanawm_jax.checkpoints.upstream_folder import open_stage1
 from sanawm_jax.core.params import Params, build
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.runtime.errors import InputError
+
+
+class _OneNetwork(Stage1Folder):
+    """A folder with nothing but `transformer/`, as a run on given latents exports it."""
+
+    def _read_index(self) -> dict[str, Any]:
+        return {}
+
+
+def open_trained(
+    name: str | Path, *, allow_pickle: bool = False, numerics: str | None = None
+) -> Stage1Folder:
+    """Opens what a training run exported, or any folder that `open_stage1` opens.
+
+    Args:
+      name: the folder of a run, its `export/`, or see `open_stage1`.
+      allow_pickle, numerics: see `open_stage1`.
+
+    Raises:
+      InputError: see `open_stage1`.
+    """
+    for path in (Path(name) / "export", Path(name)):
+        transformer = path / "transformer" / "config.json"
+        if transformer.is_file() and not (path / "model_index.json").is_file():
+            folder = _OneNetwork(path)
+            folder.numerics = numerics
+            return folder
+        if transformer.is_file():
+            return open_stage1(path, numerics=numerics)
+    return open_stage1(name, allow_pickle=allow_pickle, numerics=numerics)
 
 
 def load_initial(name: str, config: DiTConfig) -> Params:
@@ -22,14 +56,15 @@ def load_initial(name: str, config: DiTConfig) -> Params:
     becomes softmax attention are ignored.
 
     Args:
-      name: a stage-1 folder in diffusers or upstream layout, `small_world`, or a hub name.
+      name: a stage-1 folder in diffusers or upstream layout, `small_world`, a hub name, or the
+        folder of a training run.
       config: of the run's network.
 
     Raises:
       InputError: the folder is of another network, or see `open_stage1`.
     """
     abstract = build(DiT, config)[1]
-    found, _, params = open_stage1(name).load_dit(np.float32, place=lambda path, array: array)
+    found, _, params = open_trained(name).load_dit(np.float32, place=lambda path, array: array)
     if build(DiT, found)[1] == abstract:
         return params
     tensors = Tensors(keymap.export(key_table(found), params))

@@ -57,7 +57,7 @@ def attention_to_both(
 ) -> Float[Array, "B T N D"]:
     """Computes `attention` to two sets of keys as if they were one set.
 
-    With cuDNN the two sets are never concatenated in memory.
+    With cuDNN the two sets are concatenated in memory only where the result is differentiated.
 
     Args:
       q: queries.
@@ -66,7 +66,7 @@ def attention_to_both(
       scale: factor of the logits; D^-1/2 by default.
 
     Returns:
-      The mixed values in q's dtype; they cannot be differentiated on a GPU.
+      The mixed values in q's dtype.
     """
     if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and fits_cudnn(q):
         factor = scale or q.shape[-1] ** -0.5

@@ -39,6 +39,7 @@ class LatentSource:
       null: text (L, width) and mask (L,) of the empty caption.
       read, stream: see `Recipe`; one of them is None.
       first: number of clips -> rows of the first ones, see `samples.stage1_samples`.
+      arrays: all examples as `open_latents` gives them; None if they are read from zips.
     """
 
     size: int
@@ -48,6 +49,7 @@ class LatentSource:
     read: Callable[[np.ndarray], Any] | None = None
     stream: Callable[[np.ndarray, int], ZipStream] | None = None
     first: Callable[[int], dict[str, np.ndarray]] | None = None
+    arrays: dict[str, np.ndarray] | None = None
 
 
 def array_source(config: ConfigDict, model: DiTConfig) -> LatentSource:
@@ -72,6 +74,7 @@ def array_source(config: ConfigDict, model: DiTConfig) -> LatentSource:
         null=(np.asarray(arrays["text"][-1]), np.asarray(arrays["text_mask"][-1])),
         read=functools.partial(read_rows, arrays),
         first=functools.partial(first_rows, arrays),
+        arrays=arrays,
     )
 
 

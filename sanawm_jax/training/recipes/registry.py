@@ -16,6 +16,9 @@ RECIPES = {
     "dit": "sanawm_jax.training.recipes.stage1:dit_recipe",
     "stage1": "sanawm_jax.training.recipes.stage1:stage1_recipe",
     "refiner": "sanawm_jax.training.recipes.refiner:refiner_recipe",
+    "self_forcing": "sanawm_jax.training.recipes.self_forcing:self_forcing_recipe",
+    "consistency": "sanawm_jax.training.recipes.consistency:consistency_recipe",
+    "self_forcing_to_truth": "sanawm_jax.training.recipes.to_truth:to_truth_recipe",
 }
 
 
