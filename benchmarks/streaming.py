@@ -167,11 +167,18 @@ def main() -> None:
     has_refiner = not (given.no_refiner or given.stage1_alone)
     refiner = random_refiner(sizes, dtype, refiner_text) if has_refiner else None
     device = jax.devices()[0].device_kind
+    spent: collections.Counter[str] = collections.Counter()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: spent.update({name.rpartition("/")[2]: seconds})
+    )
     with tempfile.TemporaryDirectory() as folder:
         for what in ("stream that compiles", "stream"):
             world = open_one(given, model, refiner, size)
             found = run(given, world, Path(folder) / "a.mp4")
             print(json.dumps({"what": what, **found, "device": device}), flush=True)
+            parts = {name: round(s, 1) for name, s in spent.most_common(8) if s > 0.1}
+            print(json.dumps({"what": "start-up", **parts}), flush=True)
+            spent.clear()
         stages = by_stage(model, refiner, world, given.repeats)
         print(json.dumps({"what": "seconds by stage", **stages}), flush=True)
         if given.profile:

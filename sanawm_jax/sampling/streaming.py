@@ -222,6 +222,7 @@ class Clock:
             "first_chunk_s": round(times[0] - self.opened, 3) if times else None,
             "gap_median_s": round(float(np.median(gaps)), 4) if len(gaps) else None,
             "gap_p95_s": round(float(np.percentile(gaps, 95)), 4) if len(gaps) else None,
+            "gaps_s": [round(float(gap), 3) for gap in gaps],
             "realtime": round(later / self._fps / float(gaps.sum()), 3) if len(gaps) else None,
             "total_s": round(time.perf_counter() - self._start, 3),
             "peak_gib": round(stats.get("peak_bytes_in_use", 0) / _GIB, 2),
