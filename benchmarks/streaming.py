@@ -119,7 +119,7 @@ def by_stage(model: Any, refiner: Any, world: Any, repeats: int) -> dict[str, An
 
     state = world.state.carried
     size = world.window.size
-    noise = world._noise()
+    noise = world._noise(size)
     poses, _ = world._poses("w")
     conditions = world._conditions(poses, np.tile(world._intrinsics, (len(poses), 1)))
     seconds: dict[str, list[float]] = {"stage 1": [], "refiner": [], "decoder": []}

@@ -253,7 +253,9 @@ class SanaWM:
             if chunk is None:
                 sampled = denoise(*inputs, **how, run=run, mesh=self.mesh)
             else:
-                starts = chunk_starts(shape[2], chunk)
+                # chunks of one frame begin with the given image alone
+                how_cut = "first_chunk_plus_one" if chunk > 1 else "uniform"
+                starts = chunk_starts(shape[2], chunk, how_cut)
                 sampled = denoise_staggered(*inputs, starts, **how)
         if self.offload != "none":
             del params, run  # they may hold layers on the device

@@ -128,6 +128,8 @@ def check_causal(model: SanaWM) -> None:
 def window_of(options: StreamOptions, frames: int | None) -> Window:
     """The window of a stream whose first chunk is the given image and a chunk.
 
+    Chunks of one frame begin with the image alone, as their teacher is trained.
+
     Args:
       frames: latent frames of the stream; None if it has no end.
 
@@ -143,5 +145,5 @@ def window_of(options: StreamOptions, frames: int | None) -> Window:
     if cached == -1:
         if frames is None:
             raise InputError("--num_cached_blocks=-1 needs a stream of a known length")
-        cached = max((frames - 1) // size - 1, 1)
-    return Window(size + 1, size, cached, not options.no_sink_token)
+        cached = max((frames - 1) // size - (size > 1), 1)
+    return Window(size + 1 if size > 1 else 1, size, cached, not options.no_sink_token)

@@ -78,10 +78,10 @@ def walk_path(
       intrinsics: (N, 4) in pixels.
       prompts: the prompt of each chunk; None keeps the world's.
     """
-    at = 0
+    at, steps = 0, itertools.count()
     while at < len(c2w):
-        if prompts is not None and prompts[world.chunks] != world.prompt:
-            world.set_prompt(prompts[world.chunks])
+        if prompts is not None and (prompt := prompts[next(steps)]) != world.prompt:
+            world.set_prompt(prompt)
         end = at + world.frames_ahead
         frames = world.step(c2w[at:end], intrinsics[at:end])
         yield make_chunk(world.latents, frames)

@@ -127,6 +127,18 @@ class World:
         return window.first + (self._chunks - 1) * window.size if self._chunks else 0
 
     @property
+    def _next_chunks(self) -> list[int]:
+        """Latent frames of the chunks of the next step.
+
+        A first chunk that is the given image alone comes with the next one: its camera maps look
+        ahead by as many frames.
+        """
+        window = self.window
+        if self._chunks:
+            return [window.size]
+        return [window.first] if window.first > 1 else [1, window.size]
+
+    @property
     def frames_ahead(self) -> int:
         """n, the pixel frames for which the next step takes poses or keys.
 
@@ -187,9 +199,8 @@ class World:
             self._intrinsics = intrinsics[-1]
         else:
             intrinsics = np.tile(self._intrinsics, (len(poses), 1))
-        frames = self._compute(self._conditions(poses, intrinsics), self._noise())
+        frames = self._compute(self._conditions(poses, intrinsics))
         self._motion = motion
-        self._chunks += 1
         return frames
 
     @property
@@ -240,8 +251,9 @@ class World:
             self._model.network(name)  # weights are not read while a function is traced
         poses = np.broadcast_to(np.eye(4), (self._first_frames, 4, 4))
         intrinsics = np.tile(self._intrinsics, (len(poses), 1))
-        conditions = self._conditions(poses, intrinsics, is_start=True)
-        noise = jax.eval_shape(lambda: jnp.zeros(self._chunk_shape(self.window.first)))
+        first = self.window.first
+        conditions = _cut(self._conditions(poses, intrinsics, is_start=True), 0, first)
+        noise = jax.ShapeDtypeStruct(self._chunk_shape(first), jnp.float32)
         latents, dit = jax.eval_shape(self._denoise, None, noise, self._first_latent, conditions)
         decoder = refiner = None
         if self._settings.decode:
@@ -252,7 +264,9 @@ class World:
 
     @property
     def _first_frames(self) -> int:
-        return (self.window.first - 1) * self._model.vae_config.temporal_ratio + 1
+        window = self.window
+        latents = window.first if window.first > 1 else 1 + window.size
+        return (latents - 1) * self._model.vae_config.temporal_ratio + 1
 
     def _chunk_shape(self, frames: int) -> tuple[int, ...]:
         return (1, frames, *self._first_latent.shape[2:])
@@ -297,16 +311,15 @@ class World:
         camera, plucker = (a[None, 0 if is_start else 1 :] for a in found)
         return Conditions(*self._text, *jax.device_put((camera, plucker)))
 
-    def _noise(self) -> jax.Array:
+    def _noise(self, frames: int) -> jax.Array:
         """Noise (1, F, h, w, C) of the next chunk."""
         settings, first = self._settings, self.latent_frame
-        frames = self.window.size if self._chunks else self.window.first
         shape = self._chunk_shape(frames)
         if first < TABLE_FRAMES <= first + frames:
             warnings.warn(
                 f"the stream is longer than {TABLE_FRAMES} latent frames, where upstream's code "
                 "ends; it goes on",
-                stacklevel=3,
+                stacklevel=4,
             )
         if settings.noise is None:
             seed = np.uint32(settings.seed % 2**32)
@@ -316,17 +329,26 @@ class World:
             raise InputError(f"the given noise ends after {settings.noise.shape[1]} latent frames")
         return noise
 
-    def _compute(self, conditions: Conditions, noise: jax.Array) -> jax.Array | None:
-        """Queues the work of a chunk."""
-        is_start, old = self._chunks == 0, self._carried
-        first_latent = self._first_latent if is_start else None
+    def _compute(self, conditions: Conditions) -> jax.Array | None:
+        """Queues the work of a step."""
+        is_start, done, found = self._chunks == 0, 0, []
         with matmul_precision(self._model.dtype):
-            latents, dit = self._denoise(old.dit, noise, first_latent, conditions)
-            refiner = old.refiner
+            for frames in self._next_chunks:
+                latents, dit = self._denoise(
+                    self._carried.dit,
+                    self._noise(frames),
+                    None if self._chunks else self._first_latent,
+                    _cut(conditions, done, done + frames),
+                )
+                self._carried = dataclasses.replace(self._carried, dit=dit)
+                self._chunks += 1
+                done += frames
+                found.append(latents)
+            latents = found[0] if len(found) == 1 else jnp.concatenate(found, 1)
             if self._refiner is not None:
-                latents, refiner = self._refiner.step(latents, refiner)
+                latents, refiner = self._refiner.step(latents, self._carried.refiner)
+                self._carried = dataclasses.replace(self._carried, refiner=refiner)
             self.latents = latents
-            self._carried = Carried(dit, refiner, old.decoder)
             return self._decoded(latents, is_start=is_start)
 
     def _denoise(
@@ -366,6 +388,15 @@ class World:
             sink = self._refiner.sink_frames
             frames = frames[(sink - 1) * self._model.vae_config.temporal_ratio + 1 :]
         return frames
+
+
+def _cut(conditions: Conditions, start: int, end: int) -> Conditions:
+    """The conditions of some of the latent frames."""
+    text, mask, camera, plucker = conditions
+    assert camera is not None and plucker is not None
+    if end - start == camera.shape[1]:
+        return conditions
+    return Conditions(text, mask, camera[:, start:end], plucker[:, start:end])
 
 
 def held_keys(keys: Keys) -> frozenset[str]:

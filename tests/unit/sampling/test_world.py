@@ -20,8 +20,10 @@ from sanawm_jax.media.video import Mp4Writer
 from sanawm_jax.media.video_reader import read_mp4
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.generate import SanaWM
+from sanawm_jax.sampling.latents import channels_first, channels_last
 from sanawm_jax.sampling.open_world import open_world
 from sanawm_jax.sampling.options import StreamOptions
+from sanawm_jax.sampling.staggered import denoise_staggered
 from sanawm_jax.sampling.streaming import FRAGMENTS, NO_DELAY, VideoThread
 from sanawm_jax.sampling.world import World
 from sanawm_jax.sampling.world_state import load_state, save_state
@@ -100,6 +102,43 @@ def test_a_longer_stream_begins_as_a_shorter_one(folder: Path, tmp_path: Path) -
     assert relative(seeded, long) > 0.1
     guided, _, _ = run(folder, tmp_path, num_frames=25, cfg_scale=3.0)
     assert relative(guided, seeded[:, :, :4]) > 1e-3
+
+
+def test_chunks_of_one_frame(folder: Path, tmp_path: Path) -> None:
+    """With all of them cached it is what the teacher's sampler gives, if chunks wait for another."""
+    index = folder / "w/model_index.json"
+    kept = index.read_text()
+    raw = json.loads(kept) | {"num_frame_per_block": 1}
+    noise = np.random.default_rng(1).standard_normal((1, 8, 4, 2, 2)).astype(np.float32)
+    given: dict[str, Any] = dict(latents=noise, num_frames=25, action="w-12,d-12")
+    try:
+        index.write_text(json.dumps(raw))
+        found, frames, _ = run(folder, tmp_path, **given, num_cached_blocks=-1)
+        model = SanaWM.from_pretrained(folder / "w", dtype="float32")
+    finally:
+        index.write_text(kept)
+    assert found.shape[2] == 4 and len(frames) == 25
+    request = model.request(
+        str(folder / "image.png"),
+        action=given["action"],
+        num_frames=25,
+        height=64,
+        width=64,
+        intrinsics="60,60,32,32",
+    )
+    expected = denoise_staggered(
+        *model.network("transformer"),
+        channels_last(noise),
+        model.encode_image(request.pixels),
+        model._conditions(request, "a room", "", False, 12),
+        np.array(CHUNKS.sigmas, np.float32),
+        (0, 1, 2, 3),
+        guidance=1.0,
+        dtype=np.float32,
+        interval=1.0,
+        progress=False,
+    )
+    assert relative(found, channels_first(expected)) < 1e-5
 
 
 def open_one(folder: Path, **given: Any) -> World:
