@@ -105,7 +105,7 @@ def test_a_longer_stream_begins_as_a_shorter_one(folder: Path, tmp_path: Path) -
 
 
 def test_chunks_of_one_frame(folder: Path, tmp_path: Path) -> None:
-    """With all of them cached it is what the teacher's sampler gives, if chunks wait for another."""
+    """With all of them cached they are what the teacher samples if each chunk waits its turn."""
     index = folder / "w/model_index.json"
     kept = index.read_text()
     raw = json.loads(kept) | {"num_frame_per_block": 1}
