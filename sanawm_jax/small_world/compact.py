@@ -1,9 +1,9 @@
-"""Training states in few bytes: seven per weight instead of twelve or more.
+"""Training states in few bytes: six per weight instead of twelve or more.
 
 A state is written as numbered safetensors files of bounded size, so that a run can stop, be carried
-in pieces and go on elsewhere. Weights stay float32. An average is kept as its difference to the
-weights, in bfloat16: the difference is small, so its rounding is far below that of a bfloat16
-weight. First moments are float8 with one scale per array.
+in pieces and go on elsewhere. Weights stay float32. First moments are float8 with one scale per
+array, and so is the difference of the average to the weights: it is small, so its rounding is below
+that of a bfloat16 weight.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _packed(state: dict[str, Any]) -> dict[str, np.ndarray]:
             value = np.asarray(leaf)
             key = f"{name}.{index:04d}"
             if name == "average":
-                value = (value - params[index]).astype(ml_dtypes.bfloat16)
-            elif name == "moments" and _is_large(value):
+                value = value - params[index]
+            if name in ("average", "moments") and _is_large(value):
                 scale = max(float(np.abs(value).max()), 1e-30) / _LARGEST
                 value = (value / scale).astype(_FLOAT8).view(np.uint8)
                 flat[f"{key}.scale"] = np.array([scale], np.float32)
@@ -48,8 +48,8 @@ def _packed(state: dict[str, Any]) -> dict[str, np.ndarray]:
 def save_compact(folder: str | Path, state: dict[str, Any], part_bytes: int = PART_BYTES) -> None:
     """Writes a state: `params`, `average`, `moments` (any pytree) and what else is small.
 
-    Arrays of `moments` with two axes or more are rounded, see the head of the module. An array
-    that is larger than a file is cut along its flat order.
+    Arrays of `average` and `moments` with two axes or more are rounded, see the head of the module.
+    An array that is larger than a file is cut along its flat order.
     """
     from safetensors.numpy import save_file
 

@@ -145,12 +145,18 @@ class TimedRun:
     def _key(self) -> jax.Array:
         return jax.device_put(jax.random.key(self.options.seed), self.whole)
 
-    def train(self, state: TrainState, next_call: Callable[[float], Call]) -> TrainState:
+    def train(
+        self,
+        state: TrainState,
+        next_call: Callable[[float], Call],
+        watch: Callable[[TrainState], dict[str, Any]] = lambda state: {},
+    ) -> TrainState:
         """Makes steps until the time or the number of steps is over, and at least one call.
 
         Args:
           state: donated.
           next_call: how far the whole schedule is, 0 to 1 -> what to run next.
+          watch: further numbers for a line of the log.
         """
         first, last = self.options.span
         step, began, done = int(state.step), self.seconds, 0
@@ -176,11 +182,14 @@ class TimedRun:
                         progress=round(fraction, 4),
                         steps_per_second=round(rate, 2),
                         **means(pending),
+                        **watch(state),
                     )
                     shown_at, shown = self.seconds, done
             pending = values
         jax.block_until_ready(state)
-        self.note(event="trained", step=int(state.step), steps=done, **means(pending))
+        self.note(
+            event="trained", step=int(state.step), steps=done, **means(pending), **watch(state)
+        )
         return state
 
     def save(self, state: TrainState) -> None:

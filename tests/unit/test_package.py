@@ -44,7 +44,15 @@ LAYERS = (
     {"dit", "text", "vae"},
     {"refiner"},
     {"checkpoints", "data", "memory", "sampling", "small_world"},
-    {"eval", "small_world.timed_run", "small_world.train_vae", "training"},
+    {
+        "eval",
+        "small_world.latent_pool",
+        "small_world.rollouts",
+        "small_world.timed_run",
+        "small_world.train_dit",
+        "small_world.train_vae",
+        "training",
+    },
 )
 # programs: run as `python -m` and imported by nothing
 COMMANDS = {Path("sanawm_jax/weights/export.py"), Path("sanawm_jax/weights/random_init.py")}

@@ -57,7 +57,7 @@ def test_compact_state_keeps_weights_and_rounds_moments(tmp_path):
     back = jax.tree.map(np.asarray, load_compact(tmp_path, state))
     np.testing.assert_array_equal(back["params"]["a"], state["params"]["a"])
     np.testing.assert_array_equal(back["params"]["b"], state["params"]["b"])
-    np.testing.assert_allclose(back["average"]["a"], state["average"]["a"], rtol=4e-5)
+    np.testing.assert_allclose(back["average"]["a"], state["average"]["a"], rtol=1e-3)
     np.testing.assert_allclose(back["moments"][0], state["moments"][0], rtol=0.07, atol=1e-4)
     assert back["moments"][1] == 9 and back["step"] == 12
     with pytest.raises(InputError, match="no state of this network"):
