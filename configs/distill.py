@@ -79,6 +79,26 @@ def _released(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _ode_t43() -> ConfigDict:
+    config = _released(_base("ode"))
+    config.data.format = "ode_lmdb"
+    config.seed = 42
+    config.mesh.update(data=8)
+    config.batch_size = 8
+    config.steps = 3000
+    config.save_every = 500
+    config.ema_decay = 0.0
+    config.optimizer.update(
+        learning_rate=2e-5,
+        betas=(0.9, 0.999),
+        weight_decay=0.01,
+        clip_norm=1.0,
+        warmup_steps=0,
+        schedule="constant",
+    )
+    return config
+
+
 def _self_forcing_t43() -> ConfigDict:
     config = _released(_self_forcing())
     config.mesh.update(data=2, context=4)
@@ -173,6 +193,7 @@ _STAGES: dict[str, Callable[[], ConfigDict]] = {
     "consistency": _consistency,
     "self_forcing": _small_self_forcing,
     "self_forcing_to_truth": _to_truth,
+    "ode_t43": _ode_t43,
     "self_forcing_t43": _self_forcing_t43,
     "self_forcing_t121": _self_forcing_t121,
 }

@@ -30,6 +30,7 @@ from sanawm_jax.vae.model import VideoVAE
 
 TextEncoder = Callable[[Sequence[str]], tuple[jax.Array, jax.Array]]
 _PER_CLIP = ("latents", "camera", "plucker")
+_ALL = (*_PER_CLIP, "caption", "text", "text_mask")
 SAVE_EVERY = 32  # batches between two updates of the progress file
 _READERS = 8  # threads that read clips and prepare their conditions
 # In units of the standard deviation, which normalised latents bring to 1. TF32 must stay below it.
@@ -102,8 +103,24 @@ def build_cache(
     if not progress.get("text"):
         _encode_texts(folder, len(views) * progress["captions"], encode_captions)
         _write_progress(folder, {**progress, "text": True})
-    names = (*_PER_CLIP, "caption", "text", "text_mask")
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ALL}
+
+
+def open_latents(folder: str | Path) -> dict[str, np.ndarray]:
+    """Returns memory maps of a folder that `build_cache` wrote.
+
+    Raises:
+      InputError: a file is missing, or the arrays are not of one set of clips.
+    """
+    folder = Path(folder)
+    missing = [name for name in _ALL if not (folder / f"{name}.npy").is_file()]
+    if missing:
+        raise InputError(f"data_dir={folder} lacks {', '.join(f'{name}.npy' for name in missing)}")
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ALL}
+    lengths = {len(arrays[name]) for name in (*_PER_CLIP, "caption")}
+    if len(lengths) > 1 or arrays["caption"].max(initial=0) >= len(arrays["text"]):
+        raise InputError(f"data_dir={folder} holds arrays of different sets of clips")
+    return arrays
 
 
 def read_rows(arrays: dict[str, np.ndarray], indices: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,8 @@ from jax import lax
 
 from sanawm_jax.runtime.errors import InputError
 
+NUM_TIMESTEPS = 1000  # the noise level sigma of timestep t is t / 1000
+
 
 def shift_sigma(sigma: Any, shift: Any) -> Any:
     """Moves noise levels towards 1: s sigma / (1 + (s - 1) sigma)."""
@@ -35,6 +37,21 @@ def check_sigmas(levels: Sequence[float]) -> tuple[float, ...]:
     if len(found) < 2 or not falls or found[0] > 1 or found[-1] != 0:
         raise InputError(f"sigmas={found} must fall from at most 1 to 0")
     return found
+
+
+def check_steps(steps: tuple[float, ...]) -> tuple[float, ...]:
+    """Timesteps of a few-step sampler, which fall from at most 1000 to 0.
+
+    Raises:
+      InputError: they do not.
+    """
+    falls = all(a > b for a, b in itertools.pairwise(steps))
+    if len(steps) < 2 or not falls or steps[0] > NUM_TIMESTEPS or steps[-1] != 0:
+        raise InputError(
+            f"denoising_step_list={tuple(steps)} must fall from at most {NUM_TIMESTEPS} to 0; "
+            "the last entry is 0"
+        )
+    return tuple(float(step) for step in steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sanawm_jax.sampling.schedule import add_noise, shift_sigma
-from sanawm_jax.training.objectives.rollout import NUM_TIMESTEPS, clean_estimate
+from sanawm_jax.sampling.schedule import NUM_TIMESTEPS, add_noise, shift_sigma
+from sanawm_jax.training.objectives.rollout import clean_estimate
 
 
 class ScoreLevel(NamedTuple):

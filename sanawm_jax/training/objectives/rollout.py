@@ -14,7 +14,6 @@ Source: NVlabs/Sana, the trainer of the distilled SANA-WM, and Self Forcing (arX
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,25 +25,8 @@ from jax import lax
 from sanawm_jax.core.params import Params, apply
 from sanawm_jax.dit.state import DiTState, Window
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.schedule import add_noise, euler_step
+from sanawm_jax.sampling.schedule import NUM_TIMESTEPS, add_noise, euler_step
 from sanawm_jax.sampling.stage1 import Conditions
-
-NUM_TIMESTEPS = 1000  # the noise level sigma of timestep t is t / 1000
-
-
-def check_steps(steps: tuple[float, ...]) -> tuple[float, ...]:
-    """Timesteps of a few-step sampler, which fall from at most 1000 to 0.
-
-    Raises:
-      InputError: they do not.
-    """
-    falls = all(a > b for a, b in itertools.pairwise(steps))
-    if len(steps) < 2 or not falls or steps[0] > NUM_TIMESTEPS or steps[-1] != 0:
-        raise InputError(
-            f"denoising_step_list={tuple(steps)} must fall from at most {NUM_TIMESTEPS} to 0; "
-            "the last entry is 0"
-        )
-    return tuple(float(step) for step in steps)
 
 
 def check_frames(frames: int, window: Window) -> None:

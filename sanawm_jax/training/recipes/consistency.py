@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from sanawm_jax.core.params import Params
 from sanawm_jax.dit.state import DiTState
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.schedule import euler_step, guide
+from sanawm_jax.sampling.schedule import NUM_TIMESTEPS, euler_step, guide
 from sanawm_jax.sampling.stage1 import Conditions
 from sanawm_jax.training.engine.learner import UpdateRule, update_rule
 from sanawm_jax.training.engine.recipe import Recipe
@@ -34,7 +34,6 @@ from sanawm_jax.training.engine.state import TrainState
 from sanawm_jax.training.engine.step import Metrics
 from sanawm_jax.training.objectives.distillation import noised_clip, pseudo_huber
 from sanawm_jax.training.objectives.rollout import (
-    NUM_TIMESTEPS,
     Student,
     chunk_gradients,
     clip_cameras,

@@ -33,17 +33,19 @@ from sanawm_jax.dit.model import DiT
 from sanawm_jax.dit.numerics import preset
 from sanawm_jax.dit.state import Window
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.schedule import Schedule
+from sanawm_jax.sampling.schedule import Schedule, check_steps
 from sanawm_jax.sampling.stage1 import Conditions
 from sanawm_jax.training.engine.precision import compute_dtype
 from sanawm_jax.training.objectives.adapters import lora_of
-from sanawm_jax.training.objectives.rollout import Student, check_frames, check_steps
+from sanawm_jax.training.objectives.rollout import Student, check_frames
 from sanawm_jax.training.recipes.latent_source import LatentSource, array_source
+from sanawm_jax.training.recipes.pair_source import pair_source
 from sanawm_jax.training.recipes.stage1_zip import zip_source
 
 TEACHER, STUDENT, CRITIC = "teacher", "student", "critic"
 _FRAMED = ("latents", "camera", "plucker")
 _CAPTIONS = ("text", "text_mask")
+_FORMATS = ("npy", "zip_latents", "ode_lmdb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +111,16 @@ class Distillation:
 
     def _source(self) -> LatentSource:
         config = self.config
-        if config.data.format not in ("npy", "zip_latents"):
-            raise InputError(f"data.format={config.data.format!r}; use npy or zip_latents")
+        if config.data.format not in _FORMATS:
+            raise InputError(
+                f"data.format={config.data.format!r}; use one of {', '.join(_FORMATS)}"
+            )
         if config.data.format == "npy":
             return array_source(config, self.model)
         data = ConfigDict(config.to_dict())
         data.data.text_dir = config.data.text_dir or str(self._folder.path if self._folder else "")
+        if config.data.format == "ode_lmdb":
+            return pair_source(data, self._workdir, self.model, self.steps)
         return zip_source(data, self._workdir, self.model)
 
     def _window(self) -> Window:

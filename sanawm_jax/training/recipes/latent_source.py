@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,15 +16,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sanawm_jax.camera.rays import camera_conditions
-from sanawm_jax.data.latent_cache import read_rows
+from sanawm_jax.data.latent_cache import open_latents, read_rows
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.recipes.samples import first_rows
 
 if TYPE_CHECKING:  # it imports grain
     from sanawm_jax.data.zip_stream import ZipStream
-
-_NAMES = ("latents", "camera", "plucker", "caption", "text", "text_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +73,6 @@ def array_source(config: ConfigDict, model: DiTConfig) -> LatentSource:
         first=functools.partial(first_rows, arrays),
         arrays=arrays,
     )
-
-
-def open_latents(folder: str | Path) -> dict[str, np.ndarray]:
-    """Memory maps of a folder that `data.latent_cache.build_cache` wrote.
-
-    Raises:
-      InputError: a file is missing, or the arrays are not of one set of clips.
-    """
-    folder = Path(folder)
-    missing = [name for name in _NAMES if not (folder / f"{name}.npy").is_file()]
-    if missing:
-        raise InputError(f"data_dir={folder} lacks {', '.join(f'{name}.npy' for name in missing)}")
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _NAMES}
-    lengths = {len(arrays[name]) for name in _NAMES[:4]}
-    if len(lengths) > 1 or arrays["caption"].max(initial=0) >= len(arrays["text"]):
-        raise InputError(f"data_dir={folder} holds arrays of different sets of clips")
-    return arrays
 
 
 def synthetic_latents(

@@ -17,6 +17,7 @@ RECIPES = {
     "stage1": "sanawm_jax.training.recipes.stage1:stage1_recipe",
     "refiner": "sanawm_jax.training.recipes.refiner:refiner_recipe",
     "self_forcing": "sanawm_jax.training.recipes.self_forcing:self_forcing_recipe",
+    "ode": "sanawm_jax.training.recipes.ode:ode_recipe",
     "consistency": "sanawm_jax.training.recipes.consistency:consistency_recipe",
     "self_forcing_to_truth": "sanawm_jax.training.recipes.to_truth:to_truth_recipe",
 }

@@ -99,7 +99,7 @@ def zip_source(config: ml_collections.ConfigDict, workdir: Path, model: DiTConfi
     from sanawm_jax.data.zip_stream import ZipStream
 
     source, counter = open_zips(config, model)
-    text = _text_cache(config, workdir, source.index.captions())
+    text = encoded_captions(config, workdir, source.index.captions())
     source.text = text
     assert source.shape is not None
     plucker = source.temporal * _PLUCKER_CHANNELS
@@ -148,8 +148,14 @@ def first_samples(source: ZipLatents, clips: int) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _text_cache(config: ml_collections.ConfigDict, workdir: Path, captions: list[str]) -> TextCache:
-    """The captions as the run's text encoder reads them; the first process encodes them."""
+def encoded_captions(
+    config: ml_collections.ConfigDict, workdir: Path, captions: list[str]
+) -> TextCache:
+    """The captions as the run's text encoder reads them; the first process encodes them.
+
+    Raises:
+      InputError: no folder with a text encoder is given.
+    """
     data = config.data
     cache = Path(data.text_cache).expanduser() if data.text_cache else workdir / "text"
     name = data.text_dir or config.init_weights

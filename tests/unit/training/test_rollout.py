@@ -17,13 +17,12 @@ from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.model import DiT
 from sanawm_jax.dit.state import Window
 from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.sampling.schedule import add_noise
+from sanawm_jax.sampling.schedule import add_noise, check_steps
 from sanawm_jax.sampling.stage1 import Conditions
 from sanawm_jax.training.objectives.rollout import (
     Student,
     by_chunk,
     check_frames,
-    check_steps,
     follow,
     roll_out,
     timesteps_of_frames,
