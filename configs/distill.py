@@ -25,6 +25,7 @@ def _base(task: str) -> ConfigDict:
     # the frozen network: the folder of a run, a stage-1 folder in either layout, or a hub name;
     # empty: random weights of the sizes in `dit`
     config.teacher = ""
+    config.allow_pickle = False  # True: also read upstream's model.pt
     config.numerics = ""  # a preset of sanawm_jax/dit/numerics.py; empty: that of the folder
     config.dit = ConfigDict()
     config.data = common.stage1_data()

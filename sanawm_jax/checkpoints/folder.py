@@ -37,7 +37,12 @@ from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoDecoder, VideoEncoder
 
 # fields of model_index.json and of `options.StreamOptions`
-STREAM_FIELDS = ("num_frame_per_block", "num_cached_blocks", "denoising_step_list")
+STREAM_FIELDS = (
+    "num_frame_per_block",
+    "num_cached_blocks",
+    "denoising_step_list",
+    "no_sink_token",
+)
 Place = Callable[[str, np.ndarray], Any]  # see `keymap.load`
 _VAE_HALVES = {"encoder": VideoEncoder, "decoder": VideoDecoder}
 

@@ -149,7 +149,8 @@ def upstream_config(
     if stream and is_distilled:
         if model["model"] == RELEASED_MODEL:
             model["model"] = STREAMING_MODEL
-        model |= {"num_cached_blocks": stream["num_cached_blocks"], "sink_token": True}
+        has_sink = not stream.get("no_sink_token", False)
+        model |= {"num_cached_blocks": stream["num_cached_blocks"], "sink_token": has_sink}
         model["pos_embed_type"] = "casual_wan_rope"  # as upstream spells it
     return {
         "model": model,

@@ -125,6 +125,8 @@ class UpstreamFolder(Stage1Folder):
       InputError: on construction, no or a bad config.yaml.
     """
 
+    network = "generator"  # which network of a distillation's model.pt is read; or critic
+
     def __init__(self, folder: str | Path, *, allow_pickle: bool = False):
         self.allow_pickle = allow_pickle
         self._source: TensorSource | None = None
@@ -191,7 +193,8 @@ class UpstreamFolder(Stage1Folder):
             )
         else:
             what = str(pickles[0])
-            self._source = self._source or TorchFile(pickles[0])
+            names = (self.network, "state_dict")
+            self._source = self._source or TorchFile(pickles[0], names)
         return self._source, what
 
     def dit_weights(self) -> Weights:

@@ -14,10 +14,12 @@ from ml_collections import ConfigDict
 from configs import distill
 from sanawm_jax.checkpoints.export import export_transformer
 from sanawm_jax.checkpoints.initial_weights import open_trained
+from sanawm_jax.checkpoints.layouts import write_index
 from sanawm_jax.data.ode_pairs import main as make_pairs
 from sanawm_jax.data.ode_store import OdePairs, Shard
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.training.engine.loop import train
 from sanawm_jax.training.recipes.distill import random_network
 from sanawm_jax.training.recipes.latent_source import synthetic_latents
@@ -50,6 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(folder / "latents" / f"{name}.npy", value)
     export = folder / "teacher" / "export" / "transformer"
     export_transformer(model, random_network(model, 1), export, "float32")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (export.parent / part).mkdir()
+    write_index(export.parent, Schedule(shift=3.0))
     return folder
 
 
@@ -75,12 +80,13 @@ def test_a_stage_resumes_bit_equal(stage: str, folder: Path, tmp_path: Path) -> 
         assert rows[0]["generator_loss"] > 0 and rows[1]["generator_loss"] is None
         assert rows[1]["critic_loss"] > 0
 
-    # the export is a network of the same sizes, and says how it samples
+    # the export is a network of the same sizes, and says how it is sampled
     exported = open_trained(tmp_path / "whole")
     assert exported.dit_config() == open_trained(config.teacher).dit_config()
-    found = json.loads((tmp_path / "whole" / "export" / "streaming.json").read_text())
-    assert found["denoising_step_list"] == list(config.denoising_step_list)
-    assert (found["num_frame_per_block"], found["num_cached_blocks"]) == (3, 2)
+    steps = tuple(map(float, exported.stream_options().pop("denoising_step_list").split(",")))
+    assert steps == tuple(config.denoising_step_list)
+    assert exported.stream_options()["num_cached_blocks"] == 2
+    assert exported.stream_options()["num_frame_per_block"] == 3
 
 
 @pytest.mark.slow

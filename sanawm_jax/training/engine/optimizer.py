@@ -53,6 +53,7 @@ def make_optimizer(
     """An optimizer at learning rate 1; the train step scales its updates by `learning_rate`.
 
     Args:
+      betas: with betas[0] = 0 AdamW's first moment is the gradient itself and is not kept.
       name: adamw; or muon, which orthogonalises the updates of matrices (arXiv 2502.16982, their
         size matched to AdamW's) and leaves all else to AdamW.
       moments_dtype: of the first moments in memory and in checkpoints. AdamW's second moments stay
@@ -80,6 +81,12 @@ def make_optimizer(
             muon_weight_dimension_numbers=matrix_axes,  # pyright: ignore[reportArgumentType]
             consistent_rms=0.2,
             mu_dtype=moments_dtype,
+        )
+    elif betas[0] == 0.0:
+        rule = optax.chain(
+            optax.scale_by_rms(betas[1], eps, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(weight_decay, mask=decay_mask),
+            optax.scale_by_learning_rate(1.0),
         )
     else:
         rule = optax.adamw(

@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from sanawm_jax.checkpoints.export import export_transformer
 from sanawm_jax.checkpoints.initial_weights import load_initial, open_trained
 from sanawm_jax.checkpoints.layouts import write_index
-from sanawm_jax.checkpoints.writer import write_json
 from sanawm_jax.core.lora import build_adapted, combine, init_adapters, merge_lora
 from sanawm_jax.core.params import Params, apply, build, cast, from_leaves, init, leaves
 from sanawm_jax.core.sharding import place
@@ -92,7 +91,11 @@ class Distillation:
         self.steps = check_steps(tuple(config.denoising_step_list))
         self._folder = None
         if config.teacher:
-            self._folder = open_trained(config.teacher, numerics=config.numerics or None)
+            self._folder = open_trained(
+                config.teacher,
+                allow_pickle=config.allow_pickle,
+                numerics=config.numerics or None,
+            )
             self.model = self._folder.dit_config()
         else:
             logging.warning("no teacher is given: a random one serves as a first test")
@@ -209,15 +212,21 @@ class Distillation:
         graphdef, abstract = build_adapted(DiT, self.model, lora)
         return Network(graphdef, abstract, name if section.weights else TEACHER)
 
-    def weights(self, folder: str) -> Params:
-        """Host float32 weights of a folder, or without one of the teacher.
+    def weights(self, name: str) -> Params:
+        """Host float32 weights that a learner starts from; its folder's, or the teacher's.
 
         Raises:
           InputError: the folder is of another network.
         """
+        folder = "" if name == TEACHER else self.config[name].weights
         if folder:
             try:
-                return load_initial(folder, self.model)
+                return load_initial(
+                    folder,
+                    self.model,
+                    allow_pickle=self.config.allow_pickle,
+                    network="critic" if name == CRITIC else "generator",
+                )
             except InputError as error:
                 raise InputError(f"{folder} does not fit the teacher: {error}") from None
         if self._folder is not None:
@@ -230,7 +239,7 @@ class Distillation:
         for i, (name, network) in enumerate(networks.items()):
             if network.base is None:
                 # a copy for each learner, because the compiled step donates its state
-                made = jax.tree.map(np.array, self.weights(self.config[name].weights))
+                made = jax.tree.map(np.array, self.weights(name))
             else:
                 key = jax.random.fold_in(jax.random.key(self.config.seed), i)
                 made = init_adapters(network.abstract, key)
@@ -239,11 +248,9 @@ class Distillation:
 
     def frozen(self, networks: dict[str, Network], *, teacher: bool = True) -> dict[str, Params]:
         """Weights in the compute dtype: the teacher's, and those that adapters belong to."""
-        bases = {network.base for network in networks.values() if network.base}
-        folders = {name: self.config[name].weights for name in bases - {TEACHER}}
-        if teacher or TEACHER in bases:
-            folders[TEACHER] = ""
-        return {name: cast(self.weights(folder), self.dtype) for name, folder in folders.items()}
+        names = {network.base for network in networks.values() if network.base}
+        names |= {TEACHER} if teacher else set()
+        return {name: cast(self.weights(name), self.dtype) for name in sorted(names)}
 
     def clip_velocity(
         self,
@@ -279,22 +286,15 @@ class Distillation:
             camera=self.config.use_camera,
         )
 
+    def merged(self, name: str, network: Network, params: Params) -> Params:
+        """The weights of a whole network, adapters merged into their base."""
+        lora = lora_of(self.config[name])
+        return params if lora is None else merge_lora(self.weights(name), params, lora.scale)
+
     def export(self, network: Network, params: Params, folder: Path) -> None:
         """Writes the student: `transformer/`, the teacher's other parts, and how it samples."""
-        if network.base is not None:
-            lora = lora_of(self.config[STUDENT])
-            assert lora is not None
-            params = merge_lora(self.weights(self.config[STUDENT].weights), params, lora.scale)
+        params = self.merged(STUDENT, network, params)
         export_transformer(self.model, params, folder / "transformer", self.config.export_dtype)
-        write_json(
-            folder / "streaming.json",
-            {
-                "denoising_step_list": list(self.steps),
-                "num_frame_per_block": self.window.size,
-                "num_cached_blocks": self.config.window.cached,
-                "sink_token": self.window.sink,
-            },
-        )
         if self._folder is None:
             return
         parts = ("vae", "text_encoder", "tokenizer")
@@ -302,7 +302,22 @@ class Distillation:
         for part in found:
             shutil.copytree(self._folder.path / part, folder / part, dirs_exist_ok=True)
         if len(found) == len(parts):
-            write_index(folder, self.teacher_schedule())
+            write_index(
+                folder,
+                self.teacher_schedule(),
+                **self.stream_options(),
+                numerics=self._folder.numerics or self._folder.layout_numerics(),
+            )
+
+    def stream_options(self) -> dict[str, Any]:
+        """See `Stage1Folder.stream_options`."""
+        window, cached = self.window, self.config.window.cached
+        return {
+            "num_frame_per_block": window.size,
+            "num_cached_blocks": cached,
+            "denoising_step_list": ",".join(f"{step:g}" for step in self.steps),
+            **({} if window.sink or cached < 0 else {"no_sink_token": True}),
+        }
 
 
 def random_network(model: DiTConfig, seed: int) -> Params:

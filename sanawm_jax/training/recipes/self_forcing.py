@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
 
+from sanawm_jax.checkpoints.export import export_transformer
 from sanawm_jax.core.params import Params
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.stage1 import Conditions
@@ -52,13 +53,22 @@ def self_forcing_recipe(config: ConfigDict, workdir: Path) -> Recipe:
     }
     if config.student_every < 1:
         raise InputError(f"student_every={config.student_every} must be at least 1")
+
+    def export(best: dict[str, Params]) -> None:
+        folder = workdir / "export"
+        run.export(networks[STUDENT], best[STUDENT], folder)
+        # the critic of a run is where that of the next one starts
+        critic = run.merged(CRITIC, networks[CRITIC], best[CRITIC])
+        name = folder / CRITIC / "transformer"
+        export_transformer(run.model, critic, name, config.export_dtype)
+
     return Recipe(
         abstract={name: network.abstract for name, network in networks.items()},
         init=lambda places: run.init(networks, places),
         rules=rules,
         update=SelfForcing(run, networks, rules),
         resident=run.resident(run.frozen(networks)),
-        export=lambda best: run.export(networks[STUDENT], best[STUDENT], workdir / "export"),
+        export=export,
         flops=update_flops(run),
         **run.data(),
     )

@@ -205,6 +205,25 @@ def test_unknown_optimizer() -> None:
         make_optimizer(moments_dtype="int8")
 
 
+def test_adamw_without_a_first_moment_does_not_keep_one() -> None:
+    params = {"a": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones((4,))}}
+    rules = (
+        make_optimizer(betas=(0.0, 0.9), weight_decay=0.1, clip_norm=1e9),
+        optax.adamw(1.0, 0.0, 0.9, weight_decay=0.1, mask=decay_mask(params)),
+    )
+    states = [rule.init(params) for rule in rules]
+    assert len(jax.tree.leaves(states[0])) == 1 + 2  # a count, and the second moments
+    for scale in (0.3, -1.0, 2.0):
+        gradients = jax.tree.map(lambda a: scale * a, params)  # noqa: B023
+        found = [
+            rule.update(gradients, state, params) for rule, state in zip(rules, states, strict=True)
+        ]
+        states = [state for _, state in found]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[0][0], found[1][0]
+        )
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_first_moments_in_bfloat16(name: str) -> None:
     params = {"a": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones((4,))}}
