@@ -173,7 +173,7 @@ class SampleOptions:
     denoising_step_list: str | None = _unset(StreamOptions, "denoising_step_list")
     num_frame_per_block: int | None = _unset(StreamOptions, "num_frame_per_block")
     num_cached_blocks: int | None = _unset(StreamOptions, "num_cached_blocks")
-    no_sink_token: bool = _of(StreamOptions, "no_sink_token")
+    no_sink_token: bool | None = _unset(StreamOptions, "no_sink_token")
     chunk_prompts: str | None = option(
         "a UTF-8 file with the prompt of each chunk of a stream, one per line", None
     )
