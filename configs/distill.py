@@ -43,7 +43,9 @@ def _base(task: str) -> ConfigDict:
     # weights: the folder that the learner starts from; empty: the teacher. A lora.rank above 0
     # trains adapters on these weights
     config.student = ConfigDict(dict(weights="", lora=stage1.lora.to_dict()))
-    # the last clips of the data are never trained on
+    # the last clips of the data are never trained on. After every `every` steps (0: never) the
+    # student makes them, and workdir/best gets the best weights so far; `patience` measurements
+    # that are no better (0: any number) end the run
     config.held_out = ConfigDict(dict(clips=0, every=0, patience=0, batch=8))
     return config
 

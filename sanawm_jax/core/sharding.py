@@ -8,8 +8,11 @@ which does nothing without a mesh. docs/architecture.md explains the axis letter
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,15 +29,35 @@ AXES = ("data", "fsdp", "context", "tensor")
 _LOGICAL = {"B": ("data", "fsdp"), "F": "context", "N": "tensor"}
 
 
+# The axes of the mesh that `undivided` hides.
+_hidden = contextvars.ContextVar("hidden", default=frozenset[str]())
+
+
+@contextlib.contextmanager
+def undivided(name: str) -> Iterator[None]:
+    """Traces a part of a program in which the ranks of an axis divide nothing and do the same."""
+    token = _hidden.set(_hidden.get() | {name})
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
 def axis_size(name: str) -> int:
-    """Returns the number of ranks along an axis of the current mesh, or 1 without a mesh."""
+    """Returns the number of ranks along an axis of the current mesh, or 1 without a mesh.
+
+    It is 1 too where `undivided` hides the axis.
+    """
+    if name in _hidden.get():
+        return 1
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
 
 
 def logical_spec(names: str) -> P:
     """Returns the spec of an array with axes such as "B F P N D". "(N D)" is one merged axis."""
     tokens = re.findall(r"\([^)]*\)|\S+", names)
-    return P(*(_LOGICAL.get(token.strip("() ").split()[0]) for token in tokens))
+    axes = [_LOGICAL.get(token.strip("() ").split()[0]) for token in tokens]
+    return P(*(None if axis in _hidden.get() else axis for axis in axes))
 
 
 def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:

@@ -127,7 +127,7 @@ def _train_on(
         spike=spike if spike.is_on else None,
         sinks=make_sinks(config, workdir, recipe, mesh),
     )
-    watchers = make_watchers(config, workdir, recipe, resident)
+    watchers = make_watchers(config, workdir, recipe, resident, int(state.step))
     try:
         state = _run(
             mesh,
@@ -241,11 +241,14 @@ def _run(
         signals = place_signals(mesh, fraction, wish())
         state, values = steps(state, resident, batches, key, signals)
         metrics.push(step + 1, values, indices)
-        for watcher in watchers:
-            watcher.after(step, step + k, state)
+        # a list: each of them sees every step
+        is_over = any([watcher.after(step, step + k, state) for watcher in watchers])
         step += k
         if step % config.save_every == 0:
             save()
+        if is_over:
+            stop = GO_ON
+            break
     else:
         stop = GO_ON
     is_saved = step == first or (save() and checkpoints.wait())

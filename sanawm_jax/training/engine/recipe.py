@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params
+from sanawm_jax.training.engine.held_out import HeldOut
 from sanawm_jax.training.engine.learner import MODEL, UpdateRule, update_rule
 from sanawm_jax.training.engine.step import GradientUpdate, Loss, Prepare, Update
 
@@ -38,6 +39,7 @@ class Recipe:
       flops: of the part of a training step that one example causes; 0 if they are not counted.
       sample: (best weights of each learner, resident data, folder) -> writes what the weights make
         of some examples; None if the recipe shows nothing.
+      held_out: how the run is measured on examples that it does not train on; None if it is not.
     """
 
     abstract: dict[str, Params]
@@ -51,6 +53,7 @@ class Recipe:
     stream: Callable[[np.ndarray, int], ZipStream] | None = None
     flops: float = 0.0
     sample: Callable[[dict[str, Params], Any, Path], None] | None = None
+    held_out: HeldOut | None = None
 
 
 def one_learner(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.peak import mfu, peak_flops
 from sanawm_jax.runtime.processes import is_first
+from sanawm_jax.training.engine.held_out import HeldOutWatcher
 from sanawm_jax.training.engine.metrics import RowSink
 from sanawm_jax.training.engine.recipe import Recipe
 from sanawm_jax.training.engine.state import TrainState
@@ -25,9 +26,12 @@ _CURVES_SECONDS = 300.0  # between drawings of a long run
 
 
 class Watcher(Protocol):
-    """Is called after every call of the compiled steps, which went from step `before` to `step`."""
+    """Is called after every call of the compiled steps, which went from step `before` to `step`.
 
-    def after(self, before: int, step: int, state: TrainState) -> None: ...
+    A run ends where `after` returns True.
+    """
+
+    def after(self, before: int, step: int, state: TrainState) -> bool | None: ...
 
     def close(self) -> None: ...
 
@@ -269,12 +273,15 @@ def make_sinks(
 
 
 def make_watchers(
-    config: ml_collections.ConfigDict, workdir: Path, recipe: Recipe, resident: Any
+    config: ml_collections.ConfigDict, workdir: Path, recipe: Recipe, resident: Any, step: int = 0
 ) -> Sequence[Watcher]:
     """What is called with the state while it trains."""
     watchers: list[Watcher] = []
     if "samples" in config and config.samples.every:
         watchers.append(Films(recipe, resident, workdir, config.samples.every))
+    if recipe.held_out:
+        path = workdir / "held_out.jsonl" if is_first() else None
+        watchers.append(HeldOutWatcher(recipe.held_out, resident, path, step))
     if is_first():
         watchers.append(Profiler(workdir, config.profile.start, config.profile.steps))
         if config.curves:

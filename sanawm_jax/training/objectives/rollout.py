@@ -23,6 +23,7 @@ from flax import nnx
 from jax import lax
 
 from sanawm_jax.core.params import Params, apply
+from sanawm_jax.core.sharding import undivided
 from sanawm_jax.dit.state import DiTState, Window
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import NUM_TIMESTEPS, add_noise, euler_step
@@ -102,17 +103,19 @@ class Student:
         timesteps: jax.Array,
         conditions: Conditions,
     ) -> tuple[jax.Array, DiTState]:
-        return apply(
-            self.graphdef,
-            params,
-            latents.astype(self.dtype),
-            timesteps,
-            *conditions,
-            window=self.window,
-            state=state,
-            remat=self.remat,
-            method="stream",
-        )
+        # the few frames of a chunk are not shared out: context ranks do the same
+        with undivided("context"):
+            return apply(
+                self.graphdef,
+                params,
+                latents.astype(self.dtype),
+                timesteps,
+                *conditions,
+                window=self.window,
+                state=state,
+                remat=self.remat,
+                method="stream",
+            )
 
 
 def clean_estimate(noisy: jax.Array, velocity: jax.Array, timesteps: jax.Array) -> jax.Array:

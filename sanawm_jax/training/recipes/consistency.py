@@ -42,6 +42,7 @@ from sanawm_jax.training.objectives.rollout import (
     timesteps_of_chunks,
 )
 from sanawm_jax.training.recipes.distill import STUDENT, TEACHER, Distillation, Network
+from sanawm_jax.training.recipes.held_out import held_out_clips
 
 
 def consistency_recipe(config: ConfigDict, workdir: Path) -> Recipe:
@@ -64,6 +65,7 @@ def consistency_recipe(config: ConfigDict, workdir: Path) -> Recipe:
         resident=run.resident(run.frozen({STUDENT: network})),
         export=lambda best: run.export(network, best[STUDENT], workdir / "export"),
         flops=causal * (4 + 2 + (4 if guided else 2)),
+        held_out=held_out_clips(run, network, workdir),
         **run.data(),
     )
 

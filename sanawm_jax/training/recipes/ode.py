@@ -23,6 +23,7 @@ from sanawm_jax.training.engine.state import TrainState
 from sanawm_jax.training.engine.step import Metrics
 from sanawm_jax.training.objectives.distillation import ode_loss
 from sanawm_jax.training.recipes.distill import STUDENT, Distillation
+from sanawm_jax.training.recipes.held_out import held_out_clips
 
 
 def ode_recipe(config: ConfigDict, workdir: Path) -> Recipe:
@@ -65,6 +66,7 @@ def ode_recipe(config: ConfigDict, workdir: Path) -> Recipe:
         resident=run.resident(run.frozen({STUDENT: network}, teacher=False)),
         export=lambda best: run.export(network, best[STUDENT], workdir / "export"),
         flops=3 * run.forward_flops(causal=True),
+        held_out=held_out_clips(run, network, workdir),
         **run.data(),
     )
 

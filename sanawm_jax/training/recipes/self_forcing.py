@@ -41,6 +41,7 @@ from sanawm_jax.training.objectives.rollout import (
     timesteps_of_frames,
 )
 from sanawm_jax.training.recipes.distill import CRITIC, STUDENT, TEACHER, Distillation, Network
+from sanawm_jax.training.recipes.held_out import held_out_clips
 
 
 def self_forcing_recipe(config: ConfigDict, workdir: Path) -> Recipe:
@@ -70,6 +71,7 @@ def self_forcing_recipe(config: ConfigDict, workdir: Path) -> Recipe:
         resident=run.resident(run.frozen(networks)),
         export=export,
         flops=update_flops(run),
+        held_out=held_out_clips(run, networks[STUDENT], workdir),
         **run.data(),
     )
 

@@ -36,6 +36,7 @@ from sanawm_jax.training.objectives.rollout import (
     timesteps_of_chunks,
 )
 from sanawm_jax.training.recipes.distill import STUDENT, Distillation, Network
+from sanawm_jax.training.recipes.held_out import held_out_clips
 
 
 def to_truth_recipe(config: ConfigDict, workdir: Path) -> Recipe:
@@ -54,6 +55,7 @@ def to_truth_recipe(config: ConfigDict, workdir: Path) -> Recipe:
         resident=run.resident(run.frozen({STUDENT: network}, teacher=False)),
         export=lambda best: run.export(network, best[STUDENT], workdir / "export"),
         flops=causal * (4 + share * len(run.steps)),
+        held_out=held_out_clips(run, network, workdir),
         **run.data(),
     )
 
