@@ -26,6 +26,7 @@ from sanawm_jax.training.engine.recipe import Recipe
 from sanawm_jax.training.engine.state import TrainState
 from sanawm_jax.training.engine.step import Metrics, every_nth
 from sanawm_jax.training.objectives.distillation import (
+    Matching,
     ScoreLevel,
     distribution_matching,
     flow_loss,
@@ -186,23 +187,7 @@ class SelfForcing:
         key: jax.Array,
     ) -> tuple[Params, Metrics]:
         """Gradients of the student, and its metrics."""
-        noisy, _, timesteps = self.noised(rollout.made, key)
-        level, of_critic = score_level(self.run.config), self.networks[CRITIC]
-        negative = self.run.negative(resident, conditions)
-
-        def estimate(network: Network | None, weights: Params, given: Conditions) -> jax.Array:
-            velocity = self.run.clip_velocity(network, weights, noisy, timesteps, given)
-            return clean_estimate(noisy, velocity, timesteps)
-
-        def of_teacher(texts: tuple[jax.Array, jax.Array]) -> jax.Array:
-            given = conditions._replace(text=texts[0], text_mask=texts[1])
-            return estimate(None, resident["base"][TEACHER], given)
-
-        # one after the other, in the memory of one
-        pairs = [jnp.stack(pair) for pair in zip(conditions[:2], negative[:2], strict=True)]
-        real = level.guided(*lax.map(of_teacher, tuple(pairs)))
-        fake = estimate(of_critic, of_critic.whole(resident)(critic), conditions)
-        found = distribution_matching(rollout.made, fake, real, mask_of_made(timesteps))
+        found = self.matching(critic, resident, rollout.made, conditions, key)
         gradients = follow(
             self.student,
             params,
@@ -218,6 +203,28 @@ class SelfForcing:
             "dmd_gradient_norm": found.direction,
             "exit_level": exit_level.astype(jnp.float32),
         }
+
+    def matching(
+        self, critic: Params, resident: Any, made: jax.Array, conditions: Conditions, key: jax.Array
+    ) -> Matching:
+        """How critic and teacher judge clips at a random level."""
+        noisy, _, timesteps = self.noised(made, key)
+        level, of_critic = score_level(self.run.config), self.networks[CRITIC]
+        negative = self.run.negative(resident, conditions)
+
+        def estimate(network: Network | None, weights: Params, given: Conditions) -> jax.Array:
+            velocity = self.run.clip_velocity(network, weights, noisy, timesteps, given)
+            return clean_estimate(noisy, velocity, timesteps)
+
+        def of_teacher(texts: tuple[jax.Array, jax.Array]) -> jax.Array:
+            given = conditions._replace(text=texts[0], text_mask=texts[1])
+            return estimate(None, resident["base"][TEACHER], given)
+
+        # one after the other, in the memory of one
+        pairs = [jnp.stack(pair) for pair in zip(conditions[:2], negative[:2], strict=True)]
+        real = level.guided(*lax.map(of_teacher, tuple(pairs)))
+        fake = estimate(of_critic, of_critic.whole(resident)(critic), conditions)
+        return distribution_matching(made, fake, real, mask_of_made(timesteps))
 
     def critic_gradients(
         self, params: Params, resident: Any, made: jax.Array, conditions: Conditions, key: jax.Array
