@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sanawm_jax.eval.files import write_json
+from sanawm_jax.eval.report import stack, write_report
 from sanawm_jax.eval.runner import Row, store_of
 from sanawm_jax.eval.scenes import Task, sample, stream
 from sanawm_jax.eval.world import WORLD
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sanawm_jax.sampling.generate import SanaWM
 
 _SHEET_CLIPS = 8
-_OUTPUTS = ("json", "sheet")
+_OUTPUTS = ("json", "report", "sheet")
 
 
 def make_parser(text: str | None, sheet: str) -> argparse.ArgumentParser:
@@ -52,6 +53,9 @@ def make_parser(text: str | None, sheet: str) -> argparse.ArgumentParser:
         help="timesteps of a chunk with --streaming",
     )
     parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument(
+        "--report", help="write a page with figures, curves and clips to this folder"
+    )
     parser.add_argument("--sheet", default=sheet, help="truth above the videos")
     return parser
 
@@ -123,16 +127,18 @@ class Run:
         self.rows: list[Row] = []
         self.store = store_of(options, _OUTPUTS, weights)
 
-    def write(self, table: dict[str, Any]) -> None:
-        """Writes the contact sheet and, with `--json`, the figures; then forgets the parts.
+    def write(self, table: dict[str, Any], title: str) -> None:
+        """Writes the contact sheet, and the figures and the page if asked; then forgets the parts.
 
         Raises:
           InputError: a file cannot be written.
         """
         strips = [self.store.strip(row["name"]) for row in self.rows[:_SHEET_CLIPS]]
-        Image.fromarray(np.concatenate([s for s in strips if s is not None])).save(
-            self.options.sheet
-        )
+        Image.fromarray(stack([s for s in strips if s is not None])).save(self.options.sheet)
         if self.options.json:
             write_json(self.options.json, table)
+        if self.options.report:
+            print(
+                write_report(Path(self.options.report), title, table, self.rows, self.store.strip)
+            )
         self.store.remove()

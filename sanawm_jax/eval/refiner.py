@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         table, this = run(options)
         print("\n".join(table_lines(table)))
-        this.write(table)
+        this.write(table, f"Refiner: {options.refiner_weights}")
     except InputError as error:
         fail(str(error))
 

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         table, this = run(options)
         print("\n".join(table_lines(table)))
-        this.write(table)
+        this.write(table, f"Small world: {options.weights}")
     except InputError as error:
         fail(str(error))
 

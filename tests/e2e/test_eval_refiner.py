@@ -108,6 +108,7 @@ def test_stage_1_alone(
             *("small_world", "--weights", str(folders[0]), "--scenes", "2", "--num_frames", "17"),
             *("--size", "32", "--steps", "1", "--text_length", "48"),
             *("--minute", "--minute_scenes", "1", "--minute_frames", "137"),
+            *("--report", str(tmp_path / "report")),
             *("--json", str(tmp_path / "out.json"), "--sheet", str(tmp_path / "sheet.png")),
         ]
     )
@@ -117,6 +118,9 @@ def test_stage_1_alone(
     assert all(0 < v < 100 for v in table["psnr_seen_by_quarter"])
     assert 0 < table["rot_err_deg"] < 180 and table["cam_mc"] > 0
     assert table["estimator_rot_err_deg"] < 1 < table["rot_err_deg"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert all(f"<h3>{name}</h3>" in page for name in ("0", "1", "minute_0"))
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["table"] == table
     minute = table["minute"]
     assert minute["clips"] == 1 and minute["frames"] == 137
     assert minute["gradient_ratio_last"] > 0 and minute["saturation_ratio_last"] > 0
