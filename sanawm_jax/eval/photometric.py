@@ -74,9 +74,9 @@ def estimate_poses(
       intrinsics: (4,) fx, fy, cx, cy in pixels.
       frames: frame numbers in increasing order; the first is 0, whose pose is given.
       commanded: (N, 4, 4) poses in the same world that the video was asked to follow. The search
-        for a frame begins where the render is nearest: at the last pose, at the last pose moved on
-        as before, and, with `commanded`, at the commanded pose, or at the last pose moved on as
-        commanded.
+        for a frame begins where the render is nearest: at the last pose, at the commanded pose, or
+        at the last pose moved on as commanded. Without `commanded`: at the last pose, or at the
+        last pose moved on as before.
 
     Returns:
       (len(frames), 4, 4) camera to world.
@@ -85,9 +85,10 @@ def estimate_poses(
     for before, frame in itertools.pairwise(frames):
         last = poses[-1]
         guesses = [last]
-        if len(poses) > 1:
-            guesses.append(last @ np.linalg.inv(poses[-2]) @ last)
-        if commanded is not None:
+        if commanded is None:
+            if len(poses) > 1:
+                guesses.append(last @ np.linalg.inv(poses[-2]) @ last)
+        else:
             step = np.linalg.inv(commanded[before].astype(np.float64)) @ commanded[frame]
             guesses += [commanded[frame].astype(np.float64), last @ step]
         poses.append(_search(as_float(video[frame]), view, guesses, intrinsics))

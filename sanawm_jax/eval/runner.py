@@ -1,195 +1,220 @@
-"""The loop over held-out clips that all evaluations share, and their command line.
+"""The one loop of all evaluations: clips in, a row of figures per clip out.
 
-Every held-out scene gets one of the 8 single actions. A video is compared with the true renders of
-all 8; it followed the camera if the commanded one is the nearest in PSNR.
+A clip has one or more videos, each under the name of the stage that made it. Metrics are functions
+of a clip and one of its videos. The row of a finished clip is on disk at once, and a run that was
+killed goes on with the clips that are missing.
 
-Axis letters: N pixel frames, H W rows and columns.
+Axis letters: N frames, H W rows and columns.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from sanawm_jax.camera.actions import actions_to_c2w
-from sanawm_jax.eval.metrics import by_quarter, gradient_ratio, psnr, ssim
-from sanawm_jax.runtime.errors import InputError
-from sanawm_jax.small_world.captions import caption
-from sanawm_jax.small_world.clip import HELD_OUT_SEED
-from sanawm_jax.small_world.paths import SINGLE_ACTIONS, sample_intrinsics, sample_start
-from sanawm_jax.small_world.render import render
-from sanawm_jax.small_world.sampler import sample_scene
+from sanawm_jax.eval.files import write_json
+from sanawm_jax.media.video import as_float
+from sanawm_jax.runtime.atomic import atomic_write
 
-if TYPE_CHECKING:
-    from sanawm_jax.sampling.generate import SanaWM, Video
-
-_SHEET_CLIPS, _SHOWN_FRAMES = 8, 7
+_SHOWN_FRAMES = 7
+Row = dict[str, Any]
 
 
-class Task(NamedTuple):
-    """One held-out scene and the commanded action."""
+@dataclass(frozen=True)
+class Clip:
+    """What is measured.
 
-    seed: int
-    key: str
-    caption: str
-    intrinsics: np.ndarray  # (4,)
-    truths: dict[str, np.ndarray]  # key -> (N, H, W, 3) uint8
-
-
-class Metric(NamedTuple):
-    """A figure of every frame, and how tables show it."""
-
-    of: Callable[[np.ndarray, np.ndarray], np.ndarray]  # frames, truth -> (N,)
-    label: str
-    digits: int  # in JSON
-    shown_digits: int
-
-
-METRICS = {
-    "psnr": Metric(psnr, "PSNR, dB", 3, 2),
-    "ssim": Metric(ssim, "SSIM", 4, 4),
-    "gradient_ratio": Metric(gradient_ratio, "gradient energy over the truth's", 4, 2),
-}
-
-
-def tasks(scenes: int, num_frames: int, size: int) -> Iterator[Task]:
-    """Yields held-out scenes; their actions are the 8 ones in rotation.
-
-    Raises:
-      InputError: no scene.
+    Attributes:
+      videos: stage -> (N, H, W, 3), in [0, 1] or bytes.
+      truth: the true video of the same shape, or None.
+      c2w: (N, 4, 4) commanded poses, or None.
+      fps: frames per second.
+      facts: what metrics of a kind of clips need besides, by name.
     """
-    if scenes < 1:
-        raise InputError(f"--scenes={scenes} must be at least 1")
-    for i in range(scenes):
-        seed = HELD_OUT_SEED + i
-        scene = sample_scene(seed)
-        rng = np.random.default_rng([seed, 0xE7A1])
-        start, intrinsics = sample_start(rng, scene), sample_intrinsics(rng, size, size)
-        truths = {}
-        for key in SINGLE_ACTIONS:
-            c2w = start @ actions_to_c2w(f"{key}-{num_frames - 1}")
-            truths[key] = np.asarray(render(scene, c2w, intrinsics, size, size))
-        key = SINGLE_ACTIONS[i % len(SINGLE_ACTIONS)]
-        yield Task(seed, key, caption(scene), intrinsics, truths)
+
+    videos: Mapping[str, np.ndarray]
+    truth: np.ndarray | None = None
+    c2w: np.ndarray | None = None
+    fps: float = 16.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def nearest_action(frames: np.ndarray, truths: dict[str, np.ndarray]) -> str:
-    """The action whose true clip is nearest in PSNR over the whole clip; frames in [0, 1]."""
-    errors = {
-        key: np.square(frames - truth.astype(np.float32) / 255).mean()
-        for key, truth in truths.items()
-    }
-    return min(errors, key=errors.__getitem__)
+Metric = Callable[[Clip, np.ndarray], Row]  # of one video of the clip
 
 
-def sample_task(model: SanaWM, task: Task, options: argparse.Namespace) -> Video:
-    """The model's video of a scene's first frame, its caption and the commanded action."""
-    truth = task.truths[task.key]
-    num_frames, height, width = truth.shape[:3]
-    return model(
-        Image.fromarray(truth[0]),
-        task.caption,
-        action=f"{task.key}-{num_frames - 1}",
-        intrinsics=task.intrinsics,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        steps=options.steps,
-        cfg_scale=options.cfg_scale,
-        text_length=options.text_length,
-        seed=task.seed,
-        progress=False,
-    )
+class Store:
+    """The rows and pictures of finished clips in a folder, so that a killed run can go on.
+
+    Args:
+      folder: created when the first clip is finished; None keeps everything in memory.
+      settings: what the rows depend on. Rows of other settings are deleted.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]):
+        self.folder = folder
+        self._settings = json.loads(json.dumps(settings, default=str))
+        self._rows: dict[str, Row] = {}
+        self._strips: dict[str, np.ndarray] = {}
+        if folder is not None and (folder / "settings.json").is_file():
+            if _load(folder / "settings.json") != self._settings:
+                self.remove()
+            for file in (folder / "rows").glob("*.json"):
+                row = _load(file)
+                if row is not None:
+                    self._rows[file.stem] = row
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def put(self, name: str, row: Row, strip: np.ndarray | None) -> None:
+        """Keeps the row of a clip, and a picture (H, W, 3) uint8 of it."""
+        if self.folder is not None:
+            (self.folder / "rows").mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "settings.json").is_file():
+                write_json(self.folder / "settings.json", self._settings)
+            if strip is not None:
+                _write_png(self.folder / f"{name}.png", strip)
+            write_json(self.folder / "rows" / f"{name}.json", row)
+        self._rows[name] = row
+        if strip is not None:
+            self._strips[name] = strip
+
+    def row(self, name: str) -> Row:
+        """The row of a finished clip."""
+        return self._rows[name]
+
+    def strip(self, name: str) -> np.ndarray | None:
+        """The picture of a finished clip, or None if it has none."""
+        if name not in self._strips and self.folder is not None:
+            from PIL import Image
+
+            file = self.folder / f"{name}.png"
+            if file.is_file():
+                self._strips[name] = np.asarray(Image.open(file).convert("RGB"))
+        return self._strips.get(name)
+
+    def remove(self) -> None:
+        """Deletes the rows and pictures, and the folder if nothing else is in it."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        shutil.rmtree(self.folder / "rows", ignore_errors=True)
+        for file in (*self.folder.glob("*.png"), self.folder / "settings.json"):
+            file.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 
 def evaluate(
-    options: argparse.Namespace,
-    make: Callable[[Task, np.ndarray], dict[str, np.ndarray]],
-) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Runs an evaluation.
+    names: Iterable[str],
+    make: Callable[[str], Clip],
+    metrics: Mapping[str, Metric],
+    store: Store,
+    workers: int = 1,
+    label: str = "clips",
+    progress: bool = True,
+) -> list[Row]:
+    """Measures clips.
 
     Args:
-      options: see `make_parser`.
-      make: a task and its true frames (N, H, W, 3) in [0, 1] -> videos of the same shape by the
-        name of the stage that made them.
+      names: of the clips, unique; the files of a clip have its name.
+      make: makes or reads a clip; called only for those that the store does not have.
+      metrics: by name; each adds its figures to the row of a stage.
+      store: where rows go.
+      workers: clips at a time, each in a thread.
+      label: of the progress bar.
+      progress: show a progress bar.
 
     Returns:
-      the figures of every stage under its name, and a strip for each of the first clips: the truth
-      above the stages' videos.
-
-    Raises:
-      InputError: no scene.
+      One row per clip, in the order of the names: `name`, and `stages`, the figures of every video
+      under the name of its stage.
     """
-    found: dict[str, dict[str, list]] = {}
-    strips = []
-    for task in tasks(options.scenes, options.num_frames, options.size):
-        truth = task.truths[task.key].astype(np.float32) / 255
-        videos = make(task, truth)
-        for stage, frames in videos.items():
-            figures = found.setdefault(stage, {name: [] for name in ("nearest", *METRICS)})
-            figures["nearest"].append((task.key, nearest_action(frames, task.truths)))
-            # frame 0 is given: quality counts from frame 1
-            for name, metric in METRICS.items():
-                figures[name].append(by_quarter(metric.of(frames[1:], truth[1:])))
-        if len(strips) < _SHEET_CLIPS:
-            shown = np.linspace(0, len(truth) - 1, _SHOWN_FRAMES).astype(int)
-            rows = [np.concatenate(list(clip[shown]), 1) for clip in (truth, *videos.values())]
-            strips.append(np.concatenate(rows))
-    table = {"clips": options.scenes, "steps": options.steps, "cfg_scale": options.cfg_scale}
-    return table | {stage: summary(figures) for stage, figures in found.items()}, strips
+    from tqdm import tqdm
+
+    names = list(names)
+    missing = [name for name in names if name not in store]
+
+    def work(name: str) -> None:
+        clip = make(name)
+        stages = {
+            stage: {k: v for metric in metrics.values() for k, v in metric(clip, video).items()}
+            for stage, video in clip.videos.items()
+        }
+        store.put(name, plain({"name": name, "stages": stages}), contact_strip(clip))
+
+    done = len(names) - len(missing)
+    with (
+        tqdm(total=len(names), initial=done, desc=label, unit="clip", disable=not progress) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        waiting = [pool.submit(work, name) for name in missing]
+        try:
+            for future in waiting:
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [store.row(name) for name in names]
 
 
-def summary(found: dict[str, list]) -> dict[str, Any]:
-    """Means over clips; drift is the first quarter's minus the last one's, positive is worse.
+def contact_strip(clip: Clip, frames: int = _SHOWN_FRAMES) -> np.ndarray:
+    """Some frames of the truth above those of every video: (rows * H, frames * W, 3) uint8."""
+    videos = [*([] if clip.truth is None else [clip.truth]), *clip.videos.values()]
+    shown = np.linspace(0, min(map(len, videos)) - 1, frames).astype(int)
+    rows = [np.concatenate([as_float(video[i]) for i in shown], 1) for video in videos]
+    return (np.clip(np.concatenate(rows), 0, 1) * 255).round().astype(np.uint8)
+
+
+def plain(value: Any) -> Any:
+    """Figures as JSON can hold them: numpy numbers and arrays become Python's, NaN becomes None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def store_of(options: Any, outputs: Iterable[str], weights: Iterable[str | os.PathLike]) -> Store:
+    """The store of a command line: beside its first output, until the run is complete.
 
     Args:
-      found: under `nearest` the commanded and the nearest action of every clip; under the name of
-        each metric its means over the clip's quarters.
+      options: the parsed command line; all of it but the outputs are the settings.
+      outputs: names of the options that are files to write. The first that is given names the
+        folder.
+      weights: folders that the videos depend on; a change of their files starts the run anew.
     """
-    confused = [f"{key}->{nearest}" for key, nearest in found["nearest"] if key != nearest]
-    out: dict[str, Any] = {
-        "camera_following": 1 - len(confused) / len(found["nearest"]),
-        "confused": confused,
-    }
-    for name, (_, _, digits, _) in METRICS.items():
-        quarters = np.mean(found[name], 0)
-        out[name] = round(float(quarters.mean()), digits)
-        out[f"{name}_by_quarter"] = quarters.round(digits).tolist()
-        out[f"{name}_drift"] = round(float(quarters[0] - quarters[-1]), digits)
-    return out
+    settings = {key: value for key, value in vars(options).items() if key not in set(outputs)}
+    for folder in weights:
+        files = Path(folder).rglob("*") if Path(folder).is_dir() else []
+        newest = max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+        settings[f"newest file of {folder}"] = newest
+    first = next((getattr(options, name) for name in outputs if getattr(options, name)), None)
+    return Store(None if first is None else Path(f"{first}.parts"), settings)
 
 
-def make_parser(text: str | None, sheet: str) -> argparse.ArgumentParser:
-    """The arguments that all evaluations have.
-
-    Args:
-      text: documentation of the evaluation's module, whose first line is shown.
-      sheet: default file of the contact sheet.
-    """
-    parser = argparse.ArgumentParser(description=(text or "").partition("\n")[0])
-    parser.add_argument("--weights", default="small_world", help="stage 1, in diffusers layout")
-    parser.add_argument("--scenes", type=int, default=56, help="held-out scenes, 50 or more")
-    parser.add_argument("--num_frames", type=int, default=49, help="pixel frames of a clip")
-    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
-    parser.add_argument("--steps", type=int, default=20, help="Euler steps of stage 1")
-    parser.add_argument("--cfg_scale", type=float, default=1.0)
-    parser.add_argument("--text_length", type=int, default=64)
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--sheet", default=sheet, help="truth above the videos")
-    return parser
+def _load(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # it is measured again
 
 
-def write_results(
-    table: dict[str, Any], strips: list[np.ndarray], options: argparse.Namespace
-) -> None:
-    """Writes the contact sheet and, with `--json`, the figures."""
-    sheet = (np.clip(np.concatenate(strips), 0, 1) * 255).astype(np.uint8)
-    Image.fromarray(sheet).save(options.sheet)
-    if options.json:
-        Path(options.json).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    from PIL import Image
+
+    with atomic_write(path) as partial:
+        Image.fromarray(picture).save(partial)

@@ -37,6 +37,7 @@ class World:
       is_free: scene, poses -> whether the path keeps clear of all surfaces.
       render: scene, poses, intrinsics, height, width -> frames (F, H, W, 3) uint8.
       depth: the same -> depth (F, H, W) and surfaces.
+      search_samples: argument `samples` of `render` for the many renders of a pose search.
     """
 
     height: int
@@ -49,6 +50,7 @@ class World:
     is_free: Callable[..., bool]
     render: Callable[..., np.ndarray]
     depth: Callable[..., tuple[np.ndarray, np.ndarray]]
+    search_samples: int
 
     def frames(
         self, scene: Any, c2w: np.ndarray, intrinsics: np.ndarray, height: int, width: int
@@ -75,8 +77,9 @@ class World:
         """The picture and the depth at a pose, for `photometric.estimate_poses`."""
 
         def view(pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            image = self.render(scene, pose[None], intrinsics, height, width)[0]
-            return image, self.depth(scene, pose[None], intrinsics, height, width)[0][0]
+            picture = (scene, pose[None], intrinsics, height, width)
+            image = self.render(*picture, samples=self.search_samples)[0]
+            return image, self.depth(*picture)[0][0]
 
         return view
 
@@ -98,6 +101,7 @@ OLD = World(
     is_free=paths.is_free,
     render=render.render,
     depth=render.depth,
+    search_samples=1,
 )
 SCENERY = World(
     height=scenery_render.HEIGHT,
@@ -110,5 +114,6 @@ SCENERY = World(
     is_free=scenery_paths.is_free,
     render=scenery_render.render,
     depth=scenery_render.depth,
+    search_samples=2,  # the program that renders the truth: compiling another takes longer
 )
 WORLD = OLD  # the set that the shipped weights were trained on

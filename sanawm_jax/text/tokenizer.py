@@ -5,6 +5,7 @@ Reference: transformers `GemmaTokenizer`; ids, truncation and padding equal thos
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import numpy as np
 
 from sanawm_jax.checkpoints.files import read_config
 from sanawm_jax.runtime.errors import InputError
+
+# A `tokenizers.Tokenizer` holds its truncation and padding as settings that all threads share.
+_SETTINGS = threading.Lock()
 
 
 def _content(token: Any) -> str | None:
@@ -69,7 +73,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text with its special tokens, without truncation and padding."""
-        return self._tokenizer.encode(text).ids
+        with _SETTINGS:
+            return self._tokenizer.encode(text).ids
 
     def __call__(
         self, texts: Sequence[str], max_length: int, *, padding_side: str = "right"
@@ -91,18 +96,19 @@ class Tokenizer:
         if max_length <= special:
             raise InputError(f"text length {max_length} is too short; use {special + 1} or more")
         tokenizer = self._tokenizer
-        tokenizer.enable_truncation(max_length, direction=self._truncation_side)
-        tokenizer.enable_padding(
-            length=max_length,
-            pad_id=self.pad_id,
-            pad_token=self._pad_token,
-            direction=padding_side,
-        )
-        try:
-            encodings = tokenizer.encode_batch(list(texts))
-        finally:
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
+        with _SETTINGS:
+            tokenizer.enable_truncation(max_length, direction=self._truncation_side)
+            tokenizer.enable_padding(
+                length=max_length,
+                pad_id=self.pad_id,
+                pad_token=self._pad_token,
+                direction=padding_side,
+            )
+            try:
+                encodings = tokenizer.encode_batch(list(texts))
+            finally:
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
         ids = np.array([e.ids for e in encodings], np.int32).reshape(-1, max_length)
         mask = np.array([e.attention_mask for e in encodings], np.int32).reshape(-1, max_length)
         return ids, mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sanawm_jax.eval.metrics import by_quarter, gradient_energy, gradient_ratio, psnr, ssim
-from sanawm_jax.eval.runner import nearest_action
+from sanawm_jax.eval.scenes import nearest_action
 
 
 def test_psnr_of_a_known_error(rng: np.random.Generator) -> None:
