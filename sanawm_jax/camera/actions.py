@@ -123,8 +123,17 @@ def actions_to_c2w(
     Raises:
       InputError: a bad string, an unknown mapping or a speed that is not finite.
     """
+    return keys_to_c2w(parse_actions(text), mapping, translation_speed, rotation_speed_deg)
+
+
+def keys_to_c2w(
+    held_keys: list[frozenset[str]],
+    mapping: str = "sana",
+    translation_speed: float | None = None,
+    rotation_speed_deg: float | None = None,
+) -> Float32[np.ndarray, "f 4 4"]:
+    """`actions_to_c2w` of the keys that are held in each frame, f - 1 sets of lower-case keys."""
     rule = get_mapping(mapping)
-    held_keys = parse_actions(text)
     step = rule.translation_speed if translation_speed is None else float(translation_speed)
     turn = rule.rotation_speed_deg if rotation_speed_deg is None else float(rotation_speed_deg)
     if not (math.isfinite(step) and math.isfinite(turn)):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Num
 
 from sanawm_jax.camera.intrinsics import parse_intrinsics
 from sanawm_jax.camera.npy import load_array
@@ -54,9 +55,6 @@ def read_poses(
         not rigid. The line names the file and the first bad frame.
     """
     path = Path(path)
-    for name, given, known in (("axes", axes, AXES), ("direction", direction, DIRECTIONS)):
-        if given not in known:
-            raise InputError(f"{name}={given!r} of the camera path; use {' or '.join(known)}")
     if not path.exists():
         raise InputError(f"there is no pose file {path}")
     if pose_format == "auto":
@@ -67,8 +65,9 @@ def read_poses(
         track = _READERS[pose_format](path)
         c2w = load_c2w(track.c2w, is_rounded=pose_format in _TEXT)
         if pose_format in _PLAIN:
-            c2w = _convert(c2w, axes, direction)
+            c2w = from_convention(c2w, axes, direction)
         elif (axes, direction) != (AXES[0], DIRECTIONS[0]):
+            from_convention(c2w, axes, direction)  # an unknown name is the first fault
             raise InputError(f"{pose_format} defines its axes itself; leave out axes and direction")
         return track._replace(c2w=c2w)
     except InputError as error:
@@ -103,8 +102,20 @@ def detect_format(path: Path) -> str:
     return _COLUMNS[columns]
 
 
-def _convert(c2w: np.ndarray, axes: str, direction: str) -> np.ndarray:
-    """Converts poses to camera-to-world in OpenCV axes."""
+def from_convention(
+    poses: Num[np.ndarray, "f 4 4"], axes: str, direction: str
+) -> Float32[np.ndarray, "f 4 4"]:
+    """Checks that poses (f, 4, 4) are rigid, and converts them to camera-to-world, OpenCV axes.
+
+    Raises:
+      InputError: a pose is not rigid, or `axes` or `direction` is not one of `AXES`, `DIRECTIONS`.
+    """
+    for name, given, known in (("axes", axes, AXES), ("direction", direction, DIRECTIONS)):
+        if given not in known:
+            raise InputError(f"{name}={given!r} of the camera path; use {' or '.join(known)}")
+    c2w = load_c2w(poses)
+    if (axes, direction) == (AXES[0], DIRECTIONS[0]):
+        return c2w
     poses = c2w.astype(np.float64)
     if direction == "w2c":
         poses = np.linalg.inv(poses)
@@ -250,7 +261,7 @@ def read_re10k(path: Path) -> PoseTrack:
     _check_times(rows[:, 0], path)
     w2c = load_c2w(to_matrices(rows[:, 7:]), is_rounded=True)
     intrinsics = parse_intrinsics(rows[:, 1:5], len(rows))
-    return PoseTrack(_convert(w2c, "opencv", "w2c"), intrinsics, FRACTIONS)
+    return PoseTrack(from_convention(w2c, "opencv", "w2c"), intrinsics, FRACTIONS)
 
 
 def _check_times(times: np.ndarray, path: Path) -> None:

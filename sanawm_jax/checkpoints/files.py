@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+import math
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.file_names import is_companion
+from sanawm_jax.runtime.json_file import read_json
 
+# names that ComfyUI, DeepSeek, torchao, bitsandbytes and others give to scales of weights
+_SCALE = re.compile(
+    r"(^|[._])(scale_(weight|input|inv)|(weight|input|output)_scale(_inv|_2)?|scaled_fp8|absmax|"
+    r"quant_map|quant_state|qscale|scales?|zero_point|qzeros)(\.|$)"
+)
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # names of a safetensors header; its formats of 4 and 6 bits have no NumPy dtype
 DTYPES = {
@@ -77,6 +90,18 @@ class SafetensorsFolder:
                 if key in self._tensors:
                     raise InputError(f"{folder} holds tensor {key} in two files; keep one of them")
             self._tensors.update(stored)
+        self._refuse_scales(folder)
+
+    def _refuse_scales(self, folder: Path) -> None:
+        """Without their scales, weights of one byte would be read as noise."""
+        if all(stored.dtype.itemsize > 1 for stored in self._tensors.values()):
+            return
+        scales = sorted(filter(_SCALE.search, self._tensors))
+        if scales:
+            raise InputError(
+                f"{folder} holds quantised weights with {len(scales)} tensors of scales such as "
+                f"{scales[0]}, which are not applied here; use the bfloat16 weights"
+            )
 
     def keys(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -146,16 +171,16 @@ class Tensors:
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"weights folder {folder} does not exist")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices = _own(folder, "*.safetensors.index.json")
     if len(indices) > 1:
         raise InputError(f"{folder} has {len(indices)} index files; keep the one to load")
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        names = _shards(indices[0])
         absent = [n for n in names if not (folder / n).is_file()]
         if absent:
             raise InputError(f"{folder} lacks the shards {', '.join(absent)} that its index names")
         return [folder / n for n in names]
-    files = sorted(folder.glob("*.safetensors"))
+    files = _own(folder, "*.safetensors")
     if files:
         return files
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
@@ -167,6 +192,31 @@ def _files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} holds no .safetensors file")
 
 
+def _own(folder: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in folder.glob(pattern) if not is_companion(file.name))
+
+
+def _shards(index: Path) -> list[str]:
+    content = read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise InputError(f"{index} has no weight_map with the names of files; fetch it again")
+    return names
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns what wrong values of a configuration raise inside the block into one `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} has a value that cannot be used ({reason})") from error
+
+
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
     """A component's JSON configuration without its underscored bookkeeping keys.
 
@@ -174,12 +224,11 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
       InputError: the file is absent or not JSON.
     """
     path = Path(folder) / name
-    try:
-        loaded = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; is this a diffusers-layout folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; is this a diffusers-layout folder?")
+    loaded = read_json(path)
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds no object of named values; fetch it again")
     return {k: v for k, v in loaded.items() if not k.startswith("_")}
 
 
@@ -187,8 +236,8 @@ def class_name(folder: str | Path) -> str | None:
     """The class that a component's `config.json` names, if it names one."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError):
+        return read_json(path).get("_class_name")
+    except (InputError, AttributeError):
         return None  # reading the configuration itself says what is wrong
 
 
@@ -202,7 +251,34 @@ def config_fields(cls: type, raw: dict[str, Any], *, what: str) -> dict[str, Any
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise InputError(f"{what} has unknown fields {', '.join(unknown)}")
-    return {k: _tuples(v) for k, v in raw.items()}
+    hints = typing.get_type_hints(cls)
+    return {k: _checked(_tuples(v), hints[k], f"{what}: {k}") for k, v in raw.items()}
+
+
+def _checked(value: Any, hint: Any, what: str) -> Any:
+    """Returns a value as the type that a field has; a whole number may be written as 3 or 3.0.
+
+    Raises:
+      InputError: it has another type.
+    """
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is typing.Any or kind is typing.Literal:
+            return value
+        if kind is tuple and isinstance(value, tuple):
+            inner = typing.get_args(option)
+            if inner[1:] == (...,):
+                inner = inner[:1] * len(value)
+            if len(inner) == len(value):
+                return tuple(_checked(v, t, what) for v, t in zip(value, inner, strict=True))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if math.isfinite(value) and (kind is float or (kind is int and value == int(value))):
+                return value if kind is float else int(value)
+        if kind not in (int, float, tuple) and isinstance(value, kind):
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise InputError(f"{what} is {reprlib.repr(value)}, not {names}; fetch the file again")
 
 
 def published_fields(config: Any) -> dict[str, Any]:

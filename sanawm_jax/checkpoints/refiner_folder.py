@@ -149,8 +149,19 @@ class RefinerFolder(ModelFolder):
         """
         if self.lora is None:
             raise InputError(f"{self.path} has no {LORA}/")
-        table = keys.refiner_table(self.config)
-        return load_adapters(self.lora, build(Refiner, self.config)[1], table)
+        found = load_adapters(
+            self.lora,
+            build(Refiner, self.config)[1],
+            keys.refiner_table(self.config),
+            skipped=keys.is_no_video_layer,
+            renamed=keys.ORIGINAL_NAMES,
+        )
+        if found is None:
+            raise InputError(
+                f"{self.lora} holds adapters of LTX-2's audio and connectors alone, which the "
+                "refiner does not run; remove the folder"
+            )
+        return found
 
     def load_connectors(self, dtype: Any) -> tuple[nnx.GraphDef, Params]:
         """Graph definition and parameters of the video connector."""

@@ -256,6 +256,10 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulation: int = 
       InputError: it cannot.
     """
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or accumulation < 1:
+        raise InputError(
+            f"batch_size={batch_size} and accumulation={accumulation} must be at least 1"
+        )
     if batch_size % (replicas * accumulation):
         raise InputError(
             f"batch_size={batch_size} must be a multiple of mesh.data x mesh.fsdp x accumulation "

@@ -45,7 +45,7 @@ from sanawm_jax.data.zip_members import members
 from sanawm_jax.data.zip_writer import RAW, ZipSample, pack_latents, write_zip_latents
 from sanawm_jax.media.video import check_writable
 from sanawm_jax.runtime.atomic import atomic_write
-from sanawm_jax.runtime.command_line import fail, show_notes
+from sanawm_jax.runtime.command_line import end_with, fail, open_standard_streams, show_notes
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.failures import INTERRUPTED
 from sanawm_jax.runtime.json_file import read_json
@@ -334,6 +334,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command line."""
+    open_standard_streams()
     options = make_parser().parse_args(arguments)
     logging.set_verbosity(logging.INFO)
     show_notes()
@@ -344,6 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        end_with(error)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sanawm_jax.checkpoints.files import config_fields
+from sanawm_jax.checkpoints.files import config_fields, reading
 from sanawm_jax.core.stack import Segment, plan
 from sanawm_jax.dit.numerics import Numerics
 from sanawm_jax.runtime.errors import InputError
@@ -91,7 +91,8 @@ class DiTConfig:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> DiTConfig:
         """From the dictionary of a published `config.json`; unknown fields are errors."""
-        return cls(**config_fields(cls, raw, what="transformer config"))
+        with reading("transformer config"):
+            return cls(**config_fields(cls, raw, what="transformer config"))
 
     @property
     def num_heads(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sanawm_jax.checkpoints.files import config_fields
+from sanawm_jax.checkpoints.files import config_fields, reading
 from sanawm_jax.runtime.errors import InputError
 
 SPLIT = "split"  # rotated pairs (i, i + D/2) of a head
@@ -119,7 +119,8 @@ class RefinerConfig:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> RefinerConfig:
         """Reads the dictionary of a published `config.json`; unknown fields are errors."""
-        return cls(**config_fields(cls, raw, what="refiner transformer config"))
+        with reading("refiner transformer config"):
+            return cls(**config_fields(cls, raw, what="refiner transformer config"))
 
     @property
     def width(self) -> int:
@@ -187,7 +188,8 @@ class ConnectorsConfig:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> ConnectorsConfig:
         """Reads the dictionary of a published `config.json`; unknown fields are errors."""
-        return cls(**config_fields(cls, raw, what="connectors config"))
+        with reading("connectors config"):
+            return cls(**config_fields(cls, raw, what="connectors config"))
 
     @property
     def width(self) -> int:

@@ -103,3 +103,15 @@ def is_audio(key: str) -> bool:
 def is_audio_connector(key: str) -> bool:
     """Whether a tensor of the connectors' file is skipped on purpose."""
     return _AUDIO_CONNECTOR.fullmatch(key) is not None
+
+
+# names of LTX-2's original checkpoints, which adapters may have, and diffusers' names for them
+ORIGINAL_NAMES = {"patchify_proj": "proj_in", "adaln_single": "time_embed"}
+_CONNECTOR = re.compile(r"((text_)?connectors\.|(video|audio)_(embeddings_)?connector[._]|text_).*")
+_ORIGINAL_AUDIO = re.compile(r"av_ca_.*")
+
+
+def is_no_video_layer(layer: str) -> bool:
+    """Whether an adapter's layer is skipped: the audio half and the text connectors of LTX-2."""
+    patterns = (_AUDIO, _AUDIO_CONNECTOR, _CONNECTOR, _ORIGINAL_AUDIO)
+    return any(pattern.fullmatch(layer) for pattern in patterns)

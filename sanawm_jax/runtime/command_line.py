@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sanawm_jax.runtime.failures import INTERRUPTED, explain
+from sanawm_jax.runtime.failures import INTERRUPTED, device_problem, explain
 from sanawm_jax.runtime.shipped import use_shipped_configs, with_config_path
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the script that calls
@@ -29,6 +30,9 @@ def fail(message: str) -> NoReturn:
 
 def end_with(error: BaseException) -> NoReturn:
     """Ends the program after a failure: with one line if `explain` knows it, else by raising it."""
+    problem = device_problem(error)
+    if problem is not None:
+        fail(problem)
     line = explain(error)
     if line is None:
         raise error
@@ -50,6 +54,21 @@ def lasting_imports() -> Iterator[None]:
         gc.enable()
 
 
+def open_standard_streams() -> None:
+    """Opens what a service manager has closed of input, output and error, as an empty file.
+
+    Otherwise the next file that is opened gets the number of the error stream, and messages of C++
+    libraries would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
 def define_config(
     default: Path, text: str, argv: list[str], values: flags.FlagValues = flags.FLAGS
 ) -> list[str]:
@@ -64,6 +83,7 @@ def define_config(
     Returns:
       The command line, in which the name of a file is replaced by its path.
     """
+    open_standard_streams()
     use_shipped_configs()
     argv = with_config_path(argv)
     try:

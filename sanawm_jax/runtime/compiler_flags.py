@@ -7,6 +7,9 @@ before JAX compiles anything. A flag that is already in `XLA_FLAGS` keeps its va
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+from sanawm_jax.runtime.errors import InputError
 
 FLAGS = {
     # Round where the program rounds. Otherwise, where an operation widens a bfloat16 array, XLA
@@ -47,15 +50,33 @@ def options_on(devices: int) -> dict[str, bool | int | float | str] | None:
 
 
 def use_compiler_flags() -> None:
-    """Adds `FLAGS` to the environment's `XLA_FLAGS`; XLA reads it once, when it first compiles."""
+    """Adds `FLAGS` to the environment's `XLA_FLAGS`; XLA reads it once, when it first compiles.
+
+    Raises:
+      InputError: `XLA_FLAGS` names a file that cannot be read.
+    """
     given = _given()
     named = _named(given)
     added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in named]
     os.environ["XLA_FLAGS"] = " ".join([*given, *added])
 
+    import jax
+
+    # A debugging option of JAX: broadcasting of trailing axes is used everywhere here.
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+
 
 def _given() -> list[str]:
-    return os.environ.get("XLA_FLAGS", "").split()
+    """The words of `XLA_FLAGS`. A value that does not begin with a dash is the name of a file."""
+    value = os.environ.get("XLA_FLAGS", "").strip()
+    if value and not value.startswith("-"):
+        try:
+            value = Path(value).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"XLA_FLAGS={value} is neither flags nor a file that can be read; unset it"
+            ) from error
+    return value.split()
 
 
 def _named(words: list[str]) -> set[str]:

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import errno
+import os
+import traceback
 
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
+
+
+def device_problem(error: BaseException) -> str | None:
+    """One line if JAX has no device of the kind that the environment asks for; None otherwise."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_of_backends = bool(frames) and "xla_bridge" in frames[-1].filename
+    # JAX 0.10 raises a bare AssertionError for a platform that it does not find
+    if not (is_of_backends and isinstance(error, AssertionError | RuntimeError)):
+        return None
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if not wanted:
+        return f"JAX cannot use this machine's devices ({_first_line(error)})"
+    return (
+        f"JAX has no device for JAX_PLATFORMS={wanted}; unset JAX_PLATFORMS, or install JAX for "
+        "this device, such as pip install 'jax[cuda13]'"
+    )
 
 
 def explain(error: BaseException) -> str | None:
@@ -29,3 +47,7 @@ def explain(error: BaseException) -> str | None:
     else:
         return None
     return "; ".join([line, *getattr(error, "__notes__", [])])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -84,6 +84,9 @@ def sample(options: SampleOptions) -> Path:
         request = model.request(
             o.image,
             camera=o.camera,
+            camera_format=o.camera_format,
+            camera_axes=o.camera_axes,
+            camera_direction=o.camera_direction,
             action=o.action,
             action_mapping=o.action_mapping,
             intrinsics=o.intrinsics,

@@ -130,9 +130,18 @@ class SampleOptions:
     image: str | None = option("the first frame", None)
     prompt: str | None = option("text, or the path of a UTF-8 file", None)
     negative_prompt: str | None = option("text to steer away from, or a file", None)
-    camera: str | None = option("camera-to-world poses (F, 4, 4) in a .npy file, OpenCV axes", None)
+    camera: str | None = option(
+        "a camera path: .npy, .npz, TUM, KITTI or RealEstate10K text, COLMAP, transforms.json", None
+    )
+    camera_format: str = option(
+        "format of --camera where it cannot be told, see docs/data.md", "auto"
+    )
+    camera_axes: str = option("axes in arrays and text: opencv or opengl", "opencv")
+    camera_direction: str = option("matrices in arrays and text: c2w or w2c", "c2w")
     action: str | None = option(
-        'keys and numbers of frames, e.g. "w-40,dw-20"; give either --camera or --action', None
+        'keys and numbers of frames, e.g. "w-40,dw-20", or a .json file of recorded keys; give '
+        "either --camera or --action",
+        None,
     )
     action_mapping: str = option("meaning of the keys: sana or diffusers")
     intrinsics: str | None = option("a .npy file or fx,fy,cx,cy in pixels of the image", None)

@@ -30,6 +30,7 @@ from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.latents import channels_first, channels_last, read_latents
 from sanawm_jax.sampling.options import RefineOptions
 from sanawm_jax.sampling.precision import matmul_precision, resolve_dtype
+from sanawm_jax.text.prompts import note_if_cut
 
 
 class LTX2Refiner:
@@ -236,10 +237,12 @@ class LTX2Refiner:
     def encode_prompt(self, prompt: str) -> RefinerText:
         """The prompt as the transformer reads it; each network is dropped after it has run."""
         how = streaming_of(self.offload, stays=False)
+        tokenizer = self.folder.load_tokenizer()
+        note_if_cut(tokenizer, prompt, self.folder.text_length)
         with matmul_precision(self.dtype):
             text = encode_texts(
                 [prompt],
-                self.folder.load_tokenizer(),
+                tokenizer,
                 self.folder.text_length,
                 lambda: self._part("text", *how),
                 lambda: self._part("connectors"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sanawm_jax.camera.actions import actions_to_c2w, parse_actions
+from sanawm_jax.camera.actions import keys_to_c2w
 from sanawm_jax.camera.intrinsics import (
     DEFAULT_FOV_DEG,
     check_field_of_view,
@@ -18,7 +17,10 @@ from sanawm_jax.camera.intrinsics import (
     default_intrinsics,
     parse_intrinsics,
 )
-from sanawm_jax.camera.poses import load_c2w, snap_num_frames
+from sanawm_jax.camera.pose_files import AXES, DIRECTIONS, from_convention, read_poses
+from sanawm_jax.camera.poses import snap_num_frames, to_matrices
+from sanawm_jax.camera.recorded_keys import read_actions
+from sanawm_jax.camera.track import PoseTrack
 from sanawm_jax.media.image import load_image, resize_and_center_crop, to_array
 from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.runtime.errors import InputError
@@ -54,6 +56,9 @@ def make_request(
     image: Any,
     *,
     camera: str | os.PathLike | np.ndarray | None = None,
+    camera_format: str = "auto",
+    camera_axes: str = AXES[0],
+    camera_direction: str = DIRECTIONS[0],
     action: str | None = None,
     action_mapping: str = "sana",
     intrinsics: str | os.PathLike | np.ndarray | None = None,
@@ -67,12 +72,16 @@ def make_request(
     """Checks a user's inputs and prepares them.
 
     Args:
-      image: path or PIL image of the first frame.
-      camera: camera-to-world poses (N, 4, 4), an array or the path of a .npy file.
-      action: action string such as "w-40,dw-20"; exactly one of camera and action.
+      image: the first frame, in any form of `media.image.load_image`.
+      camera: a file in any format of `camera.pose_files.read_poses`, or camera-to-world poses
+        (N, 4, 4) or (N, 3, 4).
+      camera_format, camera_axes, camera_direction: see `read_poses`.
+      action: action string such as "w-40,dw-20", or the path of recorded keys, see
+        `camera.recorded_keys.read_actions`; exactly one of camera and action.
       action_mapping: meaning of the keys, `sana` or `diffusers`.
-      intrinsics: see `camera.intrinsics.parse_intrinsics`, in pixels of the given image; None
-        assumes a horizontal field of view of 70 degrees and warns.
+      intrinsics: see `camera.intrinsics.parse_intrinsics`, in pixels of the given image. None takes
+        those of the camera file; if it has none, a horizontal field of view of 70 degrees is
+        assumed, with a warning.
       num_frames: upper bound; the video has temporal * chunk * k + 1 frames, at most one per pose.
       height, width: output size in pixels, multiples of `spatial`.
       temporal, spatial: pixel frames and pixels per latent of the VAE.
@@ -86,11 +95,14 @@ def make_request(
     check_size(height, width, spatial)
     held_keys = None
     if action is not None:
-        held_keys = parse_actions(action)
-        c2w = actions_to_c2w(action, mapping=action_mapping)
+        held_keys = read_actions(action)
+        track = PoseTrack(keys_to_c2w(held_keys, mapping=action_mapping))
+    elif isinstance(camera, (str, os.PathLike)):
+        track = read_poses(camera, camera_format, axes=camera_axes, direction=camera_direction)
     else:
         assert camera is not None
-        c2w = load_c2w(camera)
+        track = PoseTrack(from_convention(to_matrices(camera), camera_axes, camera_direction))
+    c2w = track.c2w
     temporal *= chunk
     frames = snap_num_frames(min(num_frames, len(c2w)), temporal, upper_bound=len(c2w))
     if num_frames < 1 or frames <= 1:
@@ -104,7 +116,7 @@ def make_request(
             f"length must be {temporal}k+1",
             stacklevel=2,
         )
-    pixels, rows = read_picture(image, intrinsics, frames, height, width)
+    pixels, rows = read_picture(image, intrinsics, frames, height, width, track)
     return Request(pixels, c2w[:frames], rows, held_keys, height, width)
 
 
@@ -125,12 +137,14 @@ def read_picture(
     frames: int,
     height: int,
     width: int,
+    track: PoseTrack | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first frame and the intrinsics of all frames, at the size of the video.
 
     Args:
       image, intrinsics, height, width: see `make_request`.
       frames: N, pixel frames of the video.
+      track: the camera path, whose intrinsics are taken where none are given.
 
     Returns:
       (H, W, 3) float32 in [-1, 1], and (N, 4) float32 in pixels of the output frame.
@@ -138,9 +152,15 @@ def read_picture(
     Raises:
       InputError: the image or the intrinsics cannot be used.
     """
-    picture = load_image(image) if isinstance(image, (str, Path)) else image.convert("RGB")
+    picture = load_image(image)
     cropped, source, resized, offset = resize_and_center_crop(picture, height, width)
-    if intrinsics is None:
+    known = None if track is None or intrinsics is not None else track.intrinsics_of(*source)
+    if known is not None and (misfit := track.misfit(*source) if track else None):
+        warnings.warn(f"the intrinsics of --camera are left out: {misfit}", stacklevel=3)
+        known = None
+    if known is not None:
+        rows = parse_intrinsics(known, frames)
+    elif intrinsics is None:
         rows = np.tile(default_intrinsics(*source), (frames, 1))
         warnings.warn(
             f"no intrinsics given: taking a horizontal field of view of {DEFAULT_FOV_DEG:g} "
@@ -150,5 +170,5 @@ def read_picture(
     else:
         rows = parse_intrinsics(intrinsics, frames)
     rows = crop_intrinsics(rows, source, resized, offset)
-    check_field_of_view(rows, width, height, is_given=intrinsics is not None)
+    check_field_of_view(rows, width, height, is_given=intrinsics is not None or known is not None)
     return to_array(cropped), rows

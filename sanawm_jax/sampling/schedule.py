@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sanawm_jax.checkpoints.files import config_fields, reading
 from sanawm_jax.runtime.errors import InputError
 
 NUM_TIMESTEPS = 1000  # the noise level sigma of timestep t is t / 1000
@@ -86,10 +87,12 @@ class Schedule:
         if switched := [name for name in options if raw.get(name)]:
             raise InputError(f"scheduler config: {', '.join(switched)} is not supported")
         known = {f.name for f in dataclasses.fields(cls)}
-        found = {k: v for k, v in raw.items() if k in known}
-        if levels := found.get("distilled_sigmas"):
-            found["distilled_sigmas"] = check_sigmas(levels)
-        return cls(**found)
+        with reading("scheduler config"):
+            found = {k: v for k, v in raw.items() if k in known}
+            found = config_fields(cls, found, what="scheduler config")
+            if levels := found.get("distilled_sigmas"):
+                found["distilled_sigmas"] = check_sigmas(levels)
+            return cls(**found)
 
     def sigmas(self, steps: int) -> np.ndarray:
         """Noise levels (steps + 1,) float32 from 1 down to 0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sanawm_jax.checkpoints.files import config_fields
+from sanawm_jax.checkpoints.files import config_fields, reading
 from sanawm_jax.runtime.errors import InputError
 
 SLIDING = "sliding_attention"
@@ -106,7 +106,11 @@ class GemmaConfig:
           InputError: the file is of another model, has an unknown field, or needs a feature that is
             not implemented.
         """
-        what = "text encoder config"
+        with reading("text encoder config"):
+            return cls._from_json(raw, "text encoder config")
+
+    @classmethod
+    def _from_json(cls, raw: dict[str, Any], what: str) -> GemmaConfig:
         if raw.get("model_type") == "gemma3":  # it has a text part and a vision part
             raw = {"model_type": GEMMA3, **(raw.get("text_config") or {})}
         kind = raw.get("model_type", GEMMA2)

@@ -5,6 +5,7 @@ Axis letters: B batch, L text tokens, C width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,8 @@ def encode_prompt(
     Raises:
       InputError: see `encode_texts`.
     """
+    note_if_cut(tokenizer, prompt, max_length, "\n".join(chi_prompt))
+    note_if_cut(tokenizer, negative_prompt, max_length)
     cond, cond_mask = encode_texts(
         tower, tokenizer, [prompt], max_length=max_length, chi_prompt=chi_prompt
     )
@@ -129,6 +132,24 @@ def encode_prompt(
         tower, tokenizer, [negative_prompt], max_length=max_length, chi_prompt=()
     )
     return cond, cond_mask, negative, negative_mask
+
+
+def note_if_cut(tokenizer: Tokenizer, prompt: str, max_length: int, before: str = "") -> None:
+    """Warns of a prompt of which only a part is read.
+
+    Args:
+      tokenizer, prompt: what is read.
+      max_length: L, tokens of the prompt with its special tokens.
+      before: a text that precedes the prompt and has tokens of its own.
+    """
+    room = max_length + (len(tokenizer.encode(before)) - 2 if before else 0)
+    surplus = len(tokenizer.encode(before + prompt)) - room
+    if surplus > 0:
+        warnings.warn(
+            f"the prompt is cut: {surplus} of its tokens come after the {max_length} that are "
+            "read; shorten it",
+            stacklevel=2,
+        )
 
 
 def read_prompt(text_or_path: str) -> str:

@@ -45,8 +45,8 @@ def _run(_: list[str]) -> None:
     given = flags.FLAGS
     show_notes()
     show_progress()
-    use_compiler_flags()
     try:
+        use_compiler_flags()
         if given.config.dry_run:
             print(describe(given.config))
             return

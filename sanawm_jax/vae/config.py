@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sanawm_jax.checkpoints.files import config_fields
+from sanawm_jax.checkpoints.files import config_fields, reading
 from sanawm_jax.runtime.errors import InputError
 
 Strides = tuple[int, int, int]  # frames, rows, columns
@@ -97,7 +97,8 @@ class VAEConfig:
         if "decoder_upsample_type" in raw:
             raw["upsample_type"] = raw.pop("decoder_upsample_type")
         raw = {k: v for k, v in raw.items() if k != "upsample_type" or v is not None}
-        return cls(**config_fields(cls, raw, what="the VAE's config.json"))
+        with reading("the VAE's config.json"):
+            return cls(**config_fields(cls, raw, what="the VAE's config.json"))
 
     def __post_init__(self):
         for mode in (self.encoder_spatial_padding_mode, self.decoder_spatial_padding_mode):

@@ -32,6 +32,7 @@ LAYERS = (
     {"runtime"},
     {"camera", "core", "media", "memory.program_pieces", "memory.programs", "memory.streaming"},
     {
+        "checkpoints.adapter_names",
         "checkpoints.adapters",
         "checkpoints.copies",
         "checkpoints.files",

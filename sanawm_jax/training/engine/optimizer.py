@@ -120,8 +120,10 @@ def learning_rate(
       final_fraction: where the cosine ends, as a share of the peak.
 
     Raises:
-      InputError: unknown schedule.
+      InputError: unknown schedule, or a peak below 0.
     """
+    if not 0 <= peak < float("inf"):
+        raise InputError(f"optimizer.learning_rate={peak:g} must be a positive number")
     if schedule not in SCHEDULES:
         raise InputError(f"schedule={schedule!r}; use one of {', '.join(SCHEDULES)}")
     warm = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))

@@ -202,3 +202,80 @@ def test_bad_files(c2w: np.ndarray, tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"not a plain \.npz"):
         read_poses(tmp_path / "x.npz")
+
+
+def test_more_layouts(c2w: np.ndarray, tmp_path: Path) -> None:
+    w2c = np.linalg.inv(c2w)
+    order = np.random.default_rng(1).permutation(F)
+    np.savez(tmp_path / "vipe.npz", data=c2w[order], inds=order + 7)
+    np.save(tmp_path / "34.npy", c2w[:, :3])
+    np.save(tmp_path / "12.npy", c2w[:, :3].reshape(F, 12))
+    np.save(tmp_path / "16.npy", c2w.reshape(F, 16))
+    np.savetxt(tmp_path / "16.txt", c2w.reshape(F, 16))
+    rows = [[33367 * i, 0.6, 1.07, 0.5, 0.4, 0, 0, *m[:3].ravel()] for i, m in enumerate(w2c)]
+    text = "\n".join(" ".join(f"{v:.9f}" for v in row) for row in rows)
+    (tmp_path / "re10k.txt").write_text(f"https://example.org/watch?v=x\n{text}\n")
+    (tmp_path / "bare.txt").write_text(text)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 7
+    for file in files:
+        np.testing.assert_allclose(read_poses(file).c2w, c2w, atol=1e-5, err_msg=file.name)
+    in_pixels = read_poses(tmp_path / "re10k.txt").intrinsics_of(200, 100)
+    assert in_pixels is not None
+    np.testing.assert_allclose(in_pixels[3], [120, 107, 100, 40], rtol=1e-5)
+    for inds in (order.astype(float), order[:-1], np.where(order == 3, 99, order)):
+        np.savez(tmp_path / "vipe.npz", data=c2w[order], inds=inds)
+        with pytest.raises(InputError, match=r"vipe\.npz: inds"):
+            read_poses(tmp_path / "vipe.npz")
+
+
+@pytest.mark.parametrize("direction", ["c2w", "w2c"])
+@pytest.mark.parametrize("axes", ["opencv", "opengl"])
+def test_other_conventions(axes: str, direction: str, c2w: np.ndarray, tmp_path: Path) -> None:
+    given = c2w * [1, -1, -1, 1] if axes == "opengl" else c2w
+    given = np.linalg.inv(given) if direction == "w2c" else given
+    np.save(tmp_path / "x.npy", given)
+    write_kitti(tmp_path / "x.txt", given)
+    write_tum(tmp_path / "tum.txt", given)
+    for name in ("x.npy", "x.txt", "tum.txt"):
+        found = read_poses(tmp_path / name, axes=axes, direction=direction).c2w
+        np.testing.assert_allclose(found, c2w, atol=1e-5)
+    write_nerfstudio(tmp_path / "transforms.json", c2w)
+    if (axes, direction) != ("opencv", "c2w"):
+        with pytest.raises(InputError, match="nerfstudio defines its axes itself"):
+            read_poses(tmp_path / "transforms.json", axes=axes, direction=direction)
+    with pytest.raises(InputError, match="axes='y-up' of the camera path"):
+        read_poses(tmp_path / "x.npy", axes="y-up")
+
+
+def test_quaternions_with_w_first(c2w: np.ndarray, tmp_path: Path) -> None:
+    write_tum(tmp_path / "a.txt", c2w)
+    rows = np.loadtxt(tmp_path / "a.txt")
+    np.savetxt(tmp_path / "b.txt", rows[:, [0, 1, 2, 3, 7, 4, 5, 6]])
+    np.testing.assert_allclose(read_poses(tmp_path / "b.txt", "tum_wxyz").c2w, c2w, atol=1e-5)
+
+
+def test_rotations_that_text_has_rounded(c2w: np.ndarray, tmp_path: Path) -> None:
+    """Three decimals are made rigid; what is no rounding is refused, in text and in arrays."""
+    for digits, is_good in ((3, True), (1, False)):
+        np.savetxt(tmp_path / "x.txt", c2w[:, :3].reshape(F, 12), fmt=f"%.{digits}f")
+        if not is_good:
+            with pytest.raises(InputError, match="remove scale and shear"):
+                read_poses(tmp_path / "x.txt")
+            continue
+        found = read_poses(tmp_path / "x.txt").c2w.astype(np.float64)
+        gram = np.einsum("fji,fjk->fik", found[:, :3, :3], found[:, :3, :3])
+        assert np.abs(gram - np.eye(3)).max() < 2e-3
+        np.testing.assert_allclose(found, c2w, atol=2e-3)
+    scaled = c2w.copy()
+    scaled[:, :3, :3] *= 1.004
+    np.save(tmp_path / "x.npy", scaled)
+    with pytest.raises(InputError, match="remove scale and shear"):
+        read_poses(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("intrinsics", [[1.0, 2], np.ones((5, 4)), [[1, 2, 3, np.nan]], "text"])
+def test_intrinsics_that_do_not_fit(intrinsics, c2w: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", c2w=c2w, intrinsics=intrinsics)
+    with pytest.raises(InputError, match=r"x\.npz: intrinsics: "):
+        read_poses(tmp_path / "x.npz")

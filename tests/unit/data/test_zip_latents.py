@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def test_bad_cameras() -> None:
         (np.where(np.arange(17)[:, None, None] == 3, np.nan, sample.c2w), sample.intrinsics, "NaN"),
         (2 * sample.c2w, sample.intrinsics, "not a rigid"),
         (sample.c2w, -sample.intrinsics, "focal lengths must be positive"),
+        (sample.c2w, sample.intrinsics / 64, "degrees of view; the unit must be pixels"),
     ):
         with pytest.raises(InputError, match=message):
             camera_tensors(pose, intrinsics, SIZE, SHAPE[:3])
@@ -264,3 +266,29 @@ def test_writer_refuses_keys_twice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distinct"):
         write_zip_latents(tmp_path, "x", [make_sample("a", 0), make_sample("a", 1)])
     assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_companions_and_names_in_two_unicode_forms(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write_zip_latents(tmp_path, "part.0", [make_sample(composed, 1), make_sample("b", 2)])
+    for folder, ending in (("raw", "json"), ("latents", "npz")):
+        file = tmp_path / folder / "part.0.zip"
+        with zipfile.ZipFile(file) as archive:
+            members = {n: archive.read(n) for n in archive.namelist()}
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in members.items():
+                if ending == "npz":
+                    name = unicodedata.normalize("NFD", name)
+                archive.writestr(name, content)
+                archive.writestr(f"__MACOSX/._{name}", b"\0\5\x16\7")
+                archive.writestr(f"._{name}", b"\0\5\x16\7")
+        (tmp_path / folder / "._part.0.zip").write_bytes(b"\0\5\x16\7")
+    counter = BadSampleCounter()
+    index = index_zips(folders(tmp_path), Selection(min_latent_file_size=0), counter)
+    assert counter.bad == 0 and keys_of(index) == ["b", composed]
+    row = ZipLatents(index, 3)[1]
+    np.testing.assert_array_equal(row["latents"], make_sample(composed, 1).latents)
+    with zipfile.ZipFile(tmp_path / "raw/part.0.zip", "a") as archive:
+        archive.writestr(f"{apart}.json", '{"width": 64, "height": 48}')
+    with pytest.raises(InputError, match="no sample of the zips"):
+        index_zips(folders(tmp_path), Selection(min_latent_file_size=0), BadSampleCounter())

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from sanawm_jax.runtime.compiler_flags import FLAGS, ON_ONE_DEVICE, options_on, use_compiler_flags
+from sanawm_jax.runtime.errors import InputError
 
 
 def test_the_users_flags_stay(monkeypatch):
@@ -40,3 +42,16 @@ def test_options_of_one_gpu(monkeypatch):
     (name,) = ON_ONE_DEVICE
     monkeypatch.setenv("XLA_FLAGS", f"--{name}=true")
     assert options_on(1) == {}
+
+
+def test_flags_in_a_file(monkeypatch, tmp_path):
+    """XLA takes a value without a dash for the name of a file."""
+    (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math\n--xla_dump_to=x\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))
+    use_compiler_flags()
+    words = os.environ["XLA_FLAGS"].split()
+    assert words[:2] == ["--xla_cpu_enable_fast_math", "--xla_dump_to=x"]
+    assert len(words) == 2 + len(FLAGS)
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match="neither flags nor a file"):
+        use_compiler_flags()
