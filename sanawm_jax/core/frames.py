@@ -1,40 +1,35 @@
-"""Everything through which one latent frame sees another: chunks, shifts, recurrence, attention.
+"""Everything through which one latent frame sees another: chunks, shifts and the recurrence.
 
 The other parts of a network treat each frame alone. These know the chunk layout and, on a mesh
 whose `context` axis shares the frames out, communicate explicitly (`jax.shard_map`): a shift
-passes a halo to the neighbours, the recurrence composes the maps of whole ranks, and attention
-gathers keys and values. Frame numbers, chunk starts among them, are those of the whole clip.
+passes a halo to the neighbours, and the recurrence composes the maps of whole ranks. Attention is
+in `core.frame_attention`. Frame numbers, chunk starts among them, are those of the whole clip.
 
 A stream runs one chunk per call instead. Each function then takes what the earlier chunks left
 behind (the last frames, a recurrent state, keys and values), and the whole-clip call without it is
 the same function. A call with a carry has one chunk and one rank.
 Axis letters: B batch, F latent frames, P tokens per frame, N heads, D head size, V value size, C
-channels, E latent frames that a cache has room for, X frames that a convolution needs from the
-chunk before.
+channels, X frames that a convolution needs from the chunk before.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas import gdn
 from sanawm_jax.core import teacher_forcing
-from sanawm_jax.core.attention import attention, attention_to_both
-from sanawm_jax.core.sharding import axis_size, logical_spec
+from sanawm_jax.core.sharding import CONTEXT, axis_size, logical_spec
 from sanawm_jax.runtime.errors import InputError
 
 CHUNK_STRATEGIES = ("first_chunk_plus_one", "uniform", "first_frame")
-_AXIS = "context"
 
 
 def chunk_starts(frames: int, size: int, strategy: str = "first_chunk_plus_one") -> tuple[int, ...]:
@@ -156,18 +151,17 @@ class FrameLayout:
             for i, found in enumerate(runs)
         ]
 
+    def local(self, table: Shaped[np.ndarray, "F"]) -> Shaped[Array, "F_local"]:
+        """This rank's part of a table over the padded frames; ranks call it inside `shard_map`."""
+        if self.shards == 1:
+            return jnp.asarray(table)
+        size = self.padded // self.shards
+        start = lax.axis_index(CONTEXT) * size
+        return lax.dynamic_slice_in_dim(jnp.asarray(table), start, size)
+
     def is_plain(self) -> bool:
         """One chunk without padding: the ends of the array are the only borders."""
         return len(self.starts) == 1 and self.padded == self.frames
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KeyValueCache:
-    """Keys and values of earlier frames of one softmax layer; the valid frames come first."""
-
-    k: Float[Array, "*rest E P N D"]  # a stack of layers has more axes in front
-    v: Float[Array, "*rest E P N D"]
 
 
 def layout_of(
@@ -178,18 +172,10 @@ def layout_of(
     forced: bool = False,
 ) -> FrameLayout:
     """The layout of a clip on the mesh that is set; no starts is one chunk."""
-    return FrameLayout(frames, starts or (0,), axis_size(_AXIS), cached, sink, forced)
+    return FrameLayout(frames, starts or (0,), axis_size(CONTEXT), cached, sink, forced)
 
 
-def _local(table: np.ndarray, layout: FrameLayout) -> jax.Array:
-    """This rank's part of a table over the padded frames."""
-    if layout.shards == 1:
-        return jnp.asarray(table)
-    size = layout.padded // layout.shards
-    return lax.dynamic_slice_in_dim(jnp.asarray(table), lax.axis_index(_AXIS) * size, size)
-
-
-def _on_ranks(
+def on_ranks(
     function: Callable[..., Any], layout: FrameLayout, inputs: tuple[str, ...], output: str
 ) -> Callable[..., Any]:
     """`function` of one rank's frames as a function of all of them; axes by logical names."""
@@ -260,7 +246,7 @@ def neighbours(
         if layout.is_plain() or (offset <= 0 and not isolated):
             return shifted
         visible = frame + offset < ends if offset > 0 else frame + offset >= starts
-        return jnp.where(_local(visible, layout)[:, None, None], shifted, 0)
+        return jnp.where(layout.local(visible)[:, None, None], shifted, 0)
 
     offsets = range(-reach, reach + 1)
     if layout.shards == 1:
@@ -276,7 +262,7 @@ def neighbours(
         def on_rank(x: jax.Array) -> jax.Array:
             return masked(_shift(x, offset, layout.shards), offset)
 
-        return _on_ranks(on_rank, layout, (names,), names)(x)
+        return on_ranks(on_rank, layout, (names,), names)(x)
 
     return [shifted(offset) if offset else x for offset in offsets]
 
@@ -287,7 +273,7 @@ def _shift(x: jax.Array, offset: int, ranks: int) -> jax.Array:
 
     def from_rank(part: jax.Array, distance: int) -> jax.Array:
         pairs = [(r, r - distance) for r in range(ranks) if 0 <= r - distance < ranks]
-        return part if distance == 0 else lax.ppermute(part, _AXIS, pairs)
+        return part if distance == 0 else lax.ppermute(part, CONTEXT, pairs)
 
     near = from_rank(x[:, rest:], hops)
     return near if rest == 0 else jnp.concatenate([near, from_rank(x[:, :rest], hops + 1)], 1)
@@ -321,7 +307,7 @@ def recurrent_states(
     def ends() -> jax.Array | None:
         if len(layout.starts) == 1:
             return None
-        return _local(np.arange(layout.padded) + 1 == layout.ends(), layout)
+        return layout.local(np.arange(layout.padded) + 1 == layout.ends())
 
     if v is not None and layout.shards == 1:
         return gdn.bidirectional_token_states(k, v, beta, decay, initial, chunk_ends=ends())
@@ -334,151 +320,9 @@ def recurrent_states(
         return gdn.bidirectional_states(maps, initial, chunk_ends=ends())
 
     def run(w: jax.Array, u: jax.Array) -> jax.Array:
-        return gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends(), axis_name=_AXIS)[0]
+        return gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends(), axis_name=CONTEXT)[
+            0
+        ]
 
     names = ("B F N D D", "B F N V D")
-    return _on_ranks(run, layout, names, "B F N V D")(*maps), None
-
-
-def frame_attention(
-    q: Float[Array, "B F P N D"],
-    k: Float[Array, "B F P N D"],
-    v: Float[Array, "B F P N D"],
-    layout: FrameLayout,
-    *,
-    key_mask: Bool[Array, "B F"] | None = None,
-    scale: float | None = None,
-    cache: KeyValueCache | None = None,
-    cached: Int[Array, ""] | None = None,
-) -> Float[Array, "B F P N D"]:
-    """Softmax attention of every chunk to the keys before its end.
-
-    Args:
-      q, k, v: heads of the tokens of the padded frames.
-      key_mask: false hides a frame's keys.
-      scale: factor of the logits; D^-1/2 by default.
-      cache: keys and values of earlier chunks, which all queries see as well.
-      cached: how many of the cache's frames are valid, at least 1.
-
-    Returns:
-      The mixed values.
-    """
-    if cache is not None and cached is not None:
-        check_carry(layout)
-        return _attend_cached(q, k, v, cache, cached, scale)
-    if layout.forced:
-        return teacher_forcing.frame_attention(q, k, v, layout.history(), scale)
-    attend = functools.partial(_attend_chunks, layout=layout, scale=scale)
-    if layout.shards > 1:
-        attend = functools.partial(_attend_gathered, layout=layout, scale=scale)
-    qkv = "B F P N D"
-    if key_mask is None:
-        return _on_ranks(attend, layout, (qkv,) * 3, qkv)(q, k, v)
-    return _on_ranks(attend, layout, (qkv, qkv, qkv, "B F"), qkv)(q, k, v, key_mask)
-
-
-def text_attention(
-    q: Float[Array, "B F P N D"],
-    k: Float[Array, "B L N D"],
-    v: Float[Array, "B L N D"],
-    text_mask: Bool[Array, "B L"],
-    layout: FrameLayout,
-) -> Float[Array, "B F P N D"]:
-    """Softmax attention of every token to a text; ranks of a mesh each run their own frames.
-
-    Args:
-      q: queries, F padded.
-      text_mask: false hides a token of the text.
-    """
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        frames = q.shape[1]
-        y = attention(rearrange(q, "B F P N D -> B (F P) N D"), k, v, key_mask=mask)
-        return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
-
-    names = ("B F P N D", "B L N D", "B L N D", "B L")
-    return _on_ranks(attend, layout, names, "B F P N D")(q, k, v, text_mask)
-
-
-def _attend_cached(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: KeyValueCache,
-    cached: jax.Array,
-    scale: float | None,
-) -> jax.Array:
-    frames, tokens = q.shape[1:3]
-    q, k, v, old_k, old_v = (
-        rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v, cache.k, cache.v)
-    )
-    count = jnp.broadcast_to(cached * tokens, q.shape[:1]).astype(jnp.int32)
-    y = attention_to_both(q, (k, v), (old_k, old_v), key_count=count, scale=scale)
-    return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
-
-
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, **options: Any
-) -> jax.Array:
-    frames, tokens = q.shape[1:3]
-    q, k, v = (rearrange(a, "B F P N D -> B (F P) N D") for a in (q, k, v))
-    if key_mask is not None:
-        key_mask = jnp.repeat(key_mask, tokens, axis=1)  # B T
-    y = attention(q, k, v, key_mask=key_mask, **options)
-    return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
-
-
-def _attend_chunks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_mask: jax.Array | None = None,
-    *,
-    layout: FrameLayout,
-    scale: float | None,
-) -> jax.Array:
-    # keys are sliced, not hidden: an explicit mask would cost the fused kernels
-    def seen(a: jax.Array, chunk: int) -> jax.Array:
-        runs = [a[:, start:end] for start, end in layout.key_frames(chunk)]
-        return runs[0] if len(runs) == 1 else jnp.concatenate(runs, 1)
-
-    parts = [
-        _attend(
-            q[:, start:end],
-            seen(k, i),
-            seen(v, i),
-            None if key_mask is None else seen(key_mask, i),
-            scale=scale,
-        )
-        for i, (start, end) in enumerate(layout.chunks)
-    ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
-
-
-def _attend_gathered(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_mask: jax.Array | None = None,
-    *,
-    layout: FrameLayout,
-    scale: float | None,
-) -> jax.Array:
-    """One rank's queries; keys and values come from all ranks, the padding is cut off."""
-
-    def whole(a: jax.Array) -> jax.Array:
-        return lax.all_gather(a, _AXIS, axis=1, tiled=True)[:, : layout.frames]
-
-    k, v = whole(k), whole(v)
-    key_mask = None if key_mask is None else whole(key_mask)
-    if len(layout.starts) == 1:
-        return _attend(q, k, v, key_mask, scale=scale)
-
-    # ranks run one program, so what a frame sees is a count and not a slice
-    def one_frame(frame: tuple[jax.Array, jax.Array]) -> jax.Array:
-        queries, end = frame
-        count = jnp.broadcast_to(end * q.shape[2], q.shape[:1]).astype(jnp.int32)
-        return _attend(queries[:, None], k, v, key_mask, scale=scale, key_count=count)[:, 0]
-
-    frames = (jnp.moveaxis(q, 1, 0), _local(layout.ends(), layout))
-    return jnp.moveaxis(lax.map(one_frame, frames), 0, 1)
+    return on_ranks(run, layout, names, "B F N V D")(*maps), None

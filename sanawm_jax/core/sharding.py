@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from sanawm_jax.runtime.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
+CONTEXT = "context"
 
 # Axes with other letters are not sharded.
 _LOGICAL = {"B": ("data", "fsdp"), "F": "context", "N": "tensor"}

@@ -23,14 +23,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from kernels_pallas import gdn, ucpe
-from sanawm_jax.core.frames import (
-    FrameLayout,
-    KeyValueCache,
-    frame_attention,
-    last_frames,
-    neighbours,
-    recurrent_states,
-)
+from sanawm_jax.core.frame_attention import KeyValueCache, frame_attention
+from sanawm_jax.core.frames import FrameLayout, last_frames, neighbours, recurrent_states
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
 from sanawm_jax.core.params import draw
 from sanawm_jax.core.sharding import shard

@@ -20,7 +20,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
-from sanawm_jax.core.frames import FrameLayout, check_carry, layout_of, text_attention
+from sanawm_jax.core.frame_attention import text_attention
+from sanawm_jax.core.frames import FrameLayout, check_carry, layout_of
 from sanawm_jax.core.layers import (
     Conv,
     Linear,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from sanawm_jax.core.frames import KeyValueCache
+from sanawm_jax.core.frame_attention import KeyValueCache
 from sanawm_jax.runtime.errors import InputError
 
 

@@ -34,7 +34,7 @@ from sanawm_jax.training.engine.step import STOP, Update, compile_steps
 
 _SPIKE = SpikePolicy()
 _OF_THE_HOST = (STOP, "skipped_in_row", "norm_limit")  # metrics that no line of the log has
-_LOG_SECONDS = 5.0
+_LOG_SECONDS, _SAVE_SECONDS = 5.0, 150.0
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, minutes: float) -> None:
@@ -160,7 +160,7 @@ class TimedRun:
         """
         first, last = self.options.span
         step, began, done = int(state.step), self.seconds, 0
-        shown_at, shown = self.seconds, 0
+        shown_at, shown, saved_at = self.seconds, 0, self.seconds
         pending: Any = None
         while True:
             share = (self.seconds - began) / max(60.0 * self.options.minutes - began, 1e-9)
@@ -173,6 +173,9 @@ class TimedRun:
             signals = place_signals(self.mesh, fraction, 0.0)
             state, values = program(state, resident, self._place(batches), self._key(), signals)
             done += len(jax.tree.leaves(batches)[0])
+            if self.seconds - saved_at > _SAVE_SECONDS:  # a machine can be taken away
+                self.save(state)
+                saved_at = self.seconds
             if pending is not None:  # at most two calls are under way, so that the clock is true
                 jax.block_until_ready(pending)
                 if self.seconds - shown_at > _LOG_SECONDS:
