@@ -44,6 +44,7 @@ from sanawm_jax.small_world.timed_run import (
     TimedRun,
     add_run_arguments,
     load_state,
+    on_ranks,
     save_sheet,
 )
 from sanawm_jax.text.gemma import text_tower
@@ -52,7 +53,7 @@ from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.optimizer import learning_rate, make_optimizer
 from sanawm_jax.training.engine.state import TrainState, create_state
-from sanawm_jax.training.engine.step import GradientUpdate, Share
+from sanawm_jax.training.engine.step import GradientUpdate, Loss, Share
 from sanawm_jax.training.objectives.flow import LOSS_WEIGHTS
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.recipes.cached_clips import caption_encoder
@@ -84,7 +85,7 @@ def objective_config(options: argparse.Namespace) -> ConfigDict:
         dict(
             seed=options.seed,
             dtype="auto",
-            init_weights="",
+            init_weights=options.init or "",
             lora=dict(rank=0, alpha=0.0, targets=()),
             flow_shift=options.shift,
             image_prob=1.0,
@@ -186,6 +187,11 @@ class Training:
         params = {MODEL: self.first.init(places)}
         return create_state(params, {MODEL: self.rule}, self.timed.mesh, guarded=True)
 
+    def loss(self, num_frames: int) -> Loss:
+        """Of clips of one length."""
+        loss = self.objectives[num_frames].loss
+        return on_ranks(loss) if self.timed.mesh.size > 1 else loss
+
     def update(self, num_frames: int) -> GradientUpdate:
         """A step on clips of one length; a batch is numbers of rows in each device's pool."""
         objective = self.objectives[num_frames]
@@ -200,7 +206,7 @@ class Training:
             )
             return objective.prepare(rows, resident["null"], key)
 
-        return GradientUpdate(self.rule, prepare, objective.loss)
+        return GradientUpdate(self.rule, prepare, self.loss(num_frames))
 
     def resident(self, num_frames: int) -> dict[str, Any]:
         """What the steps of a length read."""
@@ -285,7 +291,7 @@ class HeldOut:
 
         def loss(params: Any, rows: Any, null: Any) -> dict[str, jax.Array]:
             examples = objective.prepare(rows, null, jax.random.key(0))
-            value, parts = objective.loss(params, examples)
+            value, parts = training.loss(self.frames)(params, examples)
             shares = {n: p.mean() for n, p in parts.items() if isinstance(p, Share)}
             return {"loss": value, **shares}
 
@@ -347,6 +353,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cached", type=int, default=24, help="earlier frames that softmax layers see")
     add("--caption_dropout", type=float, default=0.1)
     add("--size", type=int, nargs=2, default=(HEIGHT, WIDTH))
+    add("--init", help="folder of a run whose transformer/ this one begins with")
     add("--export", help="write transformer/ and text/ of this state/ folder, and train nothing")
     return parser
 
