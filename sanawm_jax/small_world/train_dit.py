@@ -7,7 +7,7 @@ to follow a clean or slightly noised history, as a stream samples it. Clips get 
 schedule, and new ones replace old ones between the steps.
 
 Writes DIR/state (a compact state; the same command with --resume goes on from it), DIR/transformer,
-DIR/text (tokenizer and text encoder), DIR/log.jsonl, DIR/report.json and DIR/held_out.jpg: each
+DIR/text (tokenizer and text encoder), DIR/log.jsonl, DIR/report.json and DIR/report.jpg: each
 clip's truth above what the model makes of its first frame.
 """
 
@@ -341,6 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--render_share", type=float, default=0.25, help="of the time, for new clips")
     add("--first_seed", type=int, default=0, help="of the training clips")
     add("--held_out", type=int, default=64, help="held-out clips of the shortest length")
+    add("--long", type=int, default=0, help="frames of some longer clips to measure; 0: none")
     add("--sample_steps", type=int, default=8, help="Euler steps of a frame of the rollouts")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=320)
@@ -403,25 +404,36 @@ def finish(timed: TimedRun, training: Training, state: TrainState, held_out: Hel
     best = jax.device_put(state.model.best, jax.devices()[0])
     export_transformer(training.model, best, timed.out / "transformer", "bfloat16")
     options = training.options
-    report, shown = measure_rollouts(
-        training.first.graphdef,
-        best,
-        training.vae,
-        held_out.arrays,
-        held_out.video,
-        cached=options.cached,
-        steps=options.sample_steps,
-        shift=options.shift,
-    )
-    save_sheet(timed.out / "held_out.jpg", shown)
+
+    def measure(arrays: Any, video: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        return measure_rollouts(
+            training.first.graphdef,
+            best,
+            training.vae,
+            arrays,
+            video,
+            cached=options.cached,
+            steps=options.sample_steps,
+            shift=options.shift,
+        )
+
+    def write(report: dict[str, Any], shown: np.ndarray, name: str) -> None:
+        timed.note(**report)
+        (timed.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        save_sheet(timed.out / f"{name}.jpg", shown)
+
+    report, shown = measure(held_out.arrays, held_out.video)
     report.update(
         steps=int(state.step),
         parameters=count(training.first.abstract),
         clips_seen=training.clips.seen,
         **held_out.watch(state, wait=True),
     )
-    timed.note(**report)
-    (timed.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(report, shown, "report")
+    if options.long:
+        with jax.set_mesh(timed.mesh):
+            clips = training.clips.held_out(options.long, 1)
+        write(*measure(*clips), "long")
 
 
 if __name__ == "__main__":
