@@ -62,14 +62,16 @@ def logical_spec(names: str) -> P:
 
 
 def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
-    """Constrains an activation's layout on the mesh that is set; without one, x itself.
+    """Constrains an activation's layout on the mesh that is set.
+
+    Without a mesh, and in a `jax.shard_map` over all of its axes, it returns x itself.
 
     Args:
       x: any array.
       names: its axes, such as `"B F P C"`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}:
         return x
     return jax.lax.with_sharding_constraint(x, logical_spec(names))
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sanawm_jax.core.params import Params
 from sanawm_jax.core.sharding import (
     logical_spec,
     make_mesh,
@@ -30,11 +31,12 @@ from sanawm_jax.small_world.compact import load_compact, save_compact
 from sanawm_jax.training.engine.learner import MODEL, Learner
 from sanawm_jax.training.engine.spikes import SpikePolicy
 from sanawm_jax.training.engine.state import TrainState
-from sanawm_jax.training.engine.step import STOP, Update, compile_steps
+from sanawm_jax.training.engine.step import STOP, Loss, Update, compile_steps
 
 _SPIKE = SpikePolicy()
 _OF_THE_HOST = (STOP, "skipped_in_row", "norm_limit")  # metrics that no line of the log has
 _LOG_SECONDS, _SAVE_SECONDS = 5.0, 150.0
+_REPLICAS = ("data", "fsdp")  # axes of the mesh that divide the rows
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, minutes: float) -> None:
@@ -199,6 +201,26 @@ class TimedRun:
         """Writes the compact state into the run's folder."""
         save_compact(self.out / "state", _parts(state))
         self.note(event="saved")
+
+
+def on_ranks(loss: Loss) -> Loss:
+    """A loss whose rows each device of the mesh computes on its own.
+
+    The compiler's partitioner cannot see into Pallas kernels, so a program that it divides runs
+    without them; see `kernels_pallas.choice`.
+    """
+
+    def local(params: Params, examples: Any) -> Any:
+        # all are means over rows, of which every device has as many
+        return jax.lax.pmean(loss(params, examples), _REPLICAS)
+
+    def shared(params: Params, examples: Any) -> Any:
+        specs = P(), logical_spec("B")
+        return jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(
+            params, examples
+        )
+
+    return shared
 
 
 def means(values: dict[str, jax.Array]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ to follow a clean or slightly noised history, as a stream samples it. Clips get 
 schedule, and new ones replace old ones between the steps.
 
 Writes DIR/state (a compact state; the same command with --resume goes on from it), DIR/transformer,
-DIR/text (tokenizer and text encoder), DIR/log.jsonl, DIR/report.json and DIR/held_out.jpg: each
+DIR/text (tokenizer and text encoder), DIR/log.jsonl, DIR/report.json and DIR/report.jpg: each
 clip's truth above what the model makes of its first frame.
 """
 
@@ -44,6 +44,7 @@ from sanawm_jax.small_world.timed_run import (
     TimedRun,
     add_run_arguments,
     load_state,
+    on_ranks,
     save_sheet,
 )
 from sanawm_jax.text.gemma import text_tower
@@ -52,7 +53,7 @@ from sanawm_jax.text.tokenizer import Tokenizer
 from sanawm_jax.training.engine.learner import MODEL, UpdateRule
 from sanawm_jax.training.engine.optimizer import learning_rate, make_optimizer
 from sanawm_jax.training.engine.state import TrainState, create_state
-from sanawm_jax.training.engine.step import GradientUpdate, Share
+from sanawm_jax.training.engine.step import GradientUpdate, Loss, Share
 from sanawm_jax.training.objectives.flow import LOSS_WEIGHTS
 from sanawm_jax.training.objectives.stage1 import Stage1Objective
 from sanawm_jax.training.recipes.cached_clips import caption_encoder
@@ -84,7 +85,7 @@ def objective_config(options: argparse.Namespace) -> ConfigDict:
         dict(
             seed=options.seed,
             dtype="auto",
-            init_weights="",
+            init_weights=options.init or "",
             lora=dict(rank=0, alpha=0.0, targets=()),
             flow_shift=options.shift,
             image_prob=1.0,
@@ -186,6 +187,11 @@ class Training:
         params = {MODEL: self.first.init(places)}
         return create_state(params, {MODEL: self.rule}, self.timed.mesh, guarded=True)
 
+    def loss(self, num_frames: int) -> Loss:
+        """Of clips of one length."""
+        loss = self.objectives[num_frames].loss
+        return on_ranks(loss) if self.timed.mesh.size > 1 else loss
+
     def update(self, num_frames: int) -> GradientUpdate:
         """A step on clips of one length; a batch is numbers of rows in each device's pool."""
         objective = self.objectives[num_frames]
@@ -200,7 +206,7 @@ class Training:
             )
             return objective.prepare(rows, resident["null"], key)
 
-        return GradientUpdate(self.rule, prepare, objective.loss)
+        return GradientUpdate(self.rule, prepare, self.loss(num_frames))
 
     def resident(self, num_frames: int) -> dict[str, Any]:
         """What the steps of a length read."""
@@ -285,7 +291,7 @@ class HeldOut:
 
         def loss(params: Any, rows: Any, null: Any) -> dict[str, jax.Array]:
             examples = objective.prepare(rows, null, jax.random.key(0))
-            value, parts = objective.loss(params, examples)
+            value, parts = training.loss(self.frames)(params, examples)
             shares = {n: p.mean() for n, p in parts.items() if isinstance(p, Share)}
             return {"loss": value, **shares}
 
@@ -335,6 +341,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--render_share", type=float, default=0.25, help="of the time, for new clips")
     add("--first_seed", type=int, default=0, help="of the training clips")
     add("--held_out", type=int, default=64, help="held-out clips of the shortest length")
+    add("--long", type=int, default=0, help="frames of some longer clips to measure; 0: none")
     add("--sample_steps", type=int, default=8, help="Euler steps of a frame of the rollouts")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=320)
@@ -347,6 +354,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cached", type=int, default=24, help="earlier frames that softmax layers see")
     add("--caption_dropout", type=float, default=0.1)
     add("--size", type=int, nargs=2, default=(HEIGHT, WIDTH))
+    add("--init", help="folder of a run whose transformer/ this one begins with")
     add("--export", help="write transformer/ and text/ of this state/ folder, and train nothing")
     return parser
 
@@ -396,25 +404,36 @@ def finish(timed: TimedRun, training: Training, state: TrainState, held_out: Hel
     best = jax.device_put(state.model.best, jax.devices()[0])
     export_transformer(training.model, best, timed.out / "transformer", "bfloat16")
     options = training.options
-    report, shown = measure_rollouts(
-        training.first.graphdef,
-        best,
-        training.vae,
-        held_out.arrays,
-        held_out.video,
-        cached=options.cached,
-        steps=options.sample_steps,
-        shift=options.shift,
-    )
-    save_sheet(timed.out / "held_out.jpg", shown)
+
+    def measure(arrays: Any, video: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+        return measure_rollouts(
+            training.first.graphdef,
+            best,
+            training.vae,
+            arrays,
+            video,
+            cached=options.cached,
+            steps=options.sample_steps,
+            shift=options.shift,
+        )
+
+    def write(report: dict[str, Any], shown: np.ndarray, name: str) -> None:
+        timed.note(**report)
+        (timed.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        save_sheet(timed.out / f"{name}.jpg", shown)
+
+    report, shown = measure(held_out.arrays, held_out.video)
     report.update(
         steps=int(state.step),
         parameters=count(training.first.abstract),
         clips_seen=training.clips.seen,
         **held_out.watch(state, wait=True),
     )
-    timed.note(**report)
-    (timed.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(report, shown, "report")
+    if options.long:
+        with jax.set_mesh(timed.mesh):
+            clips = training.clips.held_out(options.long, 1)
+        write(*measure(*clips), "long")
 
 
 if __name__ == "__main__":

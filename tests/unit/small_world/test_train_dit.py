@@ -108,7 +108,7 @@ def test_a_run_leaves_weights_report_and_sheet(run):
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 4 and report["clips"] == 2 and report["frames"] == 9
     assert len(report["psnr_by_quarter"]) == 4 and np.isfinite(report["held_out_loss"])
-    assert (out / "held_out.jpg").stat().st_size > 0
+    assert (out / "report.jpg").stat().st_size > 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert any(line.get("program") == "9 frames" for line in lines)
 
