@@ -3,6 +3,8 @@
     python -m sanawm_jax.eval small_world --scenes 56 --json table.json
     python -m sanawm_jax.eval refiner --json refiner.json
     python -m sanawm_jax.eval camera --truth A.npy --estimate B.npy --json camera.json
+    python -m sanawm_jax.eval videos --videos DIR --json videos.json
+    python -m sanawm_jax.eval bench --data DIR --out DIR --method NAME --weights FOLDER
 
 The arguments after the name are those of `python -m sanawm_jax.eval.NAME`; `--help` lists them.
 """
@@ -14,7 +16,7 @@ import sys
 
 from sanawm_jax.runtime.command_line import fail
 
-EVALUATIONS = ("small_world", "refiner", "camera")
+EVALUATIONS = ("small_world", "refiner", "camera", "videos", "bench")
 
 
 def main(argv: list[str] | None = None) -> None:

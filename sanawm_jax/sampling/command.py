@@ -20,7 +20,7 @@ from sanawm_jax.sampling.generate import SanaWM
 from sanawm_jax.sampling.latents import channels_last, check_finite, read_latents, write_npy
 from sanawm_jax.sampling.options import SampleOptions
 from sanawm_jax.sampling.refine import LTX2Refiner
-from sanawm_jax.sampling.request import Request
+from sanawm_jax.sampling.request import OVERLAYS, Request
 from sanawm_jax.text.prompts import read_prompt
 
 
@@ -148,7 +148,7 @@ def sample(options: SampleOptions) -> Path:
         # from here on frame by frame: the whole video is never in memory
         pictures = itertools.chain.from_iterable(map(to_uint8, windows))
         if request and not o.no_action_overlay:
-            painter = request.painter(dropped, o.action_mapping)
+            painter = request.painter(dropped, o.action_mapping, o.overlay)
             pictures = painter.paint_all(pictures)
         return write_mp4(video, pictures, o.fps)
 
@@ -160,10 +160,12 @@ def _check_outputs(options: SampleOptions) -> Path | None:
       The path of the video, or None if none is made.
 
     Raises:
-      InputError: the rate or a name cannot be used, or two files have one name.
+      InputError: the rate, the overlay or a name cannot be used, or two files have one name.
     """
     o = options
     frame_rate(o.fps)
+    if o.overlay not in OVERLAYS:
+        raise InputError(f"unknown --overlay={o.overlay}; use one of {', '.join(OVERLAYS)}")
     video = None
     if not o.latents_only:
         video = check_writable(o.output_dir) / f"{o.name}_generated.mp4"

@@ -211,6 +211,10 @@ class SampleOptions:
     output_dir: str = option("folder of the video", "outputs")
     name: str = option("the video is NAME_generated.mp4", "sample")
     no_action_overlay: bool = option("do not draw keys and camera path on the video", False)
+    overlay: str = option(
+        "what is drawn: keys (held keys and a map of the path) or upstream (its keys and stick)",
+        "keys",
+    )
     benchmark_json: str | None = option(
         "write seconds, gaps between chunks and peak memory of a stream to this file", None
     )

@@ -23,9 +23,12 @@ from sanawm_jax.camera.recorded_keys import read_actions
 from sanawm_jax.camera.track import PoseTrack
 from sanawm_jax.media.image import load_image, resize_and_center_crop, to_array
 from sanawm_jax.media.overlay import OverlayPainter
+from sanawm_jax.media.upstream_overlay import UpstreamPainter
 from sanawm_jax.runtime.errors import InputError
 
 Held = list[frozenset[str]]
+Painter = OverlayPainter | UpstreamPainter
+OVERLAYS = ("keys", "upstream")  # ours, and the look of NVlabs/Sana
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,15 @@ class Request:
     def num_frames(self) -> int:
         return len(self.c2w)
 
-    def painter(self, dropped: int, mapping: str) -> OverlayPainter:
-        """Draws keys and camera path on a video that lacks the first `dropped` frames."""
+    def painter(self, dropped: int, mapping: str, overlay: str = "keys") -> Painter:
+        """Draws the controls on a video that lacks the first `dropped` frames.
+
+        Args:
+          mapping: the meaning of the keys, see `camera.actions`.
+          overlay: one of `OVERLAYS`.
+        """
+        if overlay == "upstream":
+            return UpstreamPainter(self.c2w[dropped:], self.height, self.width)
         held = self.held_keys[dropped:] if self.held_keys else self.held_keys
         return OverlayPainter(self.c2w[dropped:], held, self.height, self.width, mapping)
 

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.media.overlay import OverlayPainter
 from sanawm_jax.media.video import Mp4Writer
 from sanawm_jax.memory.streaming import memory_stats
 from sanawm_jax.runtime.atomic import atomic_write
@@ -37,7 +36,7 @@ from sanawm_jax.sampling.open_world import check_causal, open_world, window_of
 from sanawm_jax.sampling.options import SampleOptions, StreamOptions
 from sanawm_jax.sampling.precision import matmul_precision
 from sanawm_jax.sampling.refine import LTX2Refiner
-from sanawm_jax.sampling.request import Request
+from sanawm_jax.sampling.request import Painter, Request
 from sanawm_jax.sampling.world import World
 from sanawm_jax.text.prompts import read_prompt
 
@@ -148,7 +147,7 @@ class VideoThread:
     raises what the thread raised.
     """
 
-    def __init__(self, path: Path, fps: float, painter: OverlayPainter | None):
+    def __init__(self, path: Path, fps: float, painter: Painter | None):
         self._path, self._fps, self._painter = path, fps, painter
         self._chunks: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=2)
         self._error: BaseException | None = None
@@ -351,7 +350,7 @@ def stream(
         chunks = walk_path(world, request.c2w, request.intrinsics, prompts)
         if not o.no_action_overlay:
             dropped = refiner.options.sink_size if refiner else 0
-            painter = request.painter(dropped, o.action_mapping)
+            painter = request.painter(dropped, o.action_mapping, o.overlay)
     clock.mark_open()
     writer = None if video is None else VideoThread(video, o.fps, painter)
     found = write_stream(chunks, writer, clock, keeps_frames=bool(o.save_frames))

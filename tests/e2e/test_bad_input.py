@@ -142,6 +142,7 @@ def test_weight_files(tmp_path: Path) -> None:
     [
         ({"weights": "nowhere/at/all"}, "neither a folder nor a hub name"),
         ({"weights": ".", "latents_only": True}, "--save_latents"),
+        ({"weights": ".", "overlay": "none"}, "--overlay=none; use one of keys, upstream"),
         ({"weights": ".", "output_dir": "setup.cfg/x"}, r"setup\.cfg"),
         # what only the end of a run would see
         ({"weights": ".", "fps": 0.0}, "fps=0"),
