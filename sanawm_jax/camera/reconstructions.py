@@ -75,7 +75,8 @@ def read_colmap(folder: Path) -> PoseTrack:
         import pycolmap
     except ImportError:
         raise InputError(
-            "COLMAP models are read by pycolmap: pip install 'sanawm-jax[poses]'"
+            "COLMAP models are read by pycolmap: pip install pycolmap, or "
+            "pip install 'sanawm-jax[poses]'"
         ) from None
     try:
         reconstruction: Any = pycolmap.Reconstruction(str(model))

@@ -76,7 +76,7 @@ def find_weights(name: str | Path, *, stage: int = 0, allow_pickle: bool = False
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise InputError(
-            f"weights {name} is no local folder; to download it, pip install 'sanawm-jax[hub]'"
+            f"weights {name} is no local folder; to download it, pip install huggingface_hub"
         ) from None
     try:
         patterns = ["*.json", "*.yaml", "*.safetensors", *(["*.pt"] if allow_pickle else [])]
@@ -127,6 +127,11 @@ class ModelFolder:
             raise InputError(f"{self.path} lacks {', '.join(absent)}, which model_index.json names")
 
     def _read_index(self) -> dict[str, Any]:
+        if not (self.path / "model_index.json").is_file() and (self.path / "transformer").is_dir():
+            raise InputError(
+                f"{self.path} has a transformer/ and no model_index.json; copy a whole folder and "
+                "put this transformer/ into the copy"
+            )
         return read_config(self.path, "model_index.json")
 
     def part(self, name: str) -> Path:

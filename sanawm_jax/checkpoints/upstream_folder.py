@@ -23,6 +23,7 @@ from sanawm_jax.dit import keys as dit_keys
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.numerics import preset
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.file_names import is_companion
 from sanawm_jax.sampling.schedule import Schedule
 
 RELEASED_MODEL = "SanaMSVideoCamCtrl_1600M_P1_D20"
@@ -182,8 +183,9 @@ class UpstreamFolder(Stage1Folder):
 
     def _dit_source(self) -> tuple[TensorSource, str]:
         folder = self.part("transformer")
-        pickles = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
-        if any(folder.glob("*.safetensors")) or not pickles:
+        files = [file for file in sorted(folder.iterdir()) if not is_companion(file.name)]
+        pickles = [file for file in files if file.suffix in (".pt", ".pth")]
+        if any(file.suffix == ".safetensors" for file in files) or not pickles:
             what = str(folder)
             self._source = self._source or SafetensorsFolder(folder)
         elif not self.allow_pickle:
@@ -291,11 +293,11 @@ def _read_yaml(folder: Path) -> dict[str, Any]:
     import yaml
 
     file = folder / "config.yaml"
-    others = sorted(folder.glob("*.yaml"))
+    others = sorted(f for f in folder.glob("*.yaml") if not is_companion(f.name))
     if not file.is_file() and len(others) == 1:
         file = others[0]
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{file} does not exist; upstream's layout needs it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

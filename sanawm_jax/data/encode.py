@@ -45,7 +45,13 @@ from sanawm_jax.data.zip_members import members
 from sanawm_jax.data.zip_writer import RAW, ZipSample, pack_latents, write_zip_latents
 from sanawm_jax.media.video import check_writable
 from sanawm_jax.runtime.atomic import atomic_write
-from sanawm_jax.runtime.command_line import end_with, fail, open_standard_streams, show_notes
+from sanawm_jax.runtime.command_line import (
+    end_with,
+    fail,
+    open_standard_streams,
+    show_notes,
+    show_progress,
+)
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.runtime.failures import INTERRUPTED
 from sanawm_jax.runtime.json_file import read_json
@@ -336,8 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command line."""
     open_standard_streams()
     options = make_parser().parse_args(arguments)
-    logging.set_verbosity(logging.INFO)
     show_notes()
+    show_progress()
+    logging.use_absl_handler()
     try:
         print(encode_videos(options))
     except InputError as error:

@@ -25,6 +25,7 @@ from sanawm_jax.core.params import Params, apply, build
 from sanawm_jax.data.views import View, view_clip
 from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.json_file import read_note
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
 
@@ -157,11 +158,9 @@ def fingerprint_of(files: Sequence[Path], *facts: Any) -> str:
 
 def _read_progress(folder: Path, fingerprint: str) -> dict[str, Any]:
     fresh = {"fingerprint": fingerprint, "done": 0, "captions": []}
-    try:
-        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return fresh
-    return progress if progress.get("fingerprint") == fingerprint else fresh
+    progress = read_note(folder / "progress.json")
+    is_same = progress.get("fingerprint") == fingerprint and fresh.keys() <= progress.keys()
+    return progress if is_same else fresh
 
 
 def _write_progress(folder: Path, progress: dict[str, Any]) -> None:

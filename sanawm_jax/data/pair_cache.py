@@ -19,6 +19,7 @@ from flax import nnx
 
 from sanawm_jax.core.params import Params
 from sanawm_jax.runtime.atomic import atomic_write
+from sanawm_jax.runtime.json_file import read_note
 from sanawm_jax.sampling.schedule import next_sigmas
 from sanawm_jax.sampling.stage1 import Conditions, denoise_batch
 
@@ -101,11 +102,8 @@ def build_text(
 
 
 def _done(note: Path, fingerprint: str) -> int:
-    try:
-        progress = json.loads(note.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return 0
-    return progress["done"] if progress.get("fingerprint") == fingerprint else 0
+    progress = read_note(note)
+    return progress.get("done", 0) if progress.get("fingerprint") == fingerprint else 0
 
 
 def _write(note: Path, progress: dict[str, Any]) -> None:

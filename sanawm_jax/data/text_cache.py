@@ -16,6 +16,7 @@ from absl import logging
 
 from sanawm_jax.runtime.atomic import atomic_write
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.json_file import read_note
 
 SAVE_EVERY = 16  # batches between two updates of the progress file
 _NOTE = "captions.json"
@@ -125,7 +126,4 @@ def _open(
 
 
 def _read_note(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / _NOTE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {"done": 0}
+    return {"done": 0, **read_note(folder / _NOTE)}

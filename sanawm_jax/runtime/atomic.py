@@ -27,9 +27,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
+        _to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Hands a file to the disk, so that after a power cut its name never shows an empty file."""
+    with contextlib.suppress(OSError):  # a file system without this operation
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_output(path: str | os.PathLike) -> Path:

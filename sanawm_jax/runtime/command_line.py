@@ -113,7 +113,9 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
         if "config" in values:
             dict(values.config)  # raises if the file does not exist
     except flags.Error as error:
-        fail(str(error).splitlines()[0])
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # of a configuration that fails, the last line says why
+        fail(f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0])
     # A configuration is a program, so it can raise any exception.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -148,4 +150,6 @@ def show_progress() -> None:
         is_orbax = "orbax" in record.pathname or record.name == "asyncio"
         return not is_orbax or (record.levelno >= logging.WARNING and not record.exc_info)
 
-    absl_logging.get_absl_handler().addFilter(is_shown)
+    handler = absl_logging.get_absl_handler()
+    handler.addFilter(is_shown)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import traceback
 
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
@@ -41,7 +42,10 @@ def explain(error: BaseException) -> str | None:
         )
     elif isinstance(error, MemoryError):
         line = "out of host memory; try fewer --num_frames, and --offload=model in place of block"
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    elif isinstance(error, OSError) and (
+        error.errno in (errno.ENOSPC, errno.EDQUOT)
+        or re.fullmatch(r"\d+ requested and \d+ written", str(error))  # NumPy's, without a number
+    ):
         where = f" at {error.filename}" if error.filename else ""
         line = f"the disk is full{where}; free some space, or choose another --output_dir"
     else:

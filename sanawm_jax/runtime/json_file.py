@@ -46,3 +46,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"has two entries {twice!r}; keep one of them")
     return found
+
+
+def read_note(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns what a program of ours noted about its progress.
+
+    A note that does not exist, or that a power cut has damaged, is empty: the work begins again.
+    """
+    try:
+        note = json.loads(Path(path).read_bytes().decode())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) and isinstance(note.get("done", 0), int) else {}

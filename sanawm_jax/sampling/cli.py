@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from typing import Any
 
@@ -42,10 +43,12 @@ def define_options(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> l
     if is_released(argv):
         default = "sample_streaming" if "streaming" in flag_values_in(argv) else "sample_sana_wm"
     argv = define_config(CONFIGS / f"{default}.py", "sampling defaults", argv, values)
+    config = importlib.import_module(f"configs.{default}").get_config()
     for field in _fields():
         text = field.metadata["help"]
-        if field.default not in (None, False, dataclasses.MISSING):
-            text += f" (default: {field.default})"
+        value = config.get(field.name, field.default)
+        if value not in (None, False, "", dataclasses.MISSING):
+            text += f" (default: {value})"
         _DEFINE[KINDS[field.name]](field.name, None, text, flag_values=values)
     return argv
 

@@ -20,6 +20,7 @@ from sanawm_jax.checkpoints.folder import Stage1Folder
 from sanawm_jax.checkpoints.upstream_folder import open_stage1
 from sanawm_jax.core.frames import chunk_starts
 from sanawm_jax.core.params import Params, apply
+from sanawm_jax.media.video import to_uint8, write_mp4
 from sanawm_jax.memory.offload import check_offload, frame_mesh, on_all_devices, streaming_of
 from sanawm_jax.memory.plan import Need, dit_need, text_need, vae_need
 from sanawm_jax.runtime.errors import InputError
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from sanawm_jax.sampling.world import World
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Video:
     """What a call returns.
 
@@ -47,6 +48,20 @@ class Video:
     latents: np.ndarray  # (1, C, F, h, w) float32
     frames: np.ndarray | None  # (N, H, W, 3) float32 in [0, 1]; None if not decoded
     request: Request
+
+    def save(self, path: str | os.PathLike, fps: float = 16.0) -> Path:
+        """Writes the frames as an MP4 file.
+
+        Raises:
+          InputError: they are not decoded, or the path or the rate cannot be used.
+        """
+        if self.frames is None:
+            raise InputError("this video has no frames: it was made with decode=False")
+        return write_mp4(path, to_uint8(self.frames), fps)
+
+    def __repr__(self) -> str:
+        shape = None if self.frames is None else self.frames.shape
+        return f"Video(latents={self.latents.shape}, frames={shape})"
 
 
 class SanaWM:

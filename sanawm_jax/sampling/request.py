@@ -120,6 +120,12 @@ def make_request(
             f"{min(num_frames, len(c2w))} frames are too few; "
             f"a video needs a path and --num_frames of {temporal + 1} or more"
         )
+    if len(c2w) > max(frames, num_frames) and action is not None:
+        warnings.warn(
+            f"the path has {len(c2w)} poses, and the video ends after {frames}; give "
+            f"--num_frames {len(c2w)} for all of it",
+            stacklevel=2,
+        )
     if frames != num_frames:
         warnings.warn(
             f"making {frames} frames, not {num_frames}: the path has {len(c2w)} poses and the "

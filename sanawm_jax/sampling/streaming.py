@@ -234,7 +234,7 @@ def read_prompts(file: str, chunks: int) -> list[str]:
     Raises:
       InputError: the file cannot be read, or does not have one line per chunk.
     """
-    lines = [line.strip() for line in read_prompt(file).splitlines()]
+    lines = [line.strip() for line in read_prompt(file).split("\n")]
     if len(lines) != chunks or not all(lines):
         raise InputError(
             f"--chunk_prompts={file} has {sum(map(bool, lines))} prompts, this stream has {chunks} "

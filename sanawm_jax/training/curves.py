@@ -26,9 +26,9 @@ def read_metric(file: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
       InputError: no such file, a line that is not JSON, or the metric on no line.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, json.JSONDecodeError) as error:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file} ({error})") from None
     pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     if not pairs:

@@ -113,6 +113,7 @@ def test_what_is_explained() -> None:
     assert full == (
         "the disk is full at out/a.mp4; free some space, or choose another --output_dir"
     )
+    assert "disk is full" in str(explain(OSError("2408448 requested and 437216 written")))
     error = MemoryError()
     error.add_note("go on")
     assert explain(error) is not None and str(explain(error)).endswith("; go on")

@@ -108,11 +108,15 @@ def _train_on(
         keep_period=config.keep_period,
     )
     run: dict[str, Any] = {"seed": config.seed, "seconds": 0.0}
+    settings = {"batch_size": config.batch_size, "optimizer": str(config.get("optimizer"))}
     if checkpoints.latest() is not None:
         state, run = checkpoints.restore(state)
         logging.info("resumed at step %d", state.step)
         if run["seed"] != config.seed:
             logging.warning("the run began with seed %d and keeps it", run["seed"])
+        for name, value in settings.items():
+            if value != (before := run.get("settings", settings).get(name)):
+                logging.warning("%s was %s and is now %s", name, before, value)
     if recipe.stream is None:
         loader = Loader(range(recipe.size), config.batch_size, seed=run["seed"])
     else:
@@ -141,6 +145,7 @@ def _train_on(
             metrics,
             watchers,
             signal,
+            settings,
         )
     finally:
         loader.close()
@@ -201,6 +206,7 @@ def _run(
     metrics: MetricsWriter,
     watchers: Sequence[Watcher],
     signal: TerminationSignal,
+    settings: dict[str, Any],
 ) -> TrainState:
     seed = metrics.seed
     whole = NamedSharding(mesh, PartitionSpec())
@@ -213,6 +219,7 @@ def _run(
     def save() -> bool:
         metrics.drain()  # a diverged state is never saved
         run = {"loader": loader.state(), "seconds": metrics.seconds, "seed": seed}
+        run["settings"] = settings
         return checkpoints.save(state, run, loss=metrics.mean_loss())
 
     def wish() -> float:
@@ -239,6 +246,8 @@ def _run(
             indices = loader.indices(k)
         batches = place_batches(batches, mesh, config.batch_size)
         signals = place_signals(mesh, fraction, wish())
+        if step == first and is_first():
+            logging.info("compiling the training step, which can take minutes")
         state, values = steps(state, resident, batches, key, signals)
         metrics.push(step + 1, values, indices)
         # a list: each of them sees every step

@@ -92,9 +92,18 @@ class Progress:
                 values["mfu"] = share
         self._rows, self._since = [], row
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if left := (self._last_step - row["step"]) * values.get("step_seconds", 0.0):
+            shown += f", {_duration(left)} left"
         logging.info("step %d/%d, %.0f s: %s", row["step"], self._last_step, row["seconds"], shown)
         for board in self._boards:
             board.show(row["step"], values)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -121,7 +130,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise InputError(
-                "tensorboard=True needs tensorboardX: pip install 'sanawm-jax[tensorboard]'"
+                "tensorboard=True needs tensorboardX: pip install tensorboardX"
             ) from None
         self._writer = SummaryWriter(str(folder))
 
@@ -145,9 +154,7 @@ class WeightsAndBiases:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise InputError(
-                "wandb.project is set: pip install 'sanawm-jax[wandb]', or leave it empty"
-            ) from None
+            raise InputError("wandb.project is set: pip install wandb, or leave it empty") from None
         mark = workdir / "wandb_id"
         if not mark.exists():
             mark.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
@@ -239,7 +246,7 @@ class Curves:
         try:
             draw({self._workdir.name: metrics}, self._workdir / "curves.png")
         except ImportError:
-            logging.info("curves.png is not drawn: pip install 'sanawm-jax[plots]'")
+            logging.info("curves.png is not drawn: pip install matplotlib")
         except (InputError, OSError, ValueError) as error:
             # no row yet, or a full disk: a picture must not end a run
             logging.warning("curves.png is not drawn (%s)", error)

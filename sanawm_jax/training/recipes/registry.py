@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.training.engine.recipe import Recipe
+from sanawm_jax.training.recipes.folders import find_folders
 
 # name -> module:function; the function makes a Recipe of (config, workdir)
 RECIPES = {
@@ -31,5 +32,6 @@ def make_recipe(config: ConfigDict, workdir: Path) -> Recipe:
     """
     if config.task not in RECIPES:
         raise InputError(f"task={config.task!r}; use one of {', '.join(RECIPES)}")
+    find_folders(config)
     module, function = RECIPES[config.task].split(":")
     return getattr(importlib.import_module(module), function)(config, workdir)

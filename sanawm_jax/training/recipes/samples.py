@@ -122,14 +122,17 @@ def false_colours(latents: np.ndarray) -> np.ndarray:
 
 
 def _decoded(latents: np.ndarray, vae_dir: str, dtype: Any) -> np.ndarray:
-    from sanawm_jax.core.params import apply, build
+    from sanawm_jax.core.params import build
     from sanawm_jax.media.video import to_uint8
+    from sanawm_jax.sampling.decode import decode_stream
     from sanawm_jax.vae.keys import load_vae
     from sanawm_jax.vae.model import VideoDecoder
 
     config, params = load_vae(vae_dir, dtype=np.float32, module=VideoDecoder)
     graphdef = build(VideoDecoder, config)[0]
     params = cast(params, dtype)
-    decode = jax.jit(lambda p, x: apply(graphdef, p, x))
-    films = [np.asarray(decode(params, jnp.asarray(clip[None], dtype)))[0] for clip in latents]
-    return np.stack([to_uint8((film.astype(np.float32) + 1) / 2) for film in films])
+    films = []
+    for clip in latents:
+        windows = decode_stream(graphdef, params, jnp.asarray(clip[None]), config, "auto", dtype)
+        films.append(to_uint8(np.concatenate(list(windows))))
+    return np.stack(films)

@@ -13,6 +13,7 @@ from sanawm_jax.data.latent_cache import _write_progress
 from sanawm_jax.media.video import write_gif, write_mp4
 from sanawm_jax.runtime.atomic import atomic_write, check_output
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.json_file import read_note
 from sanawm_jax.sampling.latents import write_npy
 
 
@@ -93,3 +94,11 @@ def test_an_output_that_cannot_be_written(name: str, says: str, tmp_path: Path) 
         check_output(tmp_path / name)
     check_output(tmp_path / "new" / "x.mp4")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"\0" * 40, b"", b'{"done"', b"[]", b'{"done": "x"}', b"\xff"])
+def test_a_damaged_note_is_empty(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "note.json").write_bytes(content)
+    assert read_note(tmp_path / "note.json") == {} == read_note(tmp_path / "absent.json")
+    (tmp_path / "note.json").write_text('{"done": 3}')
+    assert read_note(tmp_path / "note.json") == {"done": 3}

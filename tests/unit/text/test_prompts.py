@@ -11,7 +11,13 @@ import pytest
 
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.small_world.text_encoder import make_small_text_encoder
-from sanawm_jax.text.prompts import CHI_PROMPT, encode_prompt, encode_texts, read_prompt
+from sanawm_jax.text.prompts import (
+    CHI_PROMPT,
+    encode_prompt,
+    encode_texts,
+    note_if_cut,
+    read_prompt,
+)
 from sanawm_jax.text.tokenizer import Tokenizer
 
 CAPTION = "A small red house on a hill."
@@ -97,3 +103,14 @@ def test_read_prompt_refuses(tmp_path: Path) -> None:
         read_prompt(str(file))
     with pytest.raises(InputError, match="UTF-8"):
         read_prompt("Caf\udce9")
+
+
+def test_a_prompt_that_is_cut_is_noted(
+    tokenizer: Tokenizer, recwarn: pytest.WarningsRecorder
+) -> None:
+    count = len(tokenizer.encode(CAPTION))
+    note_if_cut(tokenizer, CAPTION, count)
+    note_if_cut(tokenizer, CAPTION, count + 2, "gray gray")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"1 of its tokens come after the {count - 1}"):
+        note_if_cut(tokenizer, CAPTION, count - 1)
