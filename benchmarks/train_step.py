@@ -148,7 +148,7 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
                 nonlocal compiled, state, metrics
                 if compiled is None:
                     compiled = steps.lower(state, *arguments).compile()  # pyright: ignore
-                    line.update(_plan(compiled))
+                    line.update(plan(compiled))
                 state, metrics = compiled(state, *arguments)
                 jax.block_until_ready((state, metrics))
 
@@ -173,7 +173,7 @@ def measure(given: argparse.Namespace, frames: int) -> dict[str, Any]:
     }
 
 
-def _plan(compiled: Any) -> dict[str, float]:
+def plan(compiled: Any) -> dict[str, float]:
     """Returns the GiB that the compiled step needs, and the part of them that is its arguments."""
     plan = compiled.memory_analysis()
     given, made = plan.argument_size_in_bytes, plan.output_size_in_bytes

@@ -62,7 +62,10 @@ def _self_forcing() -> ConfigDict:
     )
     # noise of the clips that teacher and critic compare; guidance is added to the conditional
     # estimate, so that the scale in the usual convention is one more
-    config.score = ConfigDict(dict(shift=10.0, lowest=20.0, highest=980.0, guidance=3.0))
+    # causal: the teacher is chunk-causal, and so is the critic
+    config.score = ConfigDict(
+        dict(shift=10.0, lowest=20.0, highest=980.0, guidance=3.0, causal=False)
+    )
     published = dict(betas=(0.0, 0.999), eps=1e-8, weight_decay=0.0, clip_norm=10.0, warmup_steps=0)
     config.optimizer.update(**published, learning_rate=1e-5, schedule="constant")
     config.critic.optimizer.update(**published, learning_rate=2e-6, schedule="constant")
@@ -74,6 +77,8 @@ def _released(config: ConfigDict) -> ConfigDict:
     """The sizes and the precision of the released network."""
     config.dtype = "bfloat16"
     config.numerics = "trainer"
+    # as published, a loss that is no number ends the run; skipping would keep the state twice
+    config.spike.policy = "none"
     config.remat = "full"
     config.steps_per_call = 1
     config.log_every = 10
@@ -156,7 +161,7 @@ def _small_self_forcing() -> ConfigDict:
     config = _small(_self_forcing())
     config.optimizer.update(learning_rate=2e-5, betas=(0.0, 0.999), schedule="constant")
     config.critic.optimizer.update(learning_rate=1e-5, warmup_steps=0)
-    config.score.update(shift=3.0, guidance=0.0)
+    config.score.update(shift=3.0, guidance=0.0, causal=True)
     config.steps = 1000
     return config
 

@@ -40,6 +40,7 @@ from sanawm_jax.sampling.schedule import Schedule, check_steps, euler_step
 from sanawm_jax.sampling.stage1 import Conditions, guided_velocity, is_condition
 
 SOLVERS = ("euler", "heun")
+_APART = 1e-3  # levels of the sampler that are closer to one of the student's are left out
 
 
 def solver_grid(sigmas: np.ndarray, steps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +54,7 @@ def solver_grid(sigmas: np.ndarray, steps: Sequence[float]) -> tuple[np.ndarray,
       All levels, falling from the first of the student's to 0, and the places of the student's.
     """
     wanted = np.asarray(steps, np.float64) / 1000
-    own = [s for s in sigmas if s < wanted[0] and np.abs(wanted - s).min() > 1e-4]
+    own = [s for s in sigmas if s < wanted[0] and np.abs(wanted - s).min() > _APART]
     grid = np.array(sorted({*own, *wanted}, reverse=True))
     return grid.astype(np.float32), np.searchsorted(-grid, -wanted)
 

@@ -67,6 +67,8 @@ def metrics(workdir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("stage", ["smoke", "consistency", "self_forcing_to_truth"])
 def test_a_stage_resumes_bit_equal(stage: str, folder: Path, tmp_path: Path) -> None:
     config = tiny(stage, folder)
+    if stage == "self_forcing_to_truth":
+        config.held_out.update(clips=4, every=1, batch=2)
     whole = train(config, tmp_path / "whole")
     config.steps = 1
     train(config, tmp_path / "parts")
@@ -79,6 +81,12 @@ def test_a_stage_resumes_bit_equal(stage: str, folder: Path, tmp_path: Path) -> 
     if stage == "smoke":
         assert rows[0]["generator_loss"] > 0 and rows[1]["generator_loss"] is None
         assert rows[1]["critic_loss"] > 0
+
+    if stage == "self_forcing_to_truth":
+        lines = (tmp_path / "parts" / "held_out.jsonl").read_text()
+        assert lines == (tmp_path / "whole" / "held_out.jsonl").read_text()
+        assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2]
+        assert open_trained(tmp_path / "whole" / "best").stream_options()
 
     # the export is a network of the same sizes, and says how it is sampled
     exported = open_trained(tmp_path / "whole")

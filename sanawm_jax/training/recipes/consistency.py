@@ -24,6 +24,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from sanawm_jax.core.params import Params
+from sanawm_jax.data.ode_pairs import solver_grid
 from sanawm_jax.dit.state import DiTState
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.schedule import NUM_TIMESTEPS, euler_step, guide
@@ -71,14 +72,13 @@ def consistency_recipe(config: ConfigDict, workdir: Path) -> Recipe:
 
 
 def teacher_grid(run: Distillation) -> np.ndarray:
-    """Timesteps of the teacher's sampler and of the student's levels, falling from 1000 to 0.
+    """Timesteps of the teacher's sampler and of the student's levels, falling to 0.
 
     Raises:
       InputError: a teacher that takes no step.
     """
     sigmas = run.teacher_schedule().sigmas(run.config.consistency.teacher_steps)
-    both = {float(s) * NUM_TIMESTEPS for s in sigmas} | set(run.steps)
-    return np.array(sorted(both, reverse=True), np.float32)
+    return NUM_TIMESTEPS * solver_grid(sigmas, run.steps)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def update_flops(run: Distillation) -> float:
     The rollout leaves at a random level, and then makes the state. The student's gradient makes
     each state again and differentiates one pass. The teacher runs twice, for guidance.
     """
-    causal, whole = run.forward_flops(causal=True), run.forward_flops(causal=False)
+    causal, whole = (run.forward_flops(causal=c) for c in (True, run.config.score.causal))
     rollout = causal * ((len(run.steps) - 1 + 1) / 2 + 1)
     student = causal * (1 + 3) + 3 * whole
     return rollout + 3 * whole + student / run.config.student_every
@@ -168,6 +168,18 @@ class SelfForcing:
     def student(self) -> Student:
         return dataclasses.replace(self.run.student, graphdef=self.networks[STUDENT].graphdef)
 
+    def score(
+        self,
+        network: Network | None,
+        weights: Params,
+        noisy: jax.Array,
+        timesteps: jax.Array,
+        conditions: Conditions,
+    ) -> jax.Array:
+        """The velocity of a whole clip by the critic or, with None, by the teacher."""
+        causal = self.run.config.score.causal
+        return self.run.clip_velocity(network, weights, noisy, timesteps, conditions, causal=causal)
+
     def noised(self, made: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The clip at a level of the scores, the noise, and the timesteps (B, F) of its frames."""
         time_key, noise_key = jax.random.split(key)
@@ -213,7 +225,7 @@ class SelfForcing:
         negative = self.run.negative(resident, conditions)
 
         def estimate(network: Network | None, weights: Params, given: Conditions) -> jax.Array:
-            velocity = self.run.clip_velocity(network, weights, noisy, timesteps, given)
+            velocity = self.score(network, weights, noisy, timesteps, given)
             return clean_estimate(noisy, velocity, timesteps)
 
         def of_teacher(texts: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -235,7 +247,7 @@ class SelfForcing:
 
         def loss(params: Params) -> jax.Array:
             weights = network.whole(resident)(params)
-            velocity = self.run.clip_velocity(network, weights, noisy, timesteps, conditions)
+            velocity = self.score(network, weights, noisy, timesteps, conditions)
             return flow_loss(velocity, made, noise, mask_of_made(timesteps))
 
         return jax.value_and_grad(loss)(params)
