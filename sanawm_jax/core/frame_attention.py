@@ -19,8 +19,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sanawm_jax.core.attention import attention, attention_to_both
-from sanawm_jax.core.frames import FrameLayout, check_carry, on_ranks
-from sanawm_jax.core.sharding import CONTEXT
+from sanawm_jax.core.frames import FrameLayout, check_carry
+from sanawm_jax.core.sharding import CONTEXT, per_rank
+
+_HEADS = "B F P N D"
 
 
 @jax.tree_util.register_dataclass
@@ -57,14 +59,14 @@ def frame_attention(
     """
     if cache is not None and cached is not None:
         check_carry(layout)
-        return _attend_cached(q, k, v, cache, cached, scale)
-    attend = functools.partial(_attend_chunks, layout=layout, scale=scale)
-    if layout.shards > 1:
-        attend = functools.partial(_attend_gathered, layout=layout, scale=scale)
-    qkv = "B F P N D"
-    if key_mask is None:
-        return on_ranks(attend, layout, (qkv,) * 3, qkv)(q, k, v)
-    return on_ranks(attend, layout, (qkv, qkv, qkv, "B F"), qkv)(q, k, v, key_mask)
+        names = (*[_HEADS] * 3, "B E P N D", "")
+        attend = per_rank(functools.partial(_attend_cached, scale=scale), names, _HEADS)
+        return attend(q, k, v, cache, cached)
+    run = _attend_gathered if layout.shards > 1 else _attend_chunks
+    attend = per_rank(
+        functools.partial(run, layout=layout, scale=scale), (*[_HEADS] * 3, "B F"), _HEADS
+    )
+    return attend(q, k, v, key_mask)
 
 
 def text_attention(
@@ -72,7 +74,6 @@ def text_attention(
     k: Float[Array, "B L N D"],
     v: Float[Array, "B L N D"],
     text_mask: Bool[Array, "B L"],
-    layout: FrameLayout,
 ) -> Float[Array, "B F P N D"]:
     """Softmax attention of every token to a text; ranks of a mesh each run their own frames.
 
@@ -86,8 +87,8 @@ def text_attention(
         y = attention(rearrange(q, "B F P N D -> B (F P) N D"), k, v, key_mask=mask)
         return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
 
-    names = ("B F P N D", "B L N D", "B L N D", "B L")
-    return on_ranks(attend, layout, names, "B F P N D")(q, k, v, text_mask)
+    names = (_HEADS, "B L N D", "B L N D", "B L")
+    return per_rank(attend, names, _HEADS)(q, k, v, text_mask)
 
 
 def _attend_cached(
@@ -96,6 +97,7 @@ def _attend_cached(
     v: jax.Array,
     cache: KeyValueCache,
     cached: jax.Array,
+    *,
     scale: float | None,
 ) -> jax.Array:
     frames, tokens = q.shape[1:3]
@@ -122,7 +124,7 @@ def _attend_chunks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    key_mask: jax.Array | None = None,
+    key_mask: jax.Array | None,
     *,
     layout: FrameLayout,
     scale: float | None,
@@ -149,7 +151,7 @@ def _attend_gathered(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    key_mask: jax.Array | None = None,
+    key_mask: jax.Array | None,
     *,
     layout: FrameLayout,
     scale: float | None,
