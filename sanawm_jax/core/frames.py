@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas import gdn
 from sanawm_jax.core.sharding import CONTEXT, axis_size
@@ -198,13 +198,11 @@ def neighbours(
       before: the `reach` frames before x in a stream, see `last_frames`.
       isolated: there are zeros before f's chunk too.
     """
-    frames, frame = x.shape[1], np.arange(layout.padded)
-    starts, ends = layout.borders()
-    past, future = _halos(x, reach, layout.shards)
     if before is not None:
         check_carry(layout)
-        past = before
-    padded = jnp.concatenate([past, x, future], 1)
+    frames, frame = x.shape[1], np.arange(layout.padded)
+    starts, ends = layout.borders()
+    padded = _with_halos(x, reach, layout.shards, before)
 
     def seen(offset: int) -> jax.Array:
         shifted = padded[:, reach + offset : reach + offset + frames]
@@ -216,22 +214,23 @@ def neighbours(
     return [seen(offset) for offset in range(-reach, reach + 1)]
 
 
-def _halos(x: jax.Array, reach: int, ranks: int) -> tuple[jax.Array, jax.Array]:
-    """The `reach` frames before this rank's frames x and those after them; zero outside."""
+def _with_halos(x: jax.Array, reach: int, ranks: int, before: jax.Array | None) -> jax.Array:
+    """This rank's frames x with the `reach` frames before and after them; zero outside."""
     if ranks == 1:
-        outside = jnp.zeros_like(x, shape=(x.shape[0], reach, *x.shape[2:]))
-        return outside, outside
+        past = reach if before is None else 0
+        padded = jnp.pad(x, ((0, 0), (past, reach), (0, 0), (0, 0)))
+        return padded if before is None else jnp.concatenate([before, padded], 1)
 
     def from_rank(distance: int, part: jax.Array) -> jax.Array:
         pairs = [(r, r - distance) for r in range(ranks) if 0 <= r - distance < ranks]
         return lax.ppermute(part, CONTEXT, pairs)
 
-    past, future, frames = [], [], x.shape[1]
+    parts, frames = [x], x.shape[1]
     for hop in range(1, -(-reach // frames) + 1):  # a long convolution reaches over several ranks
         count = min(frames, reach - (hop - 1) * frames)
-        past.insert(0, from_rank(-hop, x[:, frames - count :]))
-        future.append(from_rank(hop, x[:, :count]))
-    return jnp.concatenate(past, 1), jnp.concatenate(future, 1)
+        parts.insert(0, from_rank(-hop, x[:, frames - count :]))
+        parts.append(from_rank(hop, x[:, :count]))
+    return jnp.concatenate(parts, 1)
 
 
 def recurrent_states(

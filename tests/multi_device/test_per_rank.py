@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import choice
 from kernels_pallas.attention import api
 from sanawm_jax.core.frame_attention import frame_attention
-from sanawm_jax.core.frames import layout_of
+from sanawm_jax.core.frames import layout_of, neighbours
 from sanawm_jax.core.sharding import make_mesh, per_rank
 
 
@@ -58,6 +58,23 @@ def test_what_a_rank_sees(
         found = jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, x)
     assert set(seen) == {rank}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("reach", [1, 3])  # a rank has two frames
+@pytest.mark.parametrize("isolated", [False, True])
+def test_neighbours_of_ranks_are_those_of_the_whole_clip(
+    reach: int, isolated: bool, rng: np.random.Generator
+) -> None:
+    x = jnp.asarray(rng.normal(size=(2, 8, 1, 3)), jnp.float32)
+
+    def seen(x: jax.Array) -> list[jax.Array]:
+        return neighbours(x, reach, layout_of(8, (0, 3, 6)), isolated=isolated)
+
+    wanted = seen(x)
+    with jax.set_mesh(make_mesh(context=4)):
+        found = jax.jit(per_rank(seen, ("B F P C",), "B F P C"))(x)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any) -> None:
