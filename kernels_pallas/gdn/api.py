@@ -32,6 +32,7 @@ from kernels_pallas.gdn.reference import Transition
 
 _F32 = jnp.float32
 _BOTH = (Run(reverse=False, exclusive=False), Run(reverse=True, exclusive=True))
+_Scan = tuple[Tiles, bool, tuple[Run, ...], bool]  # interpret; whether the states are summed
 
 
 def _is_hopper(kernel: str, tiles: Tiles, interpret: bool, tokens: jax.Array) -> bool:
@@ -42,8 +43,8 @@ def _is_hopper(kernel: str, tiles: Tiles, interpret: bool, tokens: jax.Array) ->
     return is_fit and choice.capability() == choice.HOPPER
 
 
-def _is_pallas(impl: str | None, dtype: Any = None, axis_name: str | None = None) -> bool:
-    return axis_name is None and choice.is_pallas("gdn", impl, dtype)
+def _is_pallas(impl: str | None, dtype: Any = None) -> bool:
+    return choice.is_pallas("gdn", impl, dtype)
 
 
 def frame_transitions(
@@ -88,8 +89,8 @@ def scan_states(
     impl: str | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
-    """See `reference.scan_states`; with `axis_name` it always runs in XLA."""
-    if not _is_pallas(impl, axis_name=axis_name):
+    """See `reference.scan_states`."""
+    if not _is_pallas(impl):
         return reference.scan_states(
             transition,
             initial,
@@ -98,7 +99,7 @@ def scan_states(
             reset=reset,
             axis_name=axis_name,
         )
-    return _run_maps(transition, initial, [reset], (Run(reverse, exclusive),), tiles)
+    return _run_maps(transition, initial, [reset], (Run(reverse, exclusive),), tiles, axis_name)
 
 
 def bidirectional_states(
@@ -111,11 +112,11 @@ def bidirectional_states(
     tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
     """See `reference.bidirectional_states`; Pallas runs both directions at the same time."""
-    if not _is_pallas(impl, axis_name=axis_name):
+    if not _is_pallas(impl):
         return reference.bidirectional_states(
             transition, initial, chunk_ends=chunk_ends, axis_name=axis_name
         )
-    return _run_maps(transition, initial, [None, chunk_ends], _BOTH, tiles)
+    return _run_maps(transition, initial, [None, chunk_ends], _BOTH, tiles, axis_name)
 
 
 def token_states(
@@ -166,7 +167,8 @@ def bidirectional_token_states(
 
 
 def _is_fused(impl: str | None, axis_name: str | None, tiles: Tiles | None, k: jax.Array) -> bool:
-    is_pallas = _is_pallas(impl, k.dtype, axis_name)
+    # ranks scan their maps twice, so these have to be in memory
+    is_pallas = axis_name is None and _is_pallas(impl, k.dtype)
     return is_pallas and _is_hopper("states", tiles or Tiles(), choice.interpret(), k)
 
 
@@ -176,11 +178,20 @@ def _run_maps(
     resets: list[jax.Array | None],
     runs: tuple[Run, ...],
     tiles: Tiles | None,
+    axis_name: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    w, u = transition
-    start = jnp.zeros_like(u[:, 0]) if initial is None else initial
-    drop = _flags(resets, u.shape[1])
-    return _scan((tiles or Tiles(), choice.interpret(), runs), w, u, start, drop)
+    drop = _flags(resets, transition.u.shape[1])
+
+    def scan(maps: Transition, starts: jax.Array, is_summed: bool = False) -> Any:
+        static = (tiles or Tiles(), choice.interpret(), runs, is_summed)
+        return _scan(static, *maps, starts, drop)
+
+    if axis_name is not None:
+        is_reverse = [run.reverse for run in runs]
+        return reference.scan_over_ranks(scan, transition, initial, axis_name, is_reverse)
+    start = jnp.zeros_like(transition.u[:, 0]) if initial is None else initial
+    states, finals = scan(transition, _first_of(len(runs), start), is_summed=True)
+    return states, finals[0]
 
 
 def _run_tokens(
@@ -274,43 +285,32 @@ def _maps_backward(tiles: Tiles, interpret: bool, saved: Any, gradients: Any) ->
 _maps.defvjp(_maps_forward, _maps_backward)
 
 
-def _states_of_all(
-    static: tuple[Tiles, bool, tuple[Run, ...]],
-    w: jax.Array,
-    u: jax.Array,
-    initial: jax.Array,
-    drop: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """States (G, B, F, N, V, D) of every run, and the final state of the first run.
-
-    The first run starts from `initial`, the others from zero.
-    """
-    tiles, interpret, runs = static
-    start = _first_of(len(runs), initial)
-    states, final = gpu_scan.scan(
-        w, u[None], start, drop, runs, tiles, adjoint=False, interpret=interpret
-    )
-    return states, final[0]
-
-
 def _first_of(count: int, a: jax.Array) -> jax.Array:
     """Stacks `a` for the first of `count` runs and zeros for the others."""
     return jnp.stack([a, *[jnp.zeros_like(a)] * (count - 1)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(static: tuple[Tiles, bool, tuple[Run, ...]], *args: jax.Array) -> Any:
-    """The sum of the states of all runs, and the final state of the first run.
+def _scan_kernel(
+    static: _Scan, w: jax.Array, u: jax.Array, starts: jax.Array, drop: jax.Array, *, adjoint: bool
+) -> tuple[jax.Array, jax.Array]:
+    tiles, interpret, runs, _ = static
+    return gpu_scan.scan(w, u, starts, drop, runs, tiles, adjoint=adjoint, interpret=interpret)
 
-    `args` are those of `_states_of_all`.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(static: _Scan, *args: jax.Array) -> Any:
+    """The states (G, B, F, N, V, D) of G runs, or their sum, and the state after each run.
+
+    `args` are w, u, the states before each run (G, B, N, V, D), and the flags of `_flags`.
     """
     return _scan_forward(static, *args)[0]
 
 
-def _scan_forward(static: Any, *args: Any) -> tuple[Any, Any]:
-    states, final = _states_of_all(static, *args)
-    w, _, initial, drop = args
-    return (_sum(states), final), (w, initial, drop, states)
+def _scan_forward(static: _Scan, *args: Any) -> tuple[Any, Any]:
+    w, u, starts, drop = args
+    states, finals = _scan_kernel(static, w, u[None], starts, drop, adjoint=False)
+    told = _sum(states) if static[-1] else states
+    return (told, finals), (w, starts, drop, states)
 
 
 def _sum(states: Any) -> jax.Array:
@@ -318,16 +318,13 @@ def _sum(states: Any) -> jax.Array:
     return functools.reduce(jnp.add, others, first)
 
 
-def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
-    tiles, interpret, runs = static
-    w, initial, drop, states = saved
-    d_states, d_final = gradients
+def _scan_backward(static: _Scan, saved: Any, gradients: Any) -> tuple[Any, ...]:
+    runs, is_summed = static[2:]
+    w, starts, drop, states = saved
+    d_states, d_finals = gradients
     # the gradient of the sum is the gradient of the states of every run
-    du, d_initial = gpu_scan.scan(
-        w, d_states[None], _first_of(len(runs), d_final), drop, runs, tiles,
-        adjoint=True, interpret=interpret,
-    )  # fmt: skip
-    starts = _first_of(len(runs), initial)
+    d_states = d_states[None] if is_summed else d_states
+    du, d_starts = _scan_kernel(static, w, d_states, d_finals, drop, adjoint=True)
     dw = jnp.zeros_like(w)
     for i, run in enumerate(runs):
         before = states[i]
@@ -337,7 +334,7 @@ def _scan_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
                 parts = [before[:, 1:], starts[i, :, None]]
             before = (1.0 - drop[i])[:, None, None, None] * jnp.concatenate(parts, 1)
         dw += reference.einsum("bfnvd,bfnve->bfnde", before, du[i])
-    return dw, jnp.sum(du, 0), d_initial[0], jnp.zeros_like(drop)
+    return dw, jnp.sum(du, 0), d_starts, jnp.zeros_like(drop)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -359,23 +356,27 @@ def _run_fused(static: Any, args: Any, *, keeps_maps: bool) -> tuple[list[jax.Ar
     )
     found = [states]
     if others:
-        rest = (tiles, interpret, tuple(others))
+        rest = (tiles, interpret, tuple(others), False)
         w, u = maps
-        found.extend(_states_of_all(rest, w, u, jnp.zeros_like(initial), drop[1:])[0])
+        starts = jnp.zeros((len(others), *initial.shape), _F32)
+        found.extend(_scan_kernel(rest, w, u[None], starts, drop[1:], adjoint=False)[0])
     return found, final, maps
 
 
 def _fused_forward(static: Any, *args: Any) -> tuple[Any, Any]:
     states, final, maps = _run_fused(static, args, keeps_maps=True)
     *tokens, initial, drop = args
-    return (_sum(states), final), (tokens, (maps[0], initial, drop, states))
+    starts = _first_of(len(static[-1]), initial)
+    return (_sum(states), final), (tokens, (maps[0], starts, drop, states))
 
 
 def _fused_backward(static: Any, saved: Any, gradients: Any) -> tuple[Any, ...]:
-    tiles, interpret, _ = static
+    tiles, interpret, runs = static
     tokens, of_scan = saved
-    dw, du, *rest = _scan_backward(static, of_scan, gradients)
-    return (*_maps_backward(tiles, interpret, tokens, (dw, du)), *rest)
+    d_states, d_final = gradients
+    gradients = d_states, _first_of(len(runs), d_final)
+    dw, du, d_starts, d_drop = _scan_backward((*static, True), of_scan, gradients)
+    return (*_maps_backward(tiles, interpret, tokens, (dw, du)), d_starts[0], d_drop)
 
 
 _fused.defvjp(_fused_forward, _fused_backward)

@@ -12,7 +12,8 @@ the same maps. Context parallelism needs no second pass over the frames, because
 rank compose to one map.
 
 Axis letters: B batch, F latent frames, P tokens per frame, N heads, D key size, V value size,
-G runs whose maps are composed (the ranks of a mesh).
+G runs: the directions of the recurrence, or the ranks of a mesh, whose
+maps are composed.
 Everything is float32 at the highest matmul precision. The recurrence amplifies rounding errors, and
 the default precision (TF32 on a GPU, bfloat16 on a TPU) is not enough.
 Reference: diffusers `torch_chunk_sana_gdn`, `torch_chunk_cam_single_path_delta_rule`.
@@ -21,6 +22,7 @@ Reference: diffusers `torch_chunk_sana_gdn`, `torch_chunk_cam_single_path_delta_
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,9 +101,8 @@ def scan_states(
       The states in frame order, and the final state of the whole clip.
     """
     if axis_name is not None:
-        return _scan_ranks(
-            transition, initial, axis_name, reverse=reverse, exclusive=exclusive, reset=reset
-        )
+        run = functools.partial(scan_states, reverse=reverse, exclusive=exclusive, reset=reset)
+        return scan_over_ranks(_side_by_side(run), transition, initial, axis_name, [reverse])
     if initial is None:
         initial = jnp.zeros_like(transition.u[:, 0])
     if reset is None:
@@ -116,6 +117,17 @@ def scan_states(
     frames_first = Transition(*(jnp.moveaxis(a, 1, 0) for a in transition))
     final, states = lax.scan(step, initial, (frames_first, reset), reverse=reverse)
     return jnp.moveaxis(states, 0, 1), final
+
+
+def _side_by_side(*runs: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
+    """The `scan` of `scan_over_ranks` that computes one run after the other."""
+
+    def scan(transition: Transition, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = [run(transition, start) for run, start in zip(runs, starts, strict=True)]
+        states, finals = zip(*found, strict=True)
+        return jnp.stack(states), jnp.stack(finals)
+
+    return scan
 
 
 def compose_states(
@@ -134,32 +146,51 @@ def compose_states(
     return jnp.stack(before), state
 
 
-def _scan_ranks(
-    transition: Transition, initial: jax.Array | None, axis_name: str, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """`scan_states` over ranks: scan from zero, compose the ranks' maps, correct the states."""
-    w, u = transition
-    values, size = u.shape[-2:]
-    # Rows of the identity that run without input become the product of the maps so far. This
-    # product carries the state of earlier ranks to every frame. `reset` and `exclusive` apply to it
-    # in the same way.
-    rows = jnp.concatenate([u, jnp.zeros_like(u, shape=(*u.shape[:-2], size, size))], -2)
-    start = jnp.zeros_like(rows[:, 0]).at[..., values:, :].set(jnp.eye(size, dtype=u.dtype))
-    states, final = scan_states(Transition(w, rows), start, **options)
-    local, through = states[..., :values, :], states[..., values:, :]
+def scan_over_ranks(
+    scan: Callable[[Transition, jax.Array], tuple[jax.Array, jax.Array]],
+    transition: Transition,
+    initial: Float[Array, "B N V D"] | None,
+    axis_name: str,
+    is_reverse: Sequence[bool],
+) -> tuple[Float[Array, "B F N V D"], Float[Array, "B N V D"]]:
+    """Runs the recurrence, under `jax.shard_map`, over frames that ranks hold in order.
 
-    order = lax.axis_index(axis_name)
-    composites = lax.all_gather(
-        Transition(final[..., values:, :], final[..., :values, :]), axis_name
-    )
-    if options["reverse"]:
-        composites = Transition(*(a[::-1] for a in composites))
-        order = lax.axis_size(axis_name) - 1 - order
-    if initial is None:
-        initial = jnp.zeros_like(u[:, 0])
-    before, last = compose_states(composites, initial)
-    incoming = lax.dynamic_index_in_dim(before, order, keepdims=False)
-    return local + einsum("bnvd,bfnde->bfnve", incoming, through), last
+    Each rank scans from zero. It also scans without inputs from the identity, which gives the
+    product of the maps up to every frame, and so what a state before the rank's frames becomes
+    there. The maps of whole ranks are gathered and composed. `reset` and `exclusive` need no
+    attention here: the scan applies them to both.
+
+    Args:
+      scan: computes G runs over one rank's frames, from maps (B, F, N, ...) and the states before
+        each run (G, B, N, V, D). Returns the states (G, B, F, N, V, D), and the states after each
+        run (G, B, N, V, D).
+      transition: the maps of this rank's frames.
+      initial: the state before the first run, of the whole clip. Other runs start from zero.
+      is_reverse: of each run, whether it goes from the last frame to the first.
+
+    Returns:
+      The sum of the states of all runs, and the final state of the first one over the whole clip.
+    """
+    w, u = transition
+    runs = len(is_reverse)
+    start = jnp.zeros_like(u[:, 0])
+    local, added = scan(transition, jnp.stack([start] * runs))
+    identity = jnp.zeros_like(w[:, 0]) + jnp.eye(w.shape[-1], dtype=w.dtype)
+    through, mapped = scan(Transition(w, jnp.zeros_like(w)), jnp.stack([identity] * runs))
+
+    gathered = lax.all_gather(Transition(mapped, added), axis_name)
+    incoming, final = [], []
+    for run, reverse in enumerate(is_reverse):
+        order, composites = lax.axis_index(axis_name), Transition(*(a[:, run] for a in gathered))
+        if reverse:
+            composites = Transition(*(a[::-1] for a in composites))
+            order = lax.axis_size(axis_name) - 1 - order
+        first = start if run or initial is None else initial
+        before, last = compose_states(composites, first)
+        incoming.append(lax.dynamic_index_in_dim(before, order, keepdims=False))
+        final.append(last)
+    carried = einsum("gbnvd,gbfnde->bfnve", jnp.stack(incoming), through)
+    return jnp.sum(local, 0) + carried, final[0]
 
 
 def bidirectional_states(
@@ -183,11 +214,13 @@ def bidirectional_states(
     Returns:
       The states, and the final state of the forward run.
     """
-    forward, final = scan_states(transition, initial, axis_name=axis_name)
     # the backward run enters a chunk at its last frame
-    backward, _ = scan_states(
-        transition, reverse=True, exclusive=True, reset=chunk_ends, axis_name=axis_name
-    )
+    back = functools.partial(scan_states, reverse=True, exclusive=True, reset=chunk_ends)
+    if axis_name is not None:
+        scan = _side_by_side(scan_states, back)
+        return scan_over_ranks(scan, transition, initial, axis_name, [False, True])
+    forward, final = scan_states(transition, initial)
+    backward, _ = back(transition)
     return forward + backward, final
 
 

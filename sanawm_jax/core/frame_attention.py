@@ -20,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sanawm_jax.core import teacher_forcing
 from sanawm_jax.core.attention import attention, attention_to_both
-from sanawm_jax.core.frames import FrameLayout, check_carry, on_ranks
-from sanawm_jax.core.sharding import CONTEXT
+from sanawm_jax.core.frames import FrameLayout, check_carry
+from sanawm_jax.core.sharding import CONTEXT, per_rank
+
+_HEADS = "B F P N D"
 
 
 @jax.tree_util.register_dataclass
@@ -58,16 +60,16 @@ def frame_attention(
     """
     if cache is not None and cached is not None:
         check_carry(layout)
-        return _attend_cached(q, k, v, cache, cached, scale)
+        names = (*[_HEADS] * 3, "B E P N D", "")
+        attend = per_rank(functools.partial(_attend_cached, scale=scale), names, _HEADS)
+        return attend(q, k, v, cache, cached)
     if layout.forced:
         return teacher_forcing.frame_attention(q, k, v, layout.history(), scale)
-    attend = functools.partial(_attend_chunks, layout=layout, scale=scale)
-    if layout.shards > 1:
-        attend = functools.partial(_attend_gathered, layout=layout, scale=scale)
-    qkv = "B F P N D"
-    if key_mask is None:
-        return on_ranks(attend, layout, (qkv,) * 3, qkv)(q, k, v)
-    return on_ranks(attend, layout, (qkv, qkv, qkv, "B F"), qkv)(q, k, v, key_mask)
+    run = _attend_gathered if layout.shards > 1 else _attend_chunks
+    attend = per_rank(
+        functools.partial(run, layout=layout, scale=scale), (*[_HEADS] * 3, "B F"), _HEADS
+    )
+    return attend(q, k, v, key_mask)
 
 
 def text_attention(
@@ -75,7 +77,6 @@ def text_attention(
     k: Float[Array, "B L N D"],
     v: Float[Array, "B L N D"],
     text_mask: Bool[Array, "B L"],
-    layout: FrameLayout,
 ) -> Float[Array, "B F P N D"]:
     """Softmax attention of every token to a text; ranks of a mesh each run their own frames.
 
@@ -89,8 +90,8 @@ def text_attention(
         y = attention(rearrange(q, "B F P N D -> B (F P) N D"), k, v, key_mask=mask)
         return rearrange(y, "B (F P) N D -> B F P N D", F=frames)
 
-    names = ("B F P N D", "B L N D", "B L N D", "B L")
-    return on_ranks(attend, layout, names, "B F P N D")(q, k, v, text_mask)
+    names = (_HEADS, "B L N D", "B L N D", "B L")
+    return per_rank(attend, names, _HEADS)(q, k, v, text_mask)
 
 
 def _attend_cached(
@@ -99,6 +100,7 @@ def _attend_cached(
     v: jax.Array,
     cache: KeyValueCache,
     cached: jax.Array,
+    *,
     scale: float | None,
 ) -> jax.Array:
     frames, tokens = q.shape[1:3]
@@ -125,7 +127,7 @@ def _attend_chunks(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    key_mask: jax.Array | None = None,
+    key_mask: jax.Array | None,
     *,
     layout: FrameLayout,
     scale: float | None,
@@ -152,7 +154,7 @@ def _attend_gathered(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    key_mask: jax.Array | None = None,
+    key_mask: jax.Array | None,
     *,
     layout: FrameLayout,
     scale: float | None,

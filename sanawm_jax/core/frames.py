@@ -15,7 +15,6 @@ channels, X frames that a convolution needs from the chunk before.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas import gdn
 from sanawm_jax.core import teacher_forcing
-from sanawm_jax.core.sharding import CONTEXT, axis_size, logical_spec
+from sanawm_jax.core.sharding import CONTEXT, axis_size
 from sanawm_jax.runtime.errors import InputError
 
 CHUNK_STRATEGIES = ("first_chunk_plus_one", "uniform", "first_frame")
@@ -175,17 +174,6 @@ def layout_of(
     return FrameLayout(frames, starts or (0,), axis_size(CONTEXT), cached, sink, forced)
 
 
-def on_ranks(
-    function: Callable[..., Any], layout: FrameLayout, inputs: tuple[str, ...], output: str
-) -> Callable[..., Any]:
-    """`function` of one rank's frames as a function of all of them; axes by logical names."""
-    if layout.shards == 1:
-        return function
-    specs = tuple(logical_spec(names) for names in inputs)
-    # Pallas kernels do not say over which axes their results vary
-    return jax.shard_map(function, in_specs=specs, out_specs=logical_spec(output), check_vma=False)
-
-
 def check_carry(layout: FrameLayout) -> None:
     """Refuses a carry where frames are in several chunks, padded or shared out.
 
@@ -218,7 +206,6 @@ def neighbours(
     x: Float[Array, "B F P C"],
     reach: int,
     layout: FrameLayout,
-    names: str = "B F P C",
     *,
     before: Float[Array, "B X P C"] | None = None,
     isolated: bool = False,
@@ -226,12 +213,11 @@ def neighbours(
     """What a convolution over frames sees: x at frame f - reach, ..., f, ..., f + reach.
 
     There are zeros before the clip, and from the end of f's chunk on: a frame sees the past of
-    other chunks but only the future of its own.
+    other chunks but only the future of its own. On a mesh, `sharding.per_rank` calls it.
 
     Args:
-      x: tokens of the padded frames.
+      x: tokens of this rank's frames.
       reach: frames to each side.
-      names: logical axes of x.
       before: the `reach` frames before x in a stream, see `last_frames`.
       isolated: there are zeros before f's chunk too.
     """
@@ -239,44 +225,37 @@ def neighbours(
         check_carry(layout)
     if layout.forced:
         return teacher_forcing.neighbours(x, reach)
-    frame = np.arange(layout.padded)
+    frames, frame = x.shape[1], np.arange(layout.padded)
     starts, ends = layout.borders()
+    padded = _with_halos(x, reach, layout.shards, before)
 
-    def masked(shifted: jax.Array, offset: int) -> jax.Array:
+    def seen(offset: int) -> jax.Array:
+        shifted = padded[:, reach + offset : reach + offset + frames]
         if layout.is_plain() or (offset <= 0 and not isolated):
             return shifted
         visible = frame + offset < ends if offset > 0 else frame + offset >= starts
         return jnp.where(layout.local(visible)[:, None, None], shifted, 0)
 
-    offsets = range(-reach, reach + 1)
-    if layout.shards == 1:
-        frames = x.shape[1]
-        if before is None:
-            padded = jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0)))
-        else:
-            padded = jnp.pad(x, ((0, 0), (0, reach), (0, 0), (0, 0)))
-            padded = jnp.concatenate([before, padded], 1)
-        return [masked(padded[:, reach + i : reach + i + frames], i) for i in offsets]
-
-    def shifted(offset: int) -> jax.Array:
-        def on_rank(x: jax.Array) -> jax.Array:
-            return masked(_shift(x, offset, layout.shards), offset)
-
-        return on_ranks(on_rank, layout, (names,), names)(x)
-
-    return [shifted(offset) if offset else x for offset in offsets]
+    return [seen(offset) for offset in range(-reach, reach + 1)]
 
 
-def _shift(x: jax.Array, offset: int, ranks: int) -> jax.Array:
-    """Frame f + offset at the place of f, across ranks; zero outside."""
-    hops, rest = divmod(offset, x.shape[1])
+def _with_halos(x: jax.Array, reach: int, ranks: int, before: jax.Array | None) -> jax.Array:
+    """This rank's frames x with the `reach` frames before and after them; zero outside."""
+    if ranks == 1:
+        past = reach if before is None else 0
+        padded = jnp.pad(x, ((0, 0), (past, reach), (0, 0), (0, 0)))
+        return padded if before is None else jnp.concatenate([before, padded], 1)
 
-    def from_rank(part: jax.Array, distance: int) -> jax.Array:
+    def from_rank(distance: int, part: jax.Array) -> jax.Array:
         pairs = [(r, r - distance) for r in range(ranks) if 0 <= r - distance < ranks]
-        return part if distance == 0 else lax.ppermute(part, CONTEXT, pairs)
+        return lax.ppermute(part, CONTEXT, pairs)
 
-    near = from_rank(x[:, rest:], hops)
-    return near if rest == 0 else jnp.concatenate([near, from_rank(x[:, :rest], hops + 1)], 1)
+    parts, frames = [x], x.shape[1]
+    for hop in range(1, -(-reach // frames) + 1):  # a long convolution reaches over several ranks
+        count = min(frames, reach - (hop - 1) * frames)
+        parts.insert(0, from_rank(-hop, x[:, frames - count :]))
+        parts.append(from_rank(hop, x[:, :count]))
+    return jnp.concatenate(parts, 1)
 
 
 def recurrent_states(
@@ -286,43 +265,28 @@ def recurrent_states(
     decay: Float[Array, "B F N"],
     layout: FrameLayout,
     initial: Float[Array, "B N _ D"] | None = None,
-) -> tuple[Float[Array, "B F N _ D"], Float[Array, "B N _ D"] | None]:
+) -> tuple[Float[Array, "B F N _ D"], Float[Array, "B N _ D"]]:
     """The recurrence's states, of tokens as `gdn.frame_transitions` takes them.
 
     The forward run crosses chunks, the backward run is isolated in each. Without v they are the
-    normaliser's, V = 1.
+    normaliser's, V = 1. On a mesh, `sharding.per_rank` calls it for each rank's frames.
 
     Args:
       initial: float32, the forward run's state after the chunks before; None is zero.
 
     Returns:
-      float32 states that every frame reads, and the last state of the forward run, which is None
-      where ranks share the frames out.
+      float32 states that every frame reads, and the last state of the forward run over the clip.
     """
     if initial is not None:
         check_carry(layout)
     if layout.forced:
-        return teacher_forcing.recurrent_states(k, v, beta, decay), None
-
-    def ends() -> jax.Array | None:
-        if len(layout.starts) == 1:
-            return None
-        return layout.local(np.arange(layout.padded) + 1 == layout.ends())
-
-    if v is not None and layout.shards == 1:
-        return gdn.bidirectional_token_states(k, v, beta, decay, initial, chunk_ends=ends())
-    if v is None:
-        maps = gdn.normaliser_transitions(k, beta, decay)
-    else:
-        maps = gdn.frame_transitions(k, v, beta, decay)
-
-    if layout.shards == 1:
-        return gdn.bidirectional_states(maps, initial, chunk_ends=ends())
-
-    def run(w: jax.Array, u: jax.Array) -> jax.Array:
-        return gdn.bidirectional_states(gdn.Transition(w, u), chunk_ends=ends(), axis_name=CONTEXT)[
-            0
-        ]
-
-    names = ("B F N D D", "B F N V D")
-    return on_ranks(run, layout, names, "B F N V D")(*maps), None
+        states = teacher_forcing.recurrent_states(k, v, beta, decay)
+        return states, states[:, k.shape[1] // 2 - 1]
+    options: dict[str, Any] = {"axis_name": None if layout.shards == 1 else CONTEXT}
+    if len(layout.starts) > 1:
+        last = np.arange(layout.padded) + 1 == layout.ends()
+        options["chunk_ends"] = layout.local(last)
+    if v is not None:
+        return gdn.bidirectional_token_states(k, v, beta, decay, initial, **options)
+    maps = gdn.normaliser_transitions(k, beta, decay)
+    return gdn.bidirectional_states(maps, initial, **options)

@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,11 +54,22 @@ def axis_size(name: str) -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
 
 
-def logical_spec(names: str) -> P:
-    """Returns the spec of an array with axes such as "B F P N D". "(N D)" is one merged axis."""
-    tokens = re.findall(r"\([^)]*\)|\S+", names)
-    axes = [_LOGICAL.get(token.strip("() ").split()[0]) for token in tokens]
-    return P(*(None if axis in _hidden.get() else axis for axis in axes))
+def logical_spec(names: str, *, divides_batch: bool = True) -> P:
+    """Returns the spec of an array with axes such as "B F P N D". "(N D)" is one merged axis.
+
+    Args:
+      names: the axes.
+      divides_batch: without it, every rank has the whole batch.
+    """
+    axes = [token.strip("() ").split()[0] for token in re.findall(r"\([^)]*\)|\S+", names)]
+    found = [_LOGICAL.get(a) if divides_batch or a != "B" else None for a in axes]
+    return P(*(None if axis in _hidden.get() else axis for axis in found))
+
+
+def is_divided() -> bool:
+    """Whether a mesh of several devices is set, and the code is not already that of one rank."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
 
 
 def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
@@ -70,10 +81,56 @@ def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
       x: any array.
       names: its axes, such as `"B F P C"`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}:
-        return x
-    return jax.lax.with_sharding_constraint(x, logical_spec(names))
+    return jax.lax.with_sharding_constraint(x, logical_spec(names)) if is_divided() else x
+
+
+def per_rank(
+    function: Callable[..., Any],
+    inputs: Sequence[str],
+    outputs: str | tuple[str, ...],
+    *,
+    whole_width: bool = False,
+) -> Callable[..., Any]:
+    """Makes each rank of the mesh run `function` on its own part of the arrays.
+
+    The compiler cannot divide the call of a Pallas kernel, so this is how kernels run on a mesh. It
+    is also how frames see each other there: `function` may communicate over the axis `CONTEXT`.
+    Without a mesh, on one device, and inside another such function, it is `function` itself. If the
+    ranks do not divide the batch evenly, each has all of it.
+
+    Args:
+      function: takes arrays, trees of arrays whose leaves have the same axes, or None.
+      inputs: the axes of each argument, such as `"B F P N D"`; see `logical_spec`.
+      outputs: the axes of the results.
+      whole_width: `function` needs all heads and channels. Where the axis `tensor` divides them, it
+        then stays with the compiler, which chooses XLA in place of a Pallas kernel.
+    """
+    if not is_divided() or (whole_width and axis_size("tensor") > 1):
+        return function
+
+    def run(*args: Any) -> Any:
+        replicas = math.prod(axis_size(name) for name in _LOGICAL["B"])
+        batches = [
+            leaf.shape[names.split().index("B")]
+            for names, arg in zip(inputs, args, strict=True)
+            if "B" in names.split()
+            for leaf in jax.tree.leaves(arg)
+        ]
+        divides_batch = all(size % replicas == 0 for size in batches)
+
+        def spec(names: str) -> P:
+            return logical_spec(names, divides_batch=divides_batch)
+
+        # Pallas kernels do not say over which axes their results vary
+        mapped = jax.shard_map(
+            function,
+            in_specs=tuple(map(spec, inputs)),
+            out_specs=jax.tree.map(spec, outputs),
+            check_vma=False,
+        )
+        return mapped(*args)
+
+    return run
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:

@@ -27,13 +27,15 @@ from sanawm_jax.core.frame_attention import KeyValueCache, frame_attention
 from sanawm_jax.core.frames import FrameLayout, last_frames, neighbours, recurrent_states
 from sanawm_jax.core.layers import Linear, RMSNorm, zeros_init
 from sanawm_jax.core.params import draw
-from sanawm_jax.core.sharding import shard
+from sanawm_jax.core.sharding import per_rank, shard
 from sanawm_jax.dit.config import DiTConfig
+from sanawm_jax.dit.heads import HEADS, from_ray_space, plain_and_rotated, rotate, to_ray_space
 from sanawm_jax.dit.numerics import Numerics, softmax_scale
 from sanawm_jax.dit.state import RecurrentCarry, SoftmaxCarry, Window
 from sanawm_jax.dit.ucpe import RayTransforms
 
 GDN_EPS = 1e-8  # of the denominator
+_GATES, _STATE = ("B F P N", "B F N"), "B N V D"
 
 
 def key_factor(size: int, tokens: int) -> float:
@@ -99,12 +101,17 @@ class ShortConv(nnx.Module):
         reach = taps.shape[0] - 1
         if before is None:
             reach = min(reach, layout.frames - 1)
-        seen = neighbours(x, reach, layout, "B F P (N D)", before=before, isolated=isolated)
-        y = x * taps[-1]  # sums in float32, as a convolution's are
-        for distance in range(1, reach + 1):
-            past, future = seen[reach - distance], seen[reach + distance]
-            y = y + past * taps[-1 - distance] + future * taps[-1 - distance]
-        return y.astype(x.dtype)
+
+        def run(x: jax.Array, taps: jax.Array, before: jax.Array | None) -> jax.Array:
+            seen = neighbours(x, reach, layout, before=before, isolated=isolated)
+            y = x * taps[-1]  # sums in float32, as a convolution's are
+            for distance in range(1, reach + 1):
+                past, future = seen[reach - distance], seen[reach + distance]
+                y = y + past * taps[-1 - distance] + future * taps[-1 - distance]
+            return y.astype(x.dtype)
+
+        names = ("B F P (N D)", "X (N D)", "B X P (N D)")
+        return per_rank(run, names, "B F P (N D)")(x, taps, before)
 
 
 class SelfAttention(nnx.Module):
@@ -270,15 +277,25 @@ def _gdn_main(
         q_rot = q = ucpe.features(heads.q, heads.of_q)
         k_rot = k = ucpe.features(heads.k, heads.of_k)
     else:
-        q, q_rot = ucpe.plain_and_rotated(heads.q, ctx.angles, heads.of_q)
-        k, k_rot = ucpe.plain_and_rotated(heads.k, ctx.angles, heads.of_k)
-    with jax.named_scope("gdn"):
-        states, last = recurrent_states(k_rot, v, beta, decay, ctx.layout, old)
-        normaliser, last_normaliser = recurrent_states(
-            k, None, beta, decay, ctx.layout, old_normaliser
-        )
-        y = gdn.normalised_read_out(states, normaliser, q_rot, q, GDN_EPS)
-    y = rearrange(y.astype(dtype), "B F P N D -> B F P (N D)")
+        q, q_rot = plain_and_rotated(heads.q, ctx.angles, heads.of_q)
+        k, k_rot = plain_and_rotated(heads.k, ctx.angles, heads.of_k)
+
+    def mix(
+        q: jax.Array, q_rot: jax.Array, k: jax.Array, k_rot: jax.Array, v: jax.Array,
+        beta: jax.Array, decay: jax.Array, old: jax.Array | None, old_normaliser: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        with jax.named_scope("gdn"):
+            states, last = recurrent_states(k_rot, v, beta, decay, ctx.layout, old)
+            normaliser, last_normaliser = recurrent_states(
+                k, None, beta, decay, ctx.layout, old_normaliser
+            )
+            y = gdn.normalised_read_out(states, normaliser, q_rot, q, GDN_EPS)
+        return y.astype(dtype), last, last_normaliser
+
+    inputs = (*[HEADS] * 5, *_GATES, _STATE, _STATE)
+    run = per_rank(mix, inputs, (HEADS, _STATE, _STATE))
+    y, last, last_normaliser = run(q, q_rot, k, k_rot, v, beta, decay, old, old_normaliser)
+    y = rearrange(y, "B F P N D -> B F P (N D)")
     mask = _mask(ctx, dtype)
     return y if mask is None else y * mask, last, last_normaliser
 
@@ -288,7 +305,7 @@ def _to_ray_space(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Moved q, k and v, and the mean squared inflation of keys (B, F, N)."""
     transposed = jnp.swapaxes(rays.ray_from_world, -1, -2)
-    move = functools.partial(ucpe.to_ray_space, capped=capped)
+    move = functools.partial(to_ray_space, capped=capped)
     q, _ = move(heads.q, transposed, rays.angles, heads.of_q)
     k, inflation = move(heads.k, rays.world_from_ray, rays.angles, heads.of_k)
     v, _ = move(heads.v, rays.world_from_ray, rays.angles)
@@ -299,7 +316,7 @@ def _from_ray_space(y: jax.Array, ctx: Context, rays: RayTransforms) -> jax.Arra
     mask = _mask(ctx, y.dtype)
     if mask is not None:
         y = y * mask[..., None]
-    y = ucpe.apply_ucpe(y, rays.ray_from_world, rays.angles, inverse=True)
+    y = from_ray_space(y, rays.ray_from_world, rays.angles)
     return rearrange(y, "B F P N D -> B F P (N D)")
 
 
@@ -318,10 +335,18 @@ def _gdn_camera(
     if ctx.frame_mask is not None:
         real = _mask(ctx, dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]
         q, k, v = q * real, k * real, v * real
-    with jax.named_scope("gdn"):
-        states, last = recurrent_states(k, v, beta, decay, ctx.layout, old)
-        y = gdn.read_out(states, q)
-    return _from_ray_space(y.astype(dtype), ctx, rays), last
+
+    def mix(
+        q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array,
+        old: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        with jax.named_scope("gdn"):
+            states, last = recurrent_states(k, v, beta, decay, ctx.layout, old)
+            return gdn.read_out(states, q).astype(dtype), last
+
+    run = per_rank(mix, (*[HEADS] * 3, *_GATES, _STATE), (HEADS, _STATE))
+    y, last = run(q, k, v, beta, decay, old)
+    return _from_ray_space(y, ctx, rays), last
 
 
 def _softmax_main(
@@ -332,8 +357,8 @@ def _softmax_main(
     if ctx.angles is None:
         q, k = ucpe.features(heads.q, heads.of_q), ucpe.features(heads.k, heads.of_k)
     else:
-        q = ucpe.rotate(heads.q, ctx.angles, heads.of_q)
-        k = ucpe.rotate(heads.k, ctx.angles, heads.of_k)
+        q = rotate(heads.q, ctx.angles, heads.of_q)
+        k = rotate(heads.k, ctx.angles, heads.of_k)
     if ctx.frame_mask is not None:
         # padded keys are zeroed, not hidden, in the reference's main branch
         real = _mask(ctx, q.dtype)[..., None]  # pyright: ignore[reportOptionalSubscript]

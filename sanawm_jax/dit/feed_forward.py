@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.conv_glu import conv_glu, depthwise_conv
 from sanawm_jax.core.frames import FrameLayout, last_frames, neighbours
 from sanawm_jax.core.layers import Conv, Linear, activation, zeros_init
+from sanawm_jax.core.sharding import per_rank
 from sanawm_jax.dit.config import DiTConfig
 
 
@@ -66,7 +67,9 @@ class GatedConvFeedForward(nnx.Module):
         up_bias = self.up.bias[...]
         kernel, bias = self.depthwise.kernel[...], self.depthwise.bias[...]
         if self.acts[:2] == ("silu", "silu"):
-            return conv_glu(x, up_bias, kernel, bias)
+            names = ("B F H W C", "C", "H W _ C", "C")
+            run = per_rank(conv_glu, names, "B F H W C", whole_width=True)
+            return run(x, up_bias, kernel, bias)
         up_act, gate_act = (activation(name) for name in self.acts[:2])
         x = up_act(x + up_bias.astype(x.dtype))
         value, gate = jnp.split(depthwise_conv(x, kernel, bias), 2, -1)
@@ -78,9 +81,13 @@ def _over_frames(
     x: jax.Array, kernel: jax.Array, layout: FrameLayout, before: jax.Array | None
 ) -> jax.Array:
     """Convolution over axis 1 as one matrix product: x (B, F, P, C), kernel (2X + 1, C, C)."""
+
+    def seen(x: jax.Array, before: jax.Array | None) -> jax.Array:
+        return jnp.concatenate(neighbours(x, len(kernel) // 2, layout, before=before), -1)
+
     # one product per tap would write as many float32 arrays, to be read and added
-    seen = jnp.concatenate(neighbours(x, len(kernel) // 2, layout, before=before), -1)
-    return seen @ kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
+    joined = per_rank(seen, ("B F P C", "B X P C"), "B F P C")(x, before)
+    return joined @ kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
 
 
 class Mlp(nnx.Module):

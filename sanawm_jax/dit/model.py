@@ -83,7 +83,6 @@ class CrossAttention(nnx.Module):
         x: Float[Array, "B F P C"],
         text: Float[Array, "B L C"],
         text_mask: Bool[Array, "B L"],
-        layout: FrameLayout,
     ) -> Float[Array, "B F P C"]:
         """Lets the video tokens x attend to the text; false in `text_mask` hides a text token."""
         q = self.q(x)
@@ -92,7 +91,7 @@ class CrossAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rearrange(q, "B F P (N D) -> B F P N D", N=self.heads)
         k, v = (rearrange(a, "B L (N D) -> B L N D", N=self.heads) for a in (k, v))
-        y = text_attention(q, k, v, text_mask, layout)
+        y = text_attention(q, k, v, text_mask)
         return self.out(rearrange(y, "B F P N D -> B F P (N D)"))
 
 
@@ -134,7 +133,7 @@ class Block(nnx.Module):
         def inform(x: jax.Array) -> jax.Array:
             if ctx.plucker is not None and hasattr(self, "plucker"):
                 x = x + self.plucker(ctx.plucker)
-            return masked(x + self.cross_attn(x, ctx.text, ctx.text_mask, ctx.layout))
+            return masked(x + self.cross_attn(x, ctx.text, ctx.text_mask))
 
         def feed(x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             y, new = masked(modulated_norm(x, scale2, shift2)), None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import choice
 from sanawm_jax.core.params import apply, leaves
 from sanawm_jax.core.sharding import batch_sharding, make_mesh, shardings
 from tests.tiny_dit import GRAPHDEF, random_inputs, random_params
@@ -39,6 +40,10 @@ CASES = [
 ]
 
 
+# kernels see a rank without the past of the clip, chunks that straddle ranks, and a divided batch
+KERNEL_CASES = [({"data": 2, "context": 2}, "chunk_causal_masked")]
+
+
 def _loss(params: Any, inputs: dict[str, Any], starts: tuple[int, ...] | None) -> jax.Array:
     velocity = apply(GRAPHDEF, params, **inputs, chunk_starts=starts)
     target = jnp.sin(jnp.arange(velocity[0].size)).reshape(velocity[0].shape)
@@ -57,6 +62,10 @@ def _on_one_device(name: str) -> tuple[Any, Any, Any, Any]:
 
 @pytest.mark.parametrize(("shape", "name"), CASES, ids=str)
 def test_equals_one_device(shape: dict[str, int], name: str) -> None:
+    _check(shape, name)
+
+
+def _check(shape: dict[str, int], name: str, tolerance: float = 1e-5) -> None:
     params, inputs, loss, gradients = _on_one_device(name)
     mesh = make_mesh(**shape)
     placed = shardings(params, mesh)
@@ -68,7 +77,26 @@ def test_equals_one_device(shape: dict[str, int], name: str) -> None:
     )
     with jax.set_mesh(mesh):
         ours, our_gradients = step(jax.device_put(params, placed), jax.device_put(inputs, batch))
-    assert float(ours) == pytest.approx(float(loss), rel=1e-5)
+    assert float(ours) == pytest.approx(float(loss), rel=tolerance)
     for (path, a), (_, b) in zip(leaves(our_gradients), leaves(gradients), strict=True):
         scale = max(float(np.linalg.norm(b)), 1e-6)
-        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) / scale <= 1e-5, path
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) / scale <= tolerance, path
+
+
+@pytest.mark.parametrize(("shape", "name"), KERNEL_CASES, ids=str)
+def test_pallas_kernels_run_on_every_rank(
+    shape: dict[str, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but in the interpreter."""
+    _on_one_device(name)  # in XLA
+    ran = set()
+
+    def pick(kernel: str, impl: str | None = None) -> str:
+        if choice.is_partitioned():
+            return choice.IMPLS[kernel][0]
+        ran.add(kernel)
+        return choice.AUTO[kernel]
+
+    monkeypatch.setattr(choice, "pick", pick)
+    _check(shape, name, tolerance=1e-4)
+    assert ran == {"conv_glu", "gdn", "ucpe"}  # attention does not ask on a CPU
