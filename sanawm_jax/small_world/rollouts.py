@@ -15,11 +15,10 @@ from flax import nnx
 
 from sanawm_jax.core.params import Params, apply, build, cast
 from sanawm_jax.dit.state import DiTState, Window
-from sanawm_jax.eval.metrics import by_quarter, psnr
+from sanawm_jax.eval.metrics import by_quarter, gradient_ratio, psnr
 from sanawm_jax.sampling.rollout import denoise_chunk
 from sanawm_jax.sampling.schedule import Schedule
 from sanawm_jax.sampling.stage1 import Conditions
-from sanawm_jax.small_world.train_vae import gradient_energy
 from sanawm_jax.training.engine.precision import compute_dtype
 from sanawm_jax.vae.config import VAEConfig
 from sanawm_jax.vae.model import VideoVAE
@@ -99,8 +98,7 @@ def _figures(video: np.ndarray, truth: np.ndarray) -> dict[str, list[float]]:
     for a, b in zip(video[:, 1:], truth[:, 1:], strict=True):
         a, b = a / np.float32(255), b / np.float32(255)
         score.append(by_quarter(psnr(a, b)))
-        energy = [by_quarter(np.asarray(gradient_energy(jnp.asarray(x)))) for x in (a, b)]
-        ratio.append(energy[0] / np.maximum(energy[1], 1e-9))
+        ratio.append(by_quarter(gradient_ratio(a, b)))
     return {
         "psnr_by_quarter": np.mean(score, 0).round(3).tolist(),
         "gradient_ratio_by_quarter": np.mean(ratio, 0).round(4).tolist(),
