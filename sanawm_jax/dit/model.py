@@ -267,6 +267,7 @@ class DiT(nnx.Module):
         window: Window,
         state: DiTState | None = None,
         remat: str = "none",
+        unroll: bool = False,
     ) -> tuple[Float[Array, "B F H W c"], DiTState]:
         """Predicts the velocity of one chunk of a stream, which sees all that the state holds.
 
@@ -279,7 +280,7 @@ class DiT(nnx.Module):
             those of the chunk, the camera's poses are relative to the stream's first frame.
           window: of the stream.
           state: after the chunks before; None for the first chunk.
-          remat: see `core.stack.scan_runs`.
+          remat, unroll: see `core.stack.scan_runs`.
 
         Returns:
           The velocity in the compute dtype, and the state after this chunk.
@@ -310,6 +311,7 @@ class DiT(nnx.Module):
             window=window,
             state=state,
             remat=remat,
+            unroll=unroll,
         )
         return velocity, DiTState(layers, chunks + 1, window)
 

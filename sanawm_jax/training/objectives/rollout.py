@@ -53,13 +53,14 @@ class Student:
       graphdef: of the DiT.
       window: how a clip is cut into chunks, and what the softmax layers see.
       dtype: compute dtype.
-      remat: see `core.stack.scan_runs`.
+      remat, unroll: see `core.stack.scan_runs`.
     """
 
     graphdef: nnx.GraphDef
     window: Window
     dtype: Any
     remat: str = "none"
+    unroll: bool = False
 
     def estimate(
         self,
@@ -114,6 +115,7 @@ class Student:
                 window=self.window,
                 state=state,
                 remat=self.remat,
+                unroll=self.unroll,
                 method="stream",
             )
 

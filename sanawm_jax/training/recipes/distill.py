@@ -108,7 +108,7 @@ class Distillation:
             raise InputError(f"frames={self.frames}: clips have {self.source.frames} latent frames")
         self.window = self._window()
         check_frames(self.frames, self.window)
-        self.student = Student(self.graphdef, self.window, self.dtype, config.remat)
+        self.student = Student(self.graphdef, self.window, self.dtype, config.remat, config.unroll)
         self.starts = (0, *range(self.window.first, self.frames, self.window.size))
         self._arrays = self._on_device() if config.on_device else {}
 
@@ -271,6 +271,7 @@ class Distillation:
             *conditions,
             chunk_starts=self.starts if causal else None,
             remat=self.config.remat,
+            unroll=self.config.unroll,
         )
 
     def forward_flops(self, *, causal: bool) -> float:
