@@ -27,6 +27,7 @@ from sanawm_jax.runtime.errors import InputError
 
 AXES = ("opencv", "opengl")
 DIRECTIONS = ("c2w", "w2c")
+_LARGEST_SIDE = 1_000_000  # pixels of an image
 _LAYOUTS = (
     ".npy or .npz arrays, TUM (8 numbers a row), KITTI (12), 4x4 matrices (16), RealEstate10K "
     "(19), a COLMAP model or transforms.json"
@@ -63,6 +64,8 @@ def read_poses(
         raise InputError(f"pose_format={pose_format!r}; use one of {', '.join(FORMATS)}")
     try:
         track = _READERS[pose_format](path)
+        if track.size is not None and not all(0 < side <= _LARGEST_SIDE for side in track.size):
+            raise InputError(f"images of {track.size[0]:g}x{track.size[1]:g} pixels cannot be")
         c2w = load_c2w(track.c2w, is_rounded=pose_format in _TEXT)
         if pose_format in _PLAIN:
             c2w = from_convention(c2w, axes, direction)

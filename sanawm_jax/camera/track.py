@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
+from sanawm_jax.camera.npy import to_finite_float32
+
 FRACTIONS = (1, 1)  # the size of intrinsics that are fractions of the image's width and height
 
 
@@ -36,6 +38,9 @@ class PoseTrack(NamedTuple):
 
         Where a focal length is unknown, pixels are square. Where the principal point is unknown, it
         is the centre.
+
+        Raises:
+          InputError: the scaled numbers are too large for float32.
         """
         if self.intrinsics is None:
             return None
@@ -44,7 +49,7 @@ class PoseTrack(NamedTuple):
             rows *= np.array([width / self.size[0], height / self.size[1]] * 2)
         centre = np.broadcast_to([width / 2, height / 2], (len(rows), 2))
         other = np.concatenate([rows[:, [1, 0]], centre], axis=1)
-        return np.where(np.isnan(rows), other, rows).astype(np.float32)
+        return to_finite_float32(np.where(np.isnan(rows), other, rows), "intrinsics")
 
     def misfit(self, width: int, height: int) -> str | None:
         """Says why the intrinsics cannot belong to a video of this size; None if they can.

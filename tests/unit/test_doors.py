@@ -154,8 +154,8 @@ def tensors(path: Path) -> None:
 
 
 def zips(folder: Path, files: dict[str, bytes]) -> None:
-    write_zip_latents(folder, "part", [make_sample("a", 1), make_sample("b", 2)])
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     counter = BadSampleCounter()
     index = index_zips(folders(folder), Selection((), (("_cap", 1.0),), 0), counter)
@@ -238,7 +238,7 @@ def doors() -> dict[str, Door]:
             lambda folder, chosen: use_adapters(folder, adapter, chosen),
         ),
         "zips": Door(
-            st.fixed_dictionaries({}, optional={n: damaged(c) for n, c in kinds.items()}), zips
+            st.fixed_dictionaries({n: st.just(c) | damaged(c) for n, c in kinds.items()}), zips
         ),
         "metrics": file_door("m.jsonl", lines, damaged(metrics)),
     }

@@ -279,3 +279,14 @@ def test_intrinsics_that_do_not_fit(intrinsics, c2w: np.ndarray, tmp_path: Path)
     np.savez(tmp_path / "x.npz", c2w=c2w, intrinsics=intrinsics)
     with pytest.raises(InputError, match=r"x\.npz: intrinsics: "):
         read_poses(tmp_path / "x.npz")
+
+
+def test_images_that_cannot_be(c2w: np.ndarray, tmp_path: Path) -> None:
+    file = tmp_path / "transforms.json"
+    for height in (6.8e38, 1e7):
+        write_nerfstudio(file, c2w, h=height)
+        with pytest.raises(InputError, match="pixels cannot be"):
+            read_poses(file)
+    write_nerfstudio(file, c2w, w=1, h=1, fl_x=1e38)
+    with pytest.raises(InputError, match="too large for float32"):
+        read_poses(file).intrinsics_of(64, 48)
