@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
+from kernels_pallas.choice import is_partitioned
 from sanawm_jax.runtime.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -66,12 +67,6 @@ def logical_spec(names: str, *, divides_batch: bool = True) -> P:
     return P(*(None if axis in _hidden.get() else axis for axis in found))
 
 
-def is_divided() -> bool:
-    """Whether a mesh of several devices is set, and the code is not already that of one rank."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual}
-
-
 def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
     """Constrains an activation's layout on the mesh that is set.
 
@@ -81,7 +76,7 @@ def shard(x: Shaped[Array, "..."], names: str) -> Shaped[Array, "..."]:
       x: any array.
       names: its axes, such as `"B F P C"`.
     """
-    return jax.lax.with_sharding_constraint(x, logical_spec(names)) if is_divided() else x
+    return jax.lax.with_sharding_constraint(x, logical_spec(names)) if is_partitioned() else x
 
 
 def per_rank(
@@ -102,10 +97,10 @@ def per_rank(
       function: takes arrays, trees of arrays whose leaves have the same axes, or None.
       inputs: the axes of each argument, such as `"B F P N D"`; see `logical_spec`.
       outputs: the axes of the results.
-      whole_width: `function` needs all heads and channels. Where the axis `tensor` divides them, it
-        then stays with the compiler, which chooses XLA in place of a Pallas kernel.
+      whole_width: `function` needs all heads and channels, and does not communicate. Where the axis
+        `tensor` divides them, it stays with the compiler, and XLA runs in place of a Pallas kernel.
     """
-    if not is_divided() or (whole_width and axis_size("tensor") > 1):
+    if not is_partitioned() or (whole_width and axis_size("tensor") > 1):
         return function
 
     def run(*args: Any) -> Any:
