@@ -121,7 +121,7 @@ def _moved(
     else:
         pitch_step = 0.0
     pose = np.eye(4)
-    rotation = _turn_right(yaw_step) @ motion.c2w[:3, :3] @ _look_up(pitch_step)
+    rotation = turn_right(yaw_step) @ motion.c2w[:3, :3] @ _look_up(pitch_step)
     ahead = _level(rotation[:, 2], rule.heading_eps)
     aside = _level(rotation[:, 0], rule.heading_eps)
     pose[:3, :3] = rotation
@@ -135,7 +135,8 @@ def _level(axis: np.ndarray, eps: float) -> np.ndarray:
     return flat / (length + eps) if length > 0 else flat
 
 
-def _turn_right(angle: float) -> np.ndarray:
+def turn_right(angle: float) -> np.ndarray:
+    """(3, 3) rotation by radians to the right, around the y axis of the world."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, 0.0, s], [0.0, 1.0, 0.0], [-s, 0.0, c]])
 
