@@ -100,25 +100,14 @@ async def _serve(engine: Any, options: Any, bound: socket.socket, token: str | N
 
     from sanawm_jax.live.lobby import Lobby
     from sanawm_jax.live.security import Guard
-    from sanawm_jax.live.server import Live
+    from sanawm_jax.live.server import Live, configured
 
     values = flags.FLAGS
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     lobby = Lobby(engine, values.seats, values.timeline_mib << 20)
-    config = uvicorn.Config(
-        Guard(Live(lobby, options.seed).app(), token, values.allow_host),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ws_max_size=128 * 1024,
-        ws_max_queue=16,
-        ws_per_message_deflate=False,
-        ws_ping_interval=10,
-        ws_ping_timeout=20,
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
+    app = Guard(Live(lobby, options.seed).app(), token, values.allow_host)
+    server = uvicorn.Server(configured(app))
     _until_signalled(server)
     loop, failures = asyncio.get_running_loop(), []
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.websockets import WebSocket
 

@@ -59,6 +59,20 @@ def poses_along(
     return poses
 
 
+def pieces(poses: np.ndarray, first: int, later: int) -> list[np.ndarray]:
+    """Cuts poses (f, 4, 4) into chunks of `first` and then `later` frames; the last one waits."""
+    cuts = range(first, len(poses), later)
+    chunks = np.split(poses, cuts)
+    rest = (later if len(chunks) > 1 else first) - len(chunks[-1])
+    chunks[-1] = np.concatenate([chunks[-1], np.tile(chunks[-1][-1:], (rest, 1, 1))])
+    return chunks
+
+
 def heading_of(c2w: np.ndarray) -> float:
     """Radians by which a pose (4, 4) looks to the right of the +z axis."""
     return math.atan2(c2w[0, 2], c2w[2, 2])
+
+
+def place_of(c2w: np.ndarray) -> tuple[float, float, float]:
+    """x, z and heading of a pose (4, 4)."""
+    return float(c2w[0, 3]), float(c2w[2, 3]), heading_of(c2w)

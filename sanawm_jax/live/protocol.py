@@ -337,7 +337,7 @@ class Chunk(ServerMessage):
     """A node of the timeline; its thumbnail comes as a picture.
 
     Attributes:
-      path: x, z of the camera and its heading, at the last frame and before.
+      place: x, z of the camera and its heading at the last frame.
       keys: that were held.
     """
 
@@ -348,7 +348,7 @@ class Chunk(ServerMessage):
     depth: int
     prompt: str
     keys: str
-    path: list[list[float]]
+    place: list[float]
 
 
 @dataclasses.dataclass(frozen=True)

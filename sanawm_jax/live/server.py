@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -36,6 +37,22 @@ _PAGE = {
     "/style.css": ("style.css", "text/css"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+
+
+def configured(app: Any) -> uvicorn.Config:
+    """The web server's settings, with its bounds on messages."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws_max_size=2 * protocol.MAX_TEXT,
+        ws_max_queue=16,
+        ws_per_message_deflate=False,
+        ws_ping_interval=10,
+        ws_ping_timeout=20,
+        timeout_graceful_shutdown=2,
+    )
 
 
 class Bucket:
@@ -166,7 +183,7 @@ class Live:
                 continue
             seat = self.lobby.seat(name)
             if seat is not None and seat.connection is connection:
-                _act(seat.session, message)
+                seat.session.act(message)
 
     # Files.
 
@@ -252,24 +269,6 @@ _WHY = {
     "replaced": "the session is open in another window",
     "too_slow": "the page does not take what it is sent",
 }
-
-
-def _act(session: Session, message: protocol.PageMessage) -> None:
-    """Hands a message to the session; what is refused comes back as an event."""
-    if isinstance(message, protocol.Control):
-        session.steer(message)
-        return
-    jobs: dict[type, Callable[[Any], Any]] = {
-        protocol.Pause: lambda m: session.pause(m.on),
-        protocol.Prompt: lambda m: session.prompt(m.text),
-        protocol.Go: lambda m: session.go(m.node),
-        protocol.Reset: lambda m: session.reset(),
-        protocol.Scene: lambda m: session.choose(m.name),
-        protocol.Path: lambda m: session.walk_path(m.points, m.move),
-        protocol.Stop: lambda m: session.stop(),
-    }
-    job = jobs[type(message)]
-    session.do(lambda: job(message))
 
 
 async def _receive(socket: WebSocket) -> protocol.PageMessage:

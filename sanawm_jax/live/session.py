@@ -5,7 +5,7 @@ last ones allows, so that it is ready when the one before has been shown: at mos
 of the picture, and a key acts as soon as it can. After going back, a reset or a new scene the
 generation rises, and pictures of earlier generations are thrown away.
 
-All methods but `run` may be called from any thread. They return at once; `do` gives a future.
+`watch`, `steer` and `act` may be called from any thread, and return at once.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ import collections
 import concurrent.futures
 import dataclasses
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from sanawm_jax.camera.live import Steering
+from sanawm_jax.camera.mapping import ActionMapping
 from sanawm_jax.live import protocol
 from sanawm_jax.live.engine import Engine, Scene
-from sanawm_jax.live.path import heading_of, poses_along
+from sanawm_jax.live.pace import Pace
+from sanawm_jax.live.path import pieces, place_of, poses_along
 from sanawm_jax.live.pictures import thumbnail, to_jpeg
-from sanawm_jax.live.timeline import Control, Node, Step, Timeline, digest, on_host
+from sanawm_jax.live.timeline import Node, Step, Timeline, about, digest, on_host
+from sanawm_jax.live.worker import Worker
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.world_state import WorldState
 
 BUDGET = 512 << 20  # bytes of a session's timeline
+_HALF = 180.0  # degrees that the mouse can turn the camera in a chunk
+_CORNER = 3  # times the speed of a turning key, on a drawn path
 IDLE = 600.0  # seconds without a control after which a session pauses by itself
-_SPARE = 0.02  # seconds by which a chunk is begun earlier than the last ones took
-_REMEMBERED = 6  # chunks whose time says how long the next one takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Frames:
 Event = protocol.ServerMessage | Frames | tuple[protocol.Picture, bytes]
 
 
-class Session:
+class Session(Worker):
     """See the module.
 
     Args:
@@ -65,49 +66,30 @@ class Session:
     """
 
     def __init__(self, engine: Engine, publish: Callable[[Event], None], budget: int = BUDGET):
+        super().__init__("session")
         self.engine, self._publish, self._budget = engine, publish, budget
-        self._wake = threading.Condition()
-        self._jobs: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]]
-        self._jobs = collections.deque()
         self._control = protocol.Control(number=0)
         self._look = [0.0, 0.0]
         self._touched = time.monotonic()
-        self._state, self._detail, self._ending = "loading", "opening the world", ""
-        self._resumes, self._is_closed, self._is_watched = False, False, True
-        self._times: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
-        self._begin_at = self._next_due = 0.0
+        self._state, self._detail = "loading", "opening the world"
+        self._resumes, self._is_watched = False, True
+        self._pace = Pace(engine.fps)
         self._script: collections.deque[Step] = collections.deque()
         self._played = [0, 0, 0]
         self.generation, self.number = 0, 0
         self.scene = engine.scenes[0]
-        self._thread = threading.Thread(target=self.run, name="session", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread, which opens the first scene."""
-        self._thread.start()
 
     @property
     def touched(self) -> float:
         """`time.monotonic` of the last control."""
         return self._touched
 
-    def close(self, reason: str = "") -> None:
-        """Ends the thread after the chunk at hand, and gives the memory back."""
-        with self._wake:
-            self._is_closed, self._ending = True, reason
-            self._wake.notify()
-
-    def join(self, seconds: float) -> None:
-        """Waits for the end of the thread."""
-        self._thread.join(seconds)
-
     def watch(self, on: bool) -> None:
         """Whether somebody looks: chunks are made only then."""
         with self._wake:
             self._is_watched = on
-            if not on:
-                self._control = protocol.Control(number=self._control.number)
-                self._look = [0.0, 0.0]
+            self._control = protocol.Control(number=0)
+            self._look = [0.0, 0.0]
             self._wake.notify()
 
     def steer(self, control: protocol.Control) -> None:
@@ -118,71 +100,47 @@ class Session:
             self._control, self._touched = control, time.monotonic()
             moves = bool(control.keys) or any(control.stick) or any(control.look)
             if moves and self._state == "paused" and self._resumes:
-                self._jobs.append((self._go_on, concurrent.futures.Future()))
-            self._wake.notify()
+                self.do(self._go_on)
 
-    def do(self, job: Callable[[], Any]) -> concurrent.futures.Future:
-        """Runs a function between two chunks, on the thread that owns the world."""
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        with self._wake:
-            if self._is_closed:
-                future.set_exception(InputError("the session has ended; reload the page"))
-            else:
-                self._touched = time.monotonic()
-                self._jobs.append((job, future))
-                self._wake.notify()
-        return future
-
-    def run(self) -> None:
-        """The thread."""
-        try:
-            self.begin(self.scene)
-            while self._turn():
-                pass
-        except Exception as error:
-            self._ending = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            raise
-        finally:
-            with self._wake:
-                self._is_closed = True
-                jobs, self._jobs = self._jobs, collections.deque()
-            for _, future in jobs:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(InputError("the session has ended; reload the page"))
-            self._set("ended", self._ending)
-            self.__dict__.pop("world", None)
-            self.__dict__.pop("timeline", None)
-
-    def _turn(self) -> bool:
-        """Does one job or makes one chunk; False at the end."""
-        with self._wake:
-            while True:
-                if self._is_closed:
-                    return False
-                if self._jobs:
-                    job, future = self._jobs.popleft()
-                    break
-                wait = None
-                if self._state == "running" and self._is_watched:
-                    if time.monotonic() - self._touched > IDLE and not self._script:
-                        job, future = self._rest, concurrent.futures.Future()
-                        break
-                    wait = self._begin_at - time.monotonic()
-                    if wait <= 0:
-                        job = None
-                        break
-                self._wake.wait(wait)
-        if job is None:
-            self._step()
-        elif future.set_running_or_notify_cancel():
-            try:
-                future.set_result(job())
-            except InputError as error:
-                self._publish(protocol.Failure("refused", str(error)))
-                future.set_exception(error)
-        return True
+    def act(self, message: protocol.PageMessage) -> concurrent.futures.Future | None:
+        """Does what a page asks for; what is refused comes back as an event."""
+        if isinstance(message, protocol.Control):
+            self.steer(message)
+            return None
+        jobs: dict[type, Callable[[Any], None]] = {
+            protocol.Pause: lambda m: self.pause(m.on),
+            protocol.Prompt: lambda m: self.prompt(m.text),
+            protocol.Go: lambda m: self.go(m.node),
+            protocol.Reset: lambda m: self.reset(),
+            protocol.Scene: lambda m: self.choose(m.name),
+            protocol.Path: lambda m: self.walk_path(m.points, m.move),
+            protocol.Stop: lambda m: self.stop(),
+        }
+        job = jobs[type(message)]
+        self._touched = time.monotonic()
+        return self.do(lambda: job(message))
 
     # What follows runs on the session's thread.
+
+    def _open(self) -> None:
+        self.begin(self.scene)
+
+    def _step_at(self) -> float | None:
+        if self._state != "running" or not self._is_watched:
+            return None
+        if time.monotonic() - self._touched > IDLE and not self._script:
+            self.do(self._rest)
+            return 0.0
+        return self._pace.begin_at
+
+    def _refused(self, error: InputError) -> None:
+        self._publish(protocol.Failure("refused", str(error)))
+
+    def _end(self, reason: str) -> None:
+        self._set("ended", reason)
+        self.__dict__.pop("world", None)
+        self.__dict__.pop("timeline", None)
+        self.__dict__.pop("node", None)
 
     def begin(self, scene: Scene) -> None:
         """A new world at a start scene."""
@@ -223,8 +181,7 @@ class Session:
     def _forget_plans(self) -> None:
         """Nothing that was made before counts any more."""
         self.generation += 1
-        self._begin_at = self._next_due = 0.0
-        self._times.clear()
+        self._pace.restart()
         self._script.clear()
         with self._wake:
             self._look = [0.0, 0.0]
@@ -271,7 +228,7 @@ class Session:
     def _go_on(self) -> None:
         if self._state == "paused":
             self._touched = time.monotonic()
-            self._begin_at = self._next_due = 0.0
+            self._pace.restart()
             self._set("running")
 
     def _rest(self) -> None:
@@ -285,21 +242,13 @@ class Session:
 
     def walk_path(self, points: Sequence[Sequence[float]], move: float) -> None:
         """Walks along a path that was drawn on the map."""
-        rule, count = self.engine.rule, self.world.frames_ahead
-        start = self.node.poses[-1]
-        later = count - (self.world.chunks == 0)  # the first chunk has the given picture too
-        poses = poses_along(
-            points, start, rule.translation_speed * move, math.radians(3 * rule.rotation_speed_deg)
-        )
-        if not self.world.chunks:
+        rule, count, start = self.engine.rule, self.world.frames_ahead, self.node.poses[-1]
+        turn = math.radians(_CORNER * rule.rotation_speed_deg)
+        poses = poses_along(points, start, rule.translation_speed * move, turn)
+        is_start = not self.world.chunks  # the first chunk has the given picture too
+        if is_start:
             poses = np.concatenate([start[None], poses])
-        steps = []
-        while len(poses):
-            piece, poses = poses[:count], poses[count:]
-            rest = np.tile(piece[-1:], (count - len(piece), 1, 1))
-            steps.append(Step(np.concatenate([piece, rest])))
-            count = later
-        self._play(steps)
+        self._play([Step(piece) for piece in pieces(poses, count, count - is_start)])
 
     def replay(self, begin: dict[str, str], steps: list[Step]) -> None:
         """Plays a recorded walk from its start."""
@@ -316,7 +265,7 @@ class Session:
         self._script = collections.deque(steps)
         self._played = [0, 0, 0]
         self._touched = time.monotonic()
-        self._begin_at = self._next_due = 0.0
+        self._pace.restart()
         self._set("running")
 
     def stop(self) -> None:
@@ -332,17 +281,7 @@ class Session:
             self._look = [0.0, 0.0]
         if self._script:
             return self._script.popleft(), control
-        rule, frames = self.engine.rule, self.world.frames_ahead
-        turn = math.radians(rule.rotation_speed_deg) * control.turn
-        ahead, aside, yaw, pitch = control.stick
-        spread = [math.radians(max(-360.0, min(angle, 360.0))) / frames for angle in look]
-        extra = (
-            ahead * rule.translation_speed * control.move,
-            aside * rule.translation_speed * control.move,
-            yaw * turn + spread[0],
-            pitch * turn + spread[1],
-        )
-        return Step(Steering(control.keys, extra, control.move, control.turn)), control
+        return Step(steering(control, look, self.engine.rule, self.world.frames_ahead)), control
 
     def _step(self) -> None:
         step, control = self._next_step()
@@ -356,58 +295,37 @@ class Session:
         poses = poses[len(poses) - len(pixels) :] if len(pixels) else poses[-1:]
         jpegs = [to_jpeg(frame) for frame in pixels]
         took = time.monotonic() - began
-        self._times.append(took)
-        node = self._keep(step.control, poses, jpegs, pixels)
-        self._send(node, control, 1e3 * took)
-        self._after(step, node)
-
-    def _keep(
-        self, control: Control, poses: np.ndarray, jpegs: list[bytes], pixels: np.ndarray
-    ) -> Node:
-        small = thumbnail(pixels[-1]) if len(pixels) else self.node.thumbnail
         self.node = self.timeline.add(
             self.node,
             prompt=self.world.prompt,
-            control=control,
+            control=step.control,
             poses=poses,
             frames=jpegs,
             digest=digest(pixels),
-            thumbnail=small,
+            thumbnail=thumbnail(pixels[-1]) if len(pixels) else self.node.thumbnail,
             state=None,
         )
-        return self.node
+        self._send(self.node, control, took)
+        self._after(step, took)
 
-    def _send(self, node: Node, control: protocol.Control, model_ms: float) -> None:
-        """Says when the pictures are due, and when the next chunk begins."""
-        usual, now = max(self._times), time.monotonic()
-        interval = 1 / self.engine.fps
-        if node.frames:
-            # a model that is slower than the video plays it evenly at its own rate
-            interval = max(interval, median(self._times) / len(node.frames))
-        start = max(now, self._next_due)
-        self._next_due = start + len(node.frames) * interval
-        self._begin_at = self._next_due - usual - _SPARE
-        pictures = []
-        for pose, jpeg in zip(node.poses, node.frames, strict=False):
-            self.number += 1
-            picture = self._picture(node, pose)
-            picture = dataclasses.replace(
-                picture, input=control.number, input_ms=control.at, model_ms=model_ms
-            )
-            pictures.append((picture, jpeg))
+    def _send(self, node: Node, control: protocol.Control, took: float) -> None:
+        """Hands the pictures over, with the time at which each is due."""
+        start, interval = self._pace.add(time.monotonic(), took, len(node.frames))
+        acted = dict(input=control.number, input_ms=control.at, model_ms=1e3 * took)
+        pictures = [
+            (dataclasses.replace(self._picture(node, pose), **acted), jpeg)
+            for pose, jpeg in zip(node.poses, node.frames, strict=False)
+        ]
         self._publish(Frames(start, interval, pictures))
 
-    def _after(self, step: Step, node: Node) -> None:
+    def _after(self, step: Step, took: float) -> None:
         """What can wait until the pictures are on their way."""
-        with self.engine.device_lock:
-            state = on_host(self.world.state)
-        self.timeline.keep_state(node, state)
+        node = self.node
+        self.timeline.keep_state(node, self.moment())
         self.tell(node)
-        ahead = round(max(0.0, self._next_due - time.monotonic()) * self.engine.fps)
-        kept = self.timeline.kept / 2**20
-        self._publish(
-            protocol.Stats(ahead, 1e3 * self._times[-1], len(node.frames), 0, round(kept, 1))
-        )
+        ahead = self._pace.ahead(time.monotonic())
+        kept = round(self.timeline.kept / 2**20, 1)
+        self._publish(protocol.Stats(ahead, 1e3 * took, len(node.frames), 0, kept))
         if step.digest or self._script or self._played[0]:
             self._played[0] += 1
             if step.digest:
@@ -419,28 +337,15 @@ class Session:
             self._tell_status()
 
     def _picture(self, node: Node, pose: np.ndarray) -> protocol.Picture:
-        x, z = pose[[0, 2], 3]
+        self.number += 1
+        x, z, heading = place_of(pose)
         return protocol.Picture(
-            protocol.FRAME,
-            self.generation,
-            self.number,
-            node.number,
-            x=float(x),
-            z=float(z),
-            heading=heading_of(pose),
+            protocol.FRAME, self.generation, self.number, node.number, x=x, z=z, heading=heading
         )
 
     def tell(self, node: Node) -> None:
         """Sends a node of the timeline and its thumbnail."""
-        control = node.control
-        keys = "".join(sorted(control.keys)) if isinstance(control, Steering) else ""
-        path = [[*map(float, pose[[0, 2], 3]), heading_of(pose)] for pose in node.poses]
-        parent = node.parent.number if node.parent else 0
-        self._publish(
-            protocol.Chunk(
-                node.number, parent, node.branch, node.depth, node.prompt, keys, path[-1:]
-            )
-        )
+        self._publish(about(node))
         picture = protocol.Picture(protocol.THUMBNAIL, self.generation, 0, node.number)
         self._publish((picture, node.thumbnail))
 
@@ -473,3 +378,22 @@ class Session:
                 playing=len(self._script),
             )
         )
+
+
+def steering(
+    control: protocol.Control, look: Sequence[float], rule: ActionMapping, frames: int
+) -> Steering:
+    """What a control means in every frame of a chunk.
+
+    Args:
+      control: the newest one.
+      look: degrees to the right and upwards that the mouse turned since the last chunk.
+      rule: what the keys do; a stick at its end is a key.
+      frames: of the chunk, over which the mouse's turn is spread.
+    """
+    step = rule.translation_speed * control.move
+    turn = math.radians(rule.rotation_speed_deg) * control.turn
+    ahead, aside, yaw, pitch = control.stick
+    right, up = (math.radians(max(-_HALF, min(angle, _HALF))) / frames for angle in look)
+    extra = (ahead * step, aside * step, yaw * turn + right, pitch * turn + up)
+    return Steering(control.keys, extra, control.move, control.turn)

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 
 from sanawm_jax.camera.live import Steering
+from sanawm_jax.live import protocol
+from sanawm_jax.live.path import place_of
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.world_state import WorldState
 
@@ -153,6 +155,17 @@ class Timeline:
             else:
                 node.frames = []
             self._kept -= before - node.bytes()
+
+
+def about(node: Node) -> protocol.Chunk:
+    """What the page shows of a node."""
+    control = node.control
+    keys = "".join(sorted(control.keys)) if isinstance(control, Steering) else ""
+    parent = node.parent.number if node.parent else 0
+    place = place_of(node.poses[-1])
+    return protocol.Chunk(
+        node.number, parent, node.branch, node.depth, node.prompt, keys, list(place)
+    )
 
 
 def walk_file(timeline: Timeline, node: Node, seed: int) -> bytes:

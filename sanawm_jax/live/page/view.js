@@ -25,6 +25,8 @@ export class Picture {
 
   async take(header, jpeg) {
     const bitmap = await createImageBitmap(jpeg);
+    const later = (header.generation - this.generation + 65536) % 65536;
+    if (later && later < 32768) this.expect(header.generation);
     // decoding is not in order: an older picture does not replace a newer one
     if (header.generation === this.generation && header.number > this.newest) {
       this.newest = header.number;
@@ -188,7 +190,7 @@ export class Map2 {
   }
 
   add(node) {
-    const [x, z, heading] = node.path[node.path.length - 1];
+    const [x, z, heading] = node.place;
     this.nodes.set(node.node, { x, z, heading, parent: node.parent, number: node.node });
     if (node.parent === this.selected) this.selected = node.node;
     this.redraw();
