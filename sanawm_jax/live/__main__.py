@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import secrets
 import signal
@@ -26,6 +27,7 @@ from absl import app, flags
 
 from sanawm_jax.runtime.command_line import end_with, fail, lasting_imports, show_notes
 from sanawm_jax.runtime.errors import InputError
+from sanawm_jax.runtime.shipped import SMALL_WORLD_REFINER
 from sanawm_jax.sampling.cli import define_options, read_options
 
 _PACKAGES = "the live page needs starlette and uvicorn: pip install 'sanawm-jax[live]'"
@@ -42,7 +44,15 @@ def main() -> None:
     flags.DEFINE_integer("seats", 1, "visitors who walk at the same time; others wait", 1, 16)
     flags.DEFINE_integer("timeline_mib", 512, "memory of each visitor's timeline", 16)
     argv = define_options(sys.argv, is_streaming=True)
-    app.run(_run, argv=argv, flags_parser=read_options)
+    app.run(_run, argv=argv, flags_parser=_read)
+
+
+def _read(argv: list[str]) -> Any:
+    """The options; the shipped refiner takes blocks of three chunks, so it must be asked for."""
+    options = read_options(argv)
+    if flags.FLAGS.refiner_weights is None and options.refiner_weights == SMALL_WORLD_REFINER:
+        options = dataclasses.replace(options, refiner_weights=None)
+    return options
 
 
 def _run(options: Any) -> None:

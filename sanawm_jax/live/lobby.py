@@ -21,6 +21,7 @@ from sanawm_jax.live.engine import Engine
 from sanawm_jax.live.session import BUDGET, Event, Frames, Session
 
 GRACE = 20.0  # seconds that a session waits for its page to come back
+SHORT_GRACE = 4.0  # the same while others wait for the seat
 TURN = 120.0  # seconds without a control after which a visitor makes room for others
 SEND = 20.0  # seconds after which a message that is not taken ends the connection
 MAX_WAITING = 32
@@ -178,7 +179,7 @@ class Lobby:
         now = time.monotonic()
         for seat in list(self.seats.values()):
             if seat.connection is None:
-                if now - seat.left > GRACE:
+                if now - seat.left > (min(GRACE, SHORT_GRACE) if self.line else GRACE):
                     seat.session.close()
             elif self.line and now - seat.session.touched > TURN:
                 seat.session.close("others were waiting, and no key was pressed for a while")

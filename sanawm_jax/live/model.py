@@ -79,9 +79,7 @@ class ModelEngine:
         world = self.open(self.scenes[0])
         for stage in ("compiling the first chunk", "compiling the next chunks", "trying it"):
             report(stage)
-            frames = world.step("w")
-            if frames is not None:
-                self.read(frames)
+            self.read(world.step("w"))
             world.restore(world.state)
 
     def open(self, scene: Scene) -> World:
@@ -106,8 +104,8 @@ class ModelEngine:
             )
 
     def read(self, frames: Any) -> np.ndarray:
-        """A step's frames on the host, (n, H, W, 3) uint8."""
-        if not len(frames):
+        """A step's frames on the host, (n, H, W, 3) uint8; none while a refiner waits for more."""
+        if frames is None:
             return np.zeros((0, self.height, self.width, 3), np.uint8)
         pixels, is_finite = to_bytes(frames)
         if not is_finite:

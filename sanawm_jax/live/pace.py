@@ -25,7 +25,7 @@ class Pace:
     """
 
     def __init__(self, fps: float):
-        self._frame = 1 / fps
+        self._frame = self._interval = 1 / fps
         self._took: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self.restart()
 
@@ -46,8 +46,9 @@ class Pace:
         start = max(now, self.free_at)
         self.free_at = start + pictures * interval
         self.begin_at = self.free_at - max(self._took) - SPARE
+        self._interval = interval
         return start, interval
 
     def ahead(self, now: float) -> int:
         """Pictures that are ready and not yet shown."""
-        return round(max(0.0, self.free_at - now) / self._frame)
+        return round(max(0.0, self.free_at - now) / self._interval)

@@ -280,6 +280,7 @@ def test_pace_shows_at_the_rate_and_begins_late() -> None:
     for now in (10.0, 11.0, 12.0):
         start, interval = slow.add(now, 1.0, 8)
         assert (start, interval) == (now, 0.125) and slow.begin_at < now + 0.01
+        assert slow.ahead(now) == 8
 
 
 def test_sticks_and_the_mouse_steer() -> None:
