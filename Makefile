@@ -1,14 +1,17 @@
-# The README's two commands. Each makes the environment it needs and repeats nothing.
+# The README's commands. Each makes the environment it needs and repeats nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # exact pins of the Python at hand; a newer Python falls back to the newest list
 PIN = $(shell $(PYTHON) -c "import sys; print('constraints/py311.txt' if sys.version_info < (3, 12) else 'constraints/py312.txt')")
 
-.PHONY: sample test test-hopper clean
+.PHONY: sample live test test-hopper clean
 
 sample: $(VENV)/.core
 	$(BIN)/python sample.py $(ARGS)
+
+live: $(VENV)/.core
+	$(BIN)/python -m sanawm_jax.live $(ARGS)
 
 # files in their order, which has the long ones of whole runs first: both workers end together
 test: $(VENV)/.test
@@ -36,13 +39,13 @@ $(VENV)/.core: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'sanawm_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable .
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[live]'
 	touch $@
 
 # torch first, by its exact version: that is the one with a CPU build where there is no GPU
 $(VENV)/.test: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --constraint $(PIN) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(PIN) --editable '.[live,test,dev]'
 	touch $@
 
 clean:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -40,13 +40,45 @@ class Motion:
     held: frozenset[str] = frozenset()
     pitch: float = 0.0
 
-    def after(self, held: frozenset[str], rule: ActionMapping) -> Motion:
-        """The motion one frame later, with these keys held."""
-        return _moved(self, held, _velocity(self, held, rule), rule)
+    def after(
+        self, held: frozenset[str], rule: ActionMapping, extra: Sequence[float] = (0, 0, 0, 0)
+    ) -> Motion:
+        """The motion one frame later, with these keys held; for `extra` see `Steering`."""
+        velocity = _velocity(self, held, rule)
+        moved = _moved(self, held, velocity + np.asarray(extra), rule)
+        return replace(moved, velocity=velocity)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What a person does during a few frames.
+
+    Attributes:
+      keys: keys of the action language that are held.
+      extra: forward, strafe (in units of the poses), yaw and pitch (in radians) that sticks and the
+        mouse add in every frame. They act at once, and stop at once.
+      move, turn: factors of the mapping's two speeds.
+    """
+
+    keys: frozenset[str] = frozenset()
+    extra: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    move: float = 1.0
+    turn: float = 1.0
+
+    def faster(self, rule: ActionMapping) -> ActionMapping:
+        """The mapping with this steering's speeds."""
+        return replace(
+            rule,
+            translation_speed=rule.translation_speed * self.move,
+            rotation_speed_deg=rule.rotation_speed_deg * self.turn,
+        )
 
 
 def walk(
-    motion: Motion, held_keys: Sequence[frozenset[str]], rule: ActionMapping
+    motion: Motion,
+    held_keys: Sequence[frozenset[str]],
+    rule: ActionMapping,
+    extra: Sequence[float] = (0, 0, 0, 0),
 ) -> tuple[Float[np.ndarray, "f 4 4"], Motion]:
     """Poses of the frames in which these keys are held, and the motion after the last of them.
 
@@ -54,10 +86,11 @@ def walk(
       motion: before the first of the frames.
       held_keys: one set of lower-case keys per frame.
       rule: see `ActionMapping`; its speeds are those per frame.
+      extra: what sticks and the mouse add in every frame, see `Steering`.
     """
     poses = np.empty((len(held_keys), 4, 4))
     for i, held in enumerate(held_keys):
-        motion = motion.after(held, rule)
+        motion = motion.after(held, rule, extra)
         poses[i] = motion.c2w
     return poses, motion
 
@@ -88,7 +121,7 @@ def _moved(
     else:
         pitch_step = 0.0
     pose = np.eye(4)
-    rotation = _turn_right(yaw_step) @ motion.c2w[:3, :3] @ _look_up(pitch_step)
+    rotation = turn_right(yaw_step) @ motion.c2w[:3, :3] @ _look_up(pitch_step)
     ahead = _level(rotation[:, 2], rule.heading_eps)
     aside = _level(rotation[:, 0], rule.heading_eps)
     pose[:3, :3] = rotation
@@ -102,7 +135,8 @@ def _level(axis: np.ndarray, eps: float) -> np.ndarray:
     return flat / (length + eps) if length > 0 else flat
 
 
-def _turn_right(angle: float) -> np.ndarray:
+def turn_right(angle: float) -> np.ndarray:
+    """(3, 3) rotation by radians to the right, around the y axis of the world."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, 0.0, s], [0.0, 1.0, 0.0], [-s, 0.0, c]])
 

@@ -37,11 +37,18 @@ def main() -> None:
     app.run(_run, argv=argv, flags_parser=read_options)
 
 
-def define_options(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Defines the flags of a command line; see `define_config`."""
+def define_options(
+    argv: list[str], values: flags.FlagValues = flags.FLAGS, *, is_streaming: bool = False
+) -> list[str]:
+    """Defines the flags of a command line; see `define_config`.
+
+    Args:
+      is_streaming: the program streams, whatever the command line says.
+    """
     default = "sample_small_world"
     if is_released(argv):
-        default = "sample_streaming" if "streaming" in flag_values_in(argv) else "sample_sana_wm"
+        is_streaming |= "streaming" in flag_values_in(argv)
+        default = "sample_streaming" if is_streaming else "sample_sana_wm"
     argv = define_config(CONFIGS / f"{default}.py", "sampling defaults", argv, values)
     config = importlib.import_module(f"configs.{default}").get_config()
     for field in _fields():

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sanawm_jax.camera.actions import ACTION_KEYS
-from sanawm_jax.camera.live import Motion, walk
+from sanawm_jax.camera.live import Motion, Steering
 from sanawm_jax.camera.mapping import ActionMapping
 from sanawm_jax.camera.rays import camera_conditions
+from sanawm_jax.camera.steering import Keys, chunk_poses
 from sanawm_jax.dit.state import DiTState, Window
 from sanawm_jax.refiner.sampler import frame_noise
 from sanawm_jax.refiner.state import RefinerStream
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from sanawm_jax.sampling.generate import SanaWM
 
 TABLE_FRAMES = 1024  # latent frames of upstream's rotary table
-Keys = str | frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +83,7 @@ class World:
 
     Attributes:
       latents: (1, F, h, w, C) of the last step, refined if there is a refiner.
+      poses: (n, 4, 4) camera-to-world poses of the last step.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class World:
         self._carried, self._chunks = Carried(), 0
         self._motion, self._origin = Motion(), np.eye(4)
         self.latents: jax.Array | None = None
+        self.poses: np.ndarray | None = None
         self._prompt = ""
         self.set_prompt(prompt)
 
@@ -170,14 +171,15 @@ class World:
 
     def step(
         self,
-        control: Keys | Sequence[Keys] | np.ndarray,
+        control: Keys | Sequence[Keys] | Steering | np.ndarray,
         intrinsics: np.ndarray | None = None,
     ) -> jax.Array | None:
         """Makes the next chunk.
 
         Args:
-          control: keys that are held during the whole chunk, such as "wd" or ""; a list with the
-            keys of each frame; or (n, 4, 4) camera-to-world poses, see `frames_ahead`.
+          control: keys that are held during the whole chunk, such as "wd" or ""; a `Steering` in
+            the same way; a list with the keys of each frame; or (n, 4, 4) camera-to-world poses,
+            see `frames_ahead`.
           intrinsics: (n, 4) fx, fy, cx, cy of each frame in pixels; None keeps those before.
 
         Returns:
@@ -200,7 +202,7 @@ class World:
         else:
             intrinsics = np.tile(self._intrinsics, (len(poses), 1))
         frames = self._compute(self._conditions(poses, intrinsics))
-        self._motion = motion
+        self._motion, self.poses = motion, poses
         return frames
 
     @property
@@ -273,23 +275,13 @@ class World:
 
     def _poses(self, control: Any) -> tuple[np.ndarray, Motion]:
         """Poses (n, 4, 4) of the next chunk, and the motion at its last frame."""
-        count, is_start = self.frames_ahead, self._chunks == 0
-        if isinstance(control, np.ndarray):
-            if control.shape != (count, 4, 4):
-                raise InputError(
-                    f"poses have shape {control.shape}, this chunk takes {(count, 4, 4)}"
-                )
-            return control, dataclasses.replace(self._motion, c2w=control[-1].astype(np.float64))
-        # the first frame of a world is where the camera stands already
-        moves = count - is_start
-        if isinstance(control, str | frozenset):
-            held = [held_keys(control)] * moves
-        else:
-            held = [held_keys(keys) for keys in control]
-            if len(held) != moves:
-                raise InputError(f"keys of {len(held)} frames, this chunk takes {moves}")
-        poses, motion = walk(self._motion, held, self._settings.rule)
-        return (np.concatenate([self._motion.c2w[None], poses]) if is_start else poses), motion
+        return chunk_poses(
+            self._motion,
+            control,
+            self._settings.rule,
+            self.frames_ahead,
+            is_start=self._chunks == 0,
+        )
 
     def _conditions(
         self, poses: np.ndarray, intrinsics: np.ndarray, *, is_start: bool | None = None
@@ -397,15 +389,3 @@ def _cut(conditions: Conditions, start: int, end: int) -> Conditions:
     if end - start == camera.shape[1]:
         return conditions
     return Conditions(text, mask, camera[:, start:end], plucker[:, start:end])
-
-
-def held_keys(keys: Keys) -> frozenset[str]:
-    """A set of the action language's keys.
-
-    Raises:
-      InputError: there is another key.
-    """
-    found = frozenset(keys)
-    if unknown := found - ACTION_KEYS:
-        raise InputError(f"unknown keys {sorted(unknown)}; the keys are w a s d i j k l")
-    return found

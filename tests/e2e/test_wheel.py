@@ -51,12 +51,15 @@ def test_what_it_holds(site: Path) -> None:
     assert {file.stem for file in (site / "sanawm_jax" / "configs").glob("*.py")} == names
     sources = {f.relative_to(ROOT) for f in (ROOT / "sanawm_jax").rglob("*.py")}
     assert not [file for file in sources if not (site / file).is_file()]
+    page = ROOT / "sanawm_jax" / "live"
+    for file in [*page.glob("page/*"), *page.glob("scenes/*")]:
+        assert (site / "sanawm_jax/live" / file.relative_to(page)).is_file(), file
     (info,) = site.glob("*.dist-info")
     tops = {folder.name for folder in site.iterdir()} - {info.name}
     assert tops == {"sanawm_jax", "kernels_pallas"}
     scripts = (info / "entry_points.txt").read_text().splitlines()
     assert {line.partition(" =")[0] for line in scripts if " = " in line} == {
-        *("sanawm-sample", "sanawm-train", "sanawm-eval")
+        *("sanawm-sample", "sanawm-train", "sanawm-eval", "sanawm-live")
     }
 
 

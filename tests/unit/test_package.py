@@ -47,6 +47,7 @@ LAYERS = (
     {"checkpoints", "data", "memory", "sampling", "small_world"},
     {
         "eval",
+        "live",
         "small_world.latent_pool",
         "small_world.rollouts",
         "small_world.timed_run",
