@@ -153,6 +153,25 @@ def test_branches_of_one_state_leave_each_other_alone():
     np.testing.assert_array_equal(stream(inputs, window)[0][:, 7:], first)
 
 
+def test_streams_of_a_batch_equal_each_alone():
+    window, inputs = Window(3, 2, 2), random_inputs(2, 7)  # with different text and paths
+    both, _ = stream(inputs, window)
+    for i in range(2):
+        alone, _ = stream({name: a[i : i + 1] for name, a in inputs.items()}, window)
+        assert relative(both[i : i + 1], alone) < 1e-5
+
+
+def test_no_frame_depends_on_a_later_chunk():
+    window, inputs, others = Window(3, 2, 2), random_inputs(1, 7), random_inputs(1, 7, seed=1)
+    mixed = {
+        name: jnp.concatenate([a[:, :5], others[name][:, 5:]], 1) if name in PER_FRAME else a
+        for name, a in inputs.items()
+    }
+    found, _ = stream(inputs, window)
+    np.testing.assert_array_equal(stream(mixed, window)[0][:, :5], found[:, :5])
+    assert relative(stream(mixed, window)[0][:, 5:], found[:, 5:]) > 1e-3
+
+
 def test_gradients_through_a_chunk_are_those_of_the_whole_clip():
     """The gradient of the last chunk equals that of a whole clip whose earlier frames are fixed."""
     window, starts = Window(4, 3, 2), (0, 4, 7, 10)
