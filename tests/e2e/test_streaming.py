@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sanawm_jax.media.video import read_mp4
+from sanawm_jax.media.video_reader import read_mp4
 
 ROOT = Path(__file__).parents[2]
 
