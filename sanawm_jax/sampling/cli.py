@@ -119,7 +119,9 @@ def _run(options: Any) -> None:
 
         use_compiler_flags()
         use_compilation_cache()
-        print(command.sample(options))
+        video = command.sample(options)
+        print("note: python -m sanawm_jax.live walks through a world in a browser", file=sys.stderr)
+        print(video)
     except InputError as error:
         fail(str(error))
     except (Exception, KeyboardInterrupt) as error:

@@ -16,7 +16,10 @@ let isOver = false;
 let lastInput = 0;
 
 const picture = new Picture($("view"), shown);
-const timeline = new Timeline($("timeline"), (node) => send({ type: "go", node }));
+const timeline = new Timeline($("timeline"), (node, isClick) => {
+  send({ type: "go", node });
+  if (isClick) input.focus();
+});
 const map = new Map2($("map"), () => pathChanged());
 const input = new Input($("view"), sendControl, command);
 

@@ -80,7 +80,7 @@ export class Timeline {
     button.title = `moment ${node.depth} · ${node.keys || "no key"} · ${node.prompt}`;
     button.style.left = `${4 + node.depth * WIDE}px`;
     button.style.top = `${4 + row * HIGH}px`;
-    button.onclick = () => this.go(node.node);
+    button.onclick = () => this.go(node.node, true);
     if (this.urls.has(node.node)) button.style.backgroundImage = `url(${this.urls.get(node.node)})`;
     node.button = button;
     this.nodes.set(node.node, node);
