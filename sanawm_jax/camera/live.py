@@ -135,7 +135,7 @@ def _level(axis: np.ndarray, eps: float) -> np.ndarray:
     return flat / (length + eps) if length > 0 else flat
 
 
-def turn_right(angle: float) -> np.ndarray:
+def turn_right(angle: float) -> Float[np.ndarray, "3 3"]:
     """(3, 3) rotation by radians to the right, around the y axis of the world."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, 0.0, s], [0.0, 1.0, 0.0], [-s, 0.0, c]])

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jaxtyping import Num
 
 from sanawm_jax.camera.actions import ACTION_KEYS
 from sanawm_jax.camera.live import Motion, Steering, walk
@@ -20,7 +21,7 @@ Keys = str | frozenset[str]
 
 def chunk_poses(
     motion: Motion, control: Any, rule: ActionMapping, count: int, *, is_start: bool
-) -> tuple[np.ndarray, Motion]:
+) -> tuple[Num[np.ndarray, "f 4 4"], Motion]:
     """Poses (n, 4, 4) of a chunk of n frames, and the motion at the last one.
 
     Args:

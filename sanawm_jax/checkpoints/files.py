@@ -176,7 +176,8 @@ def _files(folder: Path) -> list[Path]:
         raise InputError(f"{folder} has {len(indices)} index files; keep the one to load")
     if indices:
         names = _shards(indices[0])
-        absent = [n for n in names if not (folder / n).is_file()]
+        here = {file.name for file in folder.iterdir() if file.is_file()}
+        absent = [name for name in names if name not in here]
         if absent:
             raise InputError(f"{folder} lacks the shards {', '.join(absent)} that its index names")
         return [folder / n for n in names]

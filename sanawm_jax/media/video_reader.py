@@ -90,7 +90,7 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
     """Yields the container and its video stream; a cover picture is no video."""
     av = require_av()
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(os.fspath(path), metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"{path} holds no video")

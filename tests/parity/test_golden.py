@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from sanawm_jax.checkpoints import keymap
 from sanawm_jax.checkpoints.files import Tensors
 from sanawm_jax.checkpoints.upstream import is_ignored, upstream_table
-from sanawm_jax.core import frames
+from sanawm_jax.core import frame_attention
 from sanawm_jax.core.params import Params, apply, build
 from sanawm_jax.dit.config import DiTConfig
 from sanawm_jax.dit.keys import key_table
@@ -144,7 +144,7 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return run
 
     for name in ("_attend", "attention_to_both"):  # of the self-attention layers alone
-        monkeypatch.setattr(frames, name, rounds(getattr(frames, name)))
+        monkeypatch.setattr(frame_attention, name, rounds(getattr(frame_attention, name)))
     jax.clear_caches()
     yield
     jax.clear_caches()

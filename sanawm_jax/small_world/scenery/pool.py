@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from sanawm_jax.core.sharding import logical_spec
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.small_world.scenery.clip import describe
 from sanawm_jax.small_world.scenery.scene import Scene, stack_scenes
 
 if TYPE_CHECKING:
     import jax
+    from jax.sharding import Mesh
 
 
 def plan_clips(
@@ -62,6 +60,7 @@ def clip_renderer(mesh: Mesh, height: int, width: int) -> Callable[[Scene, Any, 
     import jax
     import jax.numpy as jnp
 
+    from sanawm_jax.core.sharding import logical_spec
     from sanawm_jax.small_world.scenery.render import render_batch
 
     def one(scenes: Scene, c2w: jax.Array, intrinsics: jax.Array) -> jax.Array:
@@ -100,6 +99,10 @@ def render_pool(
     """
     import jax
     import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from sanawm_jax.core.sharding import logical_spec
 
     ranks = mesh.size
     if len(seeds) % batch or batch % ranks:
