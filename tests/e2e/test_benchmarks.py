@@ -37,7 +37,12 @@ def run(name: str, *flags: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "measured"),
-    [("stage1", 1), ("vae", 2), ("refiner", 2), ("pipeline", 3)],
+    [
+        ("stage1", 1),
+        pytest.param("vae", 2, marks=pytest.mark.slow),
+        pytest.param("refiner", 2, marks=pytest.mark.slow),
+        pytest.param("pipeline", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_tiny(name: str, measured: int) -> None:
     lines = run(name, "--repeats=1")

@@ -35,6 +35,7 @@ def test_a_run_leaves_weights_report_and_sheet(run):
     assert np.asarray(params["latents_std"]).min() > 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_compact_state(run, tmp_path):
     out, arguments = run
     resumed = ["--out", str(tmp_path), *arguments.split(), "--resume", str(out / "state")]
@@ -74,6 +75,7 @@ def test_sharpness_loss_sees_blur_but_not_where_an_edge_is():
     assert blur > 5 * shift
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_a_folder(run, tmp_path):
     out, arguments = run
     train_vae.main(["--out", str(tmp_path), *arguments.split(), "--init", str(out / "vae")])

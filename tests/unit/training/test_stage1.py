@@ -108,7 +108,7 @@ def test_dry_run_of_the_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("chunk_size", [0, 2])
+@pytest.mark.parametrize("chunk_size", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_accumulation_equals_the_whole_batch(chunk_size):
     config = _tiny()
     config.update(chunk_size=chunk_size, image_prob=0.5)
