@@ -112,15 +112,18 @@ def _page(url: str, **more: Any) -> Any:
 
 def _walk(url: str, rng: random.Random, seconds: float) -> int:
     """Walks, goes back, changes the words; returns the frames it saw."""
-    frames, number, end = 0, 0, time.monotonic() + seconds
+    frames, number, end, press_at = 0, 0, time.monotonic() + seconds, 0.0
     with _page(url) as page:
         while time.monotonic() < end:
-            message = page.recv(10)
+            if time.monotonic() > press_at:  # by the clock: after going back, only a key walks on
+                number, press_at = number + 1, time.monotonic() + 0.5
+                keys = rng.choice(["w", "d", "wd"])
+                page.send(json.dumps({"type": "control", "number": number, "keys": keys}))
+            try:
+                message = page.recv(0.5)
+            except TimeoutError:
+                continue
             if isinstance(message, str):
-                if rng.random() < 0.2:
-                    number += 1
-                    keys = rng.choice(["w", "d", "ws", ""])
-                    page.send(json.dumps({"type": "control", "number": number, "keys": keys}))
                 if rng.random() < 0.05:
                     page.send(json.dumps({"type": "go", "node": rng.randrange(5)}))
                 if rng.random() < 0.05:

@@ -82,7 +82,7 @@ def _run(options: Any) -> None:
         token = None
         if not is_loopback(values.host):
             token = values.token or secrets.token_urlsafe(16)
-        bound = _bind(values.host, values.port)
+        bound = bind(values.host, values.port)
         asyncio.run(_serve(engine, options, bound, token))
     except InputError as error:
         fail(str(error))
@@ -92,8 +92,8 @@ def _run(options: Any) -> None:
     os._exit(0)  # a thread that still compiles would hold the process
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Raises `InputError` if the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; raises `InputError` if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -61,6 +61,7 @@ class Engine(Protocol):
     """A model that is loaded once and serves all sessions.
 
     Attributes:
+      dropped: frames at the start that are no part of the video, because they steer a refiner.
       device_lock: held by the one thread that uses the device.
       rule: what the keys do.
       scenes: the shelf; the first one is where a visitor begins.
@@ -71,6 +72,7 @@ class Engine(Protocol):
     width: int
     height: int
     fps: float
+    dropped: int
     rule: ActionMapping
     scenes: list[Scene]
     device_lock: threading.Lock

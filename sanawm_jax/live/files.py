@@ -62,17 +62,20 @@ class Walk:
     """The way to the present moment, as arrays; made on the session's thread.
 
     Attributes:
-      poses: (N, 4, 4) of all frames.
-      keys: held in each frame.
+      poses: (N, 4, 4) of all chunks.
+      keys: N, held at each pose.
       is_exact: whether keys alone, at their usual speed, give the poses.
-      frames: JPEGs of the frames from number `first` on.
+      frames: the last M JPEGs of the video.
+      shown: (M, 4, 4) their poses.
+      shown_keys: M.
     """
 
     poses: np.ndarray
     keys: list[frozenset[str]]
     is_exact: bool
     frames: list[bytes]
-    first: int
+    shown: np.ndarray
+    shown_keys: list[frozenset[str]]
 
 
 def walk_of(session: Session) -> Walk:
@@ -86,9 +89,12 @@ def walk_of(session: Session) -> Walk:
         keys += [_keys(node)] * len(node.poses)
         steering = node.control
         is_exact &= isinstance(steering, Steering) and steering == Steering(steering.keys)
-    kept = list(itertools.takewhile(lambda node: node.frames, reversed(nodes)))[::-1]
+    gaps = [i for i, node in enumerate(nodes) if len(node.frames) != len(node.shown)]
+    kept = nodes[gaps[-1] + 1 if gaps else 0 :]
     frames = [jpeg for node in kept for jpeg in node.frames]
-    return Walk(poses, keys, is_exact, frames, len(poses) - len(frames))
+    shown = np.concatenate([node.shown for node in kept]) if kept else poses[:0]
+    shown_keys = [_keys(node) for node in kept for _ in node.frames]
+    return Walk(poses, keys, is_exact, frames, shown, shown_keys)
 
 
 def _keys(node: Node) -> frozenset[str]:
@@ -123,8 +129,8 @@ def video(walk: Walk, file: Path, fps: float, *, overlay: bool) -> None:
     frames = map(from_jpeg, walk.frames)
     if overlay:
         height, width = from_jpeg(walk.frames[0]).shape[:2]
-        poses, keys = walk.poses[walk.first :], walk.keys[walk.first + 1 :]
-        frames = OverlayPainter(poses, keys, height, width).paint_all(frames)
+        painter = OverlayPainter(walk.shown, walk.shown_keys[1:], height, width)
+        frames = painter.paint_all(frames)
     write_mp4(file, frames, fps)
 
 

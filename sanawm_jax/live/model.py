@@ -46,7 +46,7 @@ class ModelEngine:
         self.rule = get_mapping(o.action_mapping)
         self.device_lock = threading.Lock()
         self.name = str(o.weights).rstrip("/").rpartition("/")[2]
-        self.device = ""
+        self.device, self.dropped = "", 0
         start = Scene("start", "Start", o.image, read_prompt(o.prompt), o.intrinsics)
         self.scenes = [start, *(shipped_scenes() if o.weights == SMALL_WORLD else [])]
         start.pixels()
@@ -75,6 +75,7 @@ class ModelEngine:
             self._refiner = LTX2Refiner.from_pretrained(
                 o.refiner_weights, dtype=o.dtype, options=o.refine, offload=o.offload
             )
+            self.dropped = (o.sink_size - 1) * self._model.vae_config.temporal_ratio + 1
         report("reading the first picture and the prompt")
         world = self.open(self.scenes[0])
         for stage in ("compiling the first chunk", "compiling the next chunks", "trying it"):

@@ -138,7 +138,7 @@ class ModelFreeEngine:
       seconds: that a chunk takes in addition to its drawing.
     """
 
-    name, device, fps = "model-free drawing", "CPU", 16.0
+    name, device, fps, dropped = "model-free drawing", "CPU", 16.0, 0
 
     def __init__(self, height: int = 128, width: int = 128, seconds: float = 0.0):
         self.height, self.width, self.seconds = height, width, seconds

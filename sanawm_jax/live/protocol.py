@@ -46,7 +46,6 @@ class ProtocolError(ValueError):
 # what ends a connection, and the code with which its socket is closed
 CODES = {
     "bad_message": 4400,
-    "bad_token": 4401,
     "wrong_version": 4402,
     "too_slow": 4408,
     "too_large": 4413,

@@ -75,7 +75,7 @@ class Guard:
             await self._app(scope, receive, _with_headers(send))
         elif scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.close", "code": 4401, "reason": problem[1]})
+            await send({"type": "websocket.close", "code": 1008, "reason": problem[1]})
         elif problem[0] == 403 and scope["method"] == "GET" and scope["path"] == "/":
             await HTMLResponse(_ASK, 403)(scope, receive, send)
         else:

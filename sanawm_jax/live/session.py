@@ -27,7 +27,7 @@ from sanawm_jax.live.engine import Engine, Scene
 from sanawm_jax.live.pace import Pace
 from sanawm_jax.live.path import pieces, place_of, poses_along
 from sanawm_jax.live.pictures import thumbnail, to_jpeg
-from sanawm_jax.live.timeline import Node, Step, Timeline, about, digest, on_host
+from sanawm_jax.live.timeline import Node, Step, Timeline, about, digest, on_host, shown_poses
 from sanawm_jax.live.worker import Worker
 from sanawm_jax.runtime.errors import InputError
 from sanawm_jax.sampling.world_state import WorldState
@@ -190,9 +190,7 @@ class Session(Worker):
         """Goes to a moment and waits there; a key walks on from it."""
         node = self.timeline.node(number)
         self._visit(node)
-        if node.frames:
-            picture = self._picture(node, node.poses[-1])
-            self._publish(Frames(0.0, 0.0, [(picture, node.frames[-1])]))
+        self._show(node)
         self._set("paused", "press a key to walk on from here", resumes=True)
 
     def reset(self) -> None:
@@ -285,14 +283,15 @@ class Session(Worker):
 
     def _step(self) -> None:
         step, control = self._next_step()
-        began = time.monotonic()
+        began, is_start = time.monotonic(), not self.world.chunks
         with self.engine.device_lock:
             if step.prompt is not None and step.prompt != self.world.prompt:
                 self.world.set_prompt(step.prompt)
             pixels = self.engine.read(self.world.step(step.control))
         poses = self.world.poses
         assert poses is not None
-        poses = poses[len(poses) - len(pixels) :] if len(pixels) else poses[-1:]
+        unseen = poses[self.engine.dropped * is_start :]
+        shown, late = shown_poses(self.node.late, unseen, len(pixels))
         jpegs = [to_jpeg(frame) for frame in pixels]
         took = time.monotonic() - began
         self.node = self.timeline.add(
@@ -300,6 +299,8 @@ class Session(Worker):
             prompt=self.world.prompt,
             control=step.control,
             poses=poses,
+            shown=shown,
+            late=late,
             frames=jpegs,
             digest=digest(pixels),
             thumbnail=thumbnail(pixels[-1]) if len(pixels) else self.node.thumbnail,
@@ -314,7 +315,7 @@ class Session(Worker):
         acted = dict(input=control.number, input_ms=control.at, model_ms=1e3 * took)
         pictures = [
             (dataclasses.replace(self._picture(node, pose), **acted), jpeg)
-            for pose, jpeg in zip(node.poses, node.frames, strict=False)
+            for pose, jpeg in zip(node.shown, node.frames, strict=True)
         ]
         self._publish(Frames(start, interval, pictures))
 
@@ -323,8 +324,7 @@ class Session(Worker):
         node = self.node
         self.timeline.keep_state(node, self.moment())
         self.tell(node)
-        ahead = self._pace.ahead(time.monotonic())
-        kept = round(self.timeline.kept / 2**20, 1)
+        ahead, kept = self._pace.ahead(time.monotonic()), round(self.timeline.kept / 2**20, 1)
         self._publish(protocol.Stats(ahead, 1e3 * took, len(node.frames), 0, kept))
         if step.digest or self._script or self._played[0]:
             self._played[0] += 1
@@ -354,10 +354,14 @@ class Session(Worker):
         self._publish(protocol.Forget(self.generation))
         for node in self.timeline.nodes:
             self.tell(node)
-        if self.node.frames:
-            picture = self._picture(self.node, self.node.poses[-1])
-            self._publish(Frames(0.0, 0.0, [(picture, self.node.frames[-1])]))
+        self._show(self.node)
         self._tell_status()
+
+    def _show(self, node: Node) -> None:
+        """Sends the last picture of a node."""
+        if node.frames:
+            picture = self._picture(node, node.shown[-1])
+            self._publish(Frames(0.0, 0.0, [(picture, node.frames[-1])]))
 
     def _set(self, state: str, detail: str = "", *, resumes: bool = False) -> None:
         with self._wake:

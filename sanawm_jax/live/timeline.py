@@ -39,8 +39,10 @@ class Node:
       depth: chunks from the start.
       prompt: the text that acted.
       control: what was held, or the poses of the chunk.
-      poses: (n, 4, 4) of the frames.
-      frames: their JPEGs; empty after they were dropped.
+      poses: (n, 4, 4) of the chunk.
+      shown: (m, 4, 4) of the frames that came with it; a refiner gives them later than the chunk.
+      late: (k, 4, 4) of the frames that are still to come.
+      frames: JPEGs of the m frames; empty after they were dropped.
       digest: of the pixels.
       thumbnail: JPEG.
       state: on the host; None after it was dropped.
@@ -53,6 +55,8 @@ class Node:
     prompt: str
     control: Control | None
     poses: np.ndarray
+    shown: np.ndarray
+    late: np.ndarray
     frames: list[bytes]
     digest: str
     thumbnail: bytes
@@ -89,8 +93,11 @@ class Timeline:
     """
 
     def __init__(self, root: WorldState, picture: bytes, begin: dict[str, str], budget: int):
-        poses = root.motion.c2w[None]
-        self.nodes = [Node(0, None, 0, 0, root.prompt, None, poses, [], "", picture, on_host(root))]
+        poses, none = root.motion.c2w[None], np.zeros((0, 4, 4))
+        state = on_host(root)
+        self.nodes = [
+            Node(0, None, 0, 0, root.prompt, None, poses, none, none, [], "", picture, state)
+        ]
         self.begin, self.budget = begin, budget
         self._branches = 1
         self._kept = 0
@@ -166,6 +173,20 @@ def about(node: Node) -> protocol.Chunk:
     return protocol.Chunk(
         node.number, parent, node.branch, node.depth, node.prompt, keys, list(place)
     )
+
+
+def shown_poses(late: np.ndarray, poses: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """The poses of a chunk's frames, and those of frames that are still to come.
+
+    Args:
+      late: (k, 4, 4) that waited before.
+      poses: (n, 4, 4) of the chunk.
+      frames: m that came with it.
+    """
+    waiting = np.concatenate([late, poses])
+    missing = max(0, frames - len(waiting))  # of frames from before a world that was loaded
+    waiting = np.concatenate([np.tile(waiting[:1], (missing, 1, 1)), waiting])
+    return waiting[:frames], waiting[frames:]
 
 
 def walk_file(timeline: Timeline, node: Node, seed: int) -> bytes:

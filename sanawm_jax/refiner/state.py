@@ -146,5 +146,6 @@ class RefinerStream:
                 count *= 2
             height, width = latents.shape[2:4]
             rope = video_rope(self.config, count, height, width, self.fps)
-            self._rope = jax.device_put(rope)
+            with jax.ensure_compile_time_eval():  # `step` may run while it is traced for its shapes
+                self._rope = jax.device_put(rope)
         return self._rope
