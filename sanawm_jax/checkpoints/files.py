@@ -26,6 +26,7 @@ _SCALE = re.compile(
     r"(^|[._])(scale_(weight|input|inv)|(weight|input|output)_scale(_inv|_2)?|scaled_fp8|absmax|"
     r"quant_map|quant_state|qscale|scales?|zero_point|qzeros)(\.|$)"
 )
+_MOST_LAYERS = 10_000
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # names of a safetensors header; its formats of 4 and 6 bits have no NumPy dtype
 DTYPES = {
@@ -200,8 +201,9 @@ def _own(folder: Path, pattern: str) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
-    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    given = list(shards.values()) if isinstance(shards, dict) else []
+    names = sorted({n for n in given if isinstance(n, str) and 0 < len(n.encode()) < 256})
+    if not names or any(n not in names for n in given) or any(Path(n).name != n for n in names):
         raise InputError(f"{index} has no weight_map with the names of files; fetch it again")
     return names
 
@@ -252,8 +254,18 @@ def config_fields(cls: type, raw: dict[str, Any], *, what: str) -> dict[str, Any
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise InputError(f"{what} has unknown fields {', '.join(unknown)}")
+    check_layers(raw, what)
     hints = typing.get_type_hints(cls)
     return {k: _checked(_tuples(v), hints[k], f"{what}: {k}") for k, v in raw.items()}
+
+
+def check_layers(raw: dict[str, Any], what: str) -> None:
+    """Raises `InputError` for numbers of layers that would fill the memory with their list."""
+    for name, value in raw.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if "layers" in name and is_number and not abs(number) <= _MOST_LAYERS:
+                raise InputError(f"{what}: {name} is {number:g}; fetch the file again")
 
 
 def _checked(value: Any, hint: Any, what: str) -> Any:

@@ -300,7 +300,7 @@ def _keys_of(raw: Path) -> dict[str, Fingerprint]:
         try:
             with zipfile.ZipFile(file) as archive:
                 keys.update({key: known.get(key, {}) for key in members(archive, ".json")})
-        except (OSError, zipfile.BadZipFile, AttributeError) as error:
+        except Exception as error:  # of a damaged directory, zipfile raises many kinds
             raise InputError(f"{file} cannot be read ({error}); remove it") from error
     return keys
 

@@ -173,7 +173,7 @@ def _index_pack(
     try:
         with zipfile.ZipFile(pack.raw) as archive:
             keys, about = _read_about(archive, pack, skip)
-    except (OSError, zipfile.BadZipFile, InputError) as error:
+    except Exception as error:  # of damaged directories, zipfile raises many kinds
         skip(pack.raw, f"it is no zip that can be read ({error})")
         return [], (0, 0)
     try:
@@ -247,7 +247,7 @@ def _latent_sizes(pack: Pack, skip: Any, samples: int) -> dict[str, int] | None:
             return {key: info.file_size for key, info in members(archive, ".npz").items()}
     except FileNotFoundError:
         skip(pack.latents, "there is no such file", samples)
-    except (OSError, zipfile.BadZipFile, InputError) as error:
+    except Exception as error:  # see `_index_pack`
         skip(pack.latents, f"it is no zip that can be read ({error})", samples)
     return None
 

@@ -95,7 +95,10 @@ def _opened(path: str | os.PathLike) -> Iterator[tuple[Any, Any]]:
             if stream is None:
                 raise InputError(f"{path} holds no video")
             yield container, stream
-    except (av.FFmpegError, StopIteration) as error:
+    except InputError:
+        raise
+    # FFmpeg's errors; PyAV's own, such as UnicodeDecodeError for names of a damaged file
+    except (av.FFmpegError, StopIteration, ValueError, LookupError, ArithmeticError) as error:
         raise InputError(f"cannot read {path} as a video") from error
 
 

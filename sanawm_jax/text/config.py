@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sanawm_jax.checkpoints.files import config_fields, reading
+from sanawm_jax.checkpoints.files import check_layers, config_fields, reading
 from sanawm_jax.runtime.errors import InputError
 
 SLIDING = "sliding_attention"
@@ -113,6 +113,7 @@ class GemmaConfig:
     def _from_json(cls, raw: dict[str, Any], what: str) -> GemmaConfig:
         if raw.get("model_type") == "gemma3":  # it has a text part and a vision part
             raw = {"model_type": GEMMA3, **(raw.get("text_config") or {})}
+        check_layers(raw, what)
         kind = raw.get("model_type", GEMMA2)
         if kind not in (GEMMA2, GEMMA3):
             raise InputError(f"{what}: model_type={kind!r} must be {GEMMA2}, gemma3 or {GEMMA3}")

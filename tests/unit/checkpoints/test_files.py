@@ -90,6 +90,8 @@ def test_companions_of_macos_are_no_weights(tmp_path: Path) -> None:
         '{"weight_map": {}}',
         '{"weight_map": {"a": "../w.safetensors"}}',
         '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": "' + 300 * "x" + '"}}',
+        '{"weight_map": {"a": "w.safetensors", "b": {}}}',
         "[" * 9999,
         "\0" * 100,
     ],
@@ -117,7 +119,7 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize("value", [None, "20", -1, 0, 0.5, 1e300, [], {}, True, [None], 2])
+@pytest.mark.parametrize("value", [None, "20", -1, 0, 0.5, 1e300, 10**12, [], {}, True, [None], 2])
 @pytest.mark.parametrize(("read", "raw"), PUBLISHED)
 def test_a_wrong_value_in_a_config_is_one_line(read, raw: dict, value: object) -> None:
     raw = json.loads(json.dumps(raw))
