@@ -8,3 +8,8 @@ class InputError(ValueError):
 
     The command lines print it without a traceback and exit with status 2.
     """
+
+    def __init__(self, line: object = ""):
+        # names in a user's files may hold line breaks, and characters that no terminal can print
+        text = str(line)
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
